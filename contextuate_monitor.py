@@ -19,6 +19,7 @@ Threads, and who owns what:
   as a whole, and run everything else in the loop thread through `EventLoop.call`.
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
+- The notify thread sends messages; what is due and what was sent is guarded by one lock.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
 Apart from this, threads share only the queue and the wake-up socket of the loop.
 
@@ -38,9 +39,11 @@ Rooms, in the order of this file; each uses only those above it:
     Redis subscriber thread  events from many machines
     HTTP                     the page, the API, and who may use them
     Answers                  a person answers what a session asks, from the page or a terminal
+    Notifications            messages to people about waits, failures and limits
     The Monitor              what wires all of these
     Running monitor          how other processes find a running monitor and ask it
     Hook installation        the hook in Claude Code's settings
+    Service                  starts the monitor at login and after a crash
     Doctor                   checks of the whole chain, from the configuration to an event that arrives
     Demo                     a made-up working day of a small team
     Import                   history from before the monitor was there
@@ -87,6 +90,7 @@ import math
 import operator
 import os
 import pickle
+import plistlib
 import pwd
 import py_compile
 import random
@@ -106,7 +110,9 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import webbrowser
 import zlib
@@ -166,9 +172,89 @@ class Settings:
         """Return the key of this machine, which a new name does not change; its name if it has no key."""
         return emit_event.machine_key(self.home) or self.machine_id
 
+    @property
+    def notify_targets(self) -> list[NotifyTarget]:
+        """Return the targets of notifications; raise ConfigError."""
+        targets = []
+        for number, given in enumerate(self["notify"], 1):
+            try:
+                targets.append(NotifyTarget(number, given))
+            except ValueError as error:
+                raise ConfigError(f"{self.config_path}: notify: target {number}: {error}") from None
+        return targets
+
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
         return os.path.join(self.home, name)
+
+
+NOTICE_KINDS = {  # kind → the beginning of the message's title
+    "permission": "Needs your permission", "question": "Asks you a question", "plan": "Has a plan to approve",
+    "input": "Waits for your prompt", "dialog": "Shows a dialog", "failed": "Has failed",
+    "stuck": "May be stuck", "limit": "Is near a limit", "ended": "Has ended",
+}  # fmt: skip
+
+
+def _is_web_address(value: Any) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def _all_in(value: Any, check: Callable[[str], bool]) -> bool:
+    return isinstance(value, list) and all(isinstance(it, str) and check(it) for it in value)
+
+
+_HOURS = r"([01]\d|2[0-3]):[0-5]\d"
+# The keys of one target, an object in the list `notify`: (default, meaning, what it may be, check)
+NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
+    "url": (None, "where to send; never shown", "an http or https URL", _is_web_address),
+    "format": ("ntfy", "what the URL takes; `slack` is for all that take Slack's webhooks",
+               '"ntfy", "slack" or "json"', lambda it: it in ("ntfy", "slack", "json")),
+    "command": (None, "program to run instead, without a shell; {title}, {text}, {kind}, {link} are replaced",
+                "a list of texts", lambda it: it != [] and _all_in(it, bool)),
+    "when": ([kind for kind in NOTICE_KINDS if kind != "ended"], "kinds of messages",
+             f"a list of {', '.join(NOTICE_KINDS)}",
+             lambda it: _all_in(it, NOTICE_KINDS.__contains__)),
+    "afterSeconds": (30, "what is over sooner is not sent", "a number from 0 to 86400",
+                     lambda it: type(it) in (int, float) and 0 <= it <= 86_400),
+    "quietHours": (None, "nothing is sent then; what still holds afterwards is", 'null or "22:00-07:00"',
+                   lambda it: it is None or re.fullmatch(f"{_HOURS}-{_HOURS}", str(it)) is not None),
+    "unlessSeen": (True, "send nothing while a page is open and visible", "true or false",
+                   lambda it: isinstance(it, bool)),
+    "content": (False, "send the command or question too, redacted", "true or false",
+                lambda it: isinstance(it, bool)),
+    "link": (None, "the page's address, for a link in the message", "null or an http or https URL",
+             lambda it: it is None or _is_web_address(it)),
+}  # fmt: skip
+
+
+class NotifyTarget:
+    """One entry of `notify`; raises ValueError with the key and what was expected."""
+
+    def __init__(self, number: int, given: JsonObject) -> None:
+        for name, value in given.items():
+            if name not in NOTIFY_KEYS:
+                raise ValueError(f"{name}: unknown key; known are {', '.join(NOTIFY_KEYS)}")
+            if not NOTIFY_KEYS[name][3](value):
+                raise ValueError(f"{name}: expected {NOTIFY_KEYS[name][2]}")
+        values = {name: given.get(name, rule[0]) for name, rule in NOTIFY_KEYS.items()}
+        if (values["url"] is None) == (values["command"] is None):
+            raise ValueError('expected either "url" or "command"')
+        self.url, self.command = values["url"], values["command"]
+        self.format = "command" if self.command else values["format"]
+        self.name = f"target {number} ({self.format})"  # the address is a secret
+        self.id = hashlib.sha256(encode_json([self.url, self.command])).hexdigest()[:16]
+        self.kinds, self.after_ms = frozenset(values["when"]), int(values["afterSeconds"] * 1000)
+        self.quiet = (values["quietHours"] or "00:00-00:00").split("-")
+        self.unless_seen, self.content, self.link = values["unlessSeen"], values["content"], values["link"]
+
+    def is_quiet(self, clock: str) -> bool:
+        """True in the quiet hours; `clock` is such as "22:30"."""
+        start, end = self.quiet
+        return start <= clock < end if start <= end else clock >= start or clock < end
 
 
 def load_settings(
@@ -193,6 +279,7 @@ def load_settings(
             raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
         values[key] = value
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
+    _ = settings.notify_targets
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
         text = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everyone in the'
         raise ConfigError(f'{path}: {text} network could read your sessions; use "auto" or bind 127.0.0.1')
@@ -3081,8 +3168,8 @@ _ROW_TEXTS = (
     "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
-    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agentId",
-    "agentType", "demo",
+    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agent",
+    "agentId", "agentType", "demo",
 )  # fmt: skip
 
 
@@ -4866,11 +4953,11 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
+    visible: bool = False  # a page that a person can see now
     # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
     changes: bool = False
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
     pairing: str = ""  # id of the pairing of its browser
-    looking: bool = False  # a paired page that a person can see
 
 
 @dataclasses.dataclass(eq=False)
@@ -4923,15 +5010,16 @@ class WebSocketServer:
             for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-            if client.changes and client.queued > self.queue_limit_bytes // 4:
-                client.skipped, wanted = client.skipped + len(stored), for_all
-            elif own_ids is not None:
+            if own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
                 wanted = b"".join(own) + for_all
             else:
                 key = (view, client.changes)
                 wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
                 joined[key] = wanted
+            room = self.queue_limit_bytes - client.queued
+            if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
+                client.skipped, wanted = client.skipped + len(stored), for_all
             if wanted:
                 self.send(client, wanted)
 
@@ -5506,7 +5594,7 @@ REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
-COOKIE_RULES = "HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
+COOKIE_RULES = "HttpOnly; SameSite=Strict; Max-Age=31536000"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -5529,7 +5617,8 @@ class Access:
         name = self.check_host(request)
         origin = request.one("origin")
         if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
-            raise RequestError(403, "requests from other sites are refused")
+            advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
+            raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
         has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
         is_foreign = request.one("sec-fetch-site") == "cross-site"
@@ -5554,7 +5643,9 @@ class Access:
             name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
         ):
             return name
-        raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
+        line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
+        advice = f": if it is yours, write {line} into ~/.contextuate/monitor.config.json and run `restart`"
+        raise RequestError(421, "this Host is not allowed" + advice * bool(name))
 
     def _origins(self, host: str, name: str, port: int) -> set[str]:
         """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
@@ -6006,7 +6097,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             server.answers.adopt(request, self.connection, response)
             return None
         body = self._body(request)
-        if path in ("/api/pair", "/api/answer"):
+        if path in ("/pair", "/api/answer"):
             return server.answers.by_http(path, request, self.connection, body)
         if path not in ("/", "/index.html"):
             return server.api.respond(method, path, query, body)
@@ -6023,7 +6114,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             advice = "`contextuate_monitor.py url --token` prints a new one"
             raise RequestError(401, f"this link's token is not valid here; {advice}")
         cookie = f"{TOKEN_COOKIE}_{access.port}={token}; {COOKIE_RULES}"
-        return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
+        # Both are relative, since a proxy may show the page below a path.
+        return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
 
     def _body(self, request: Request) -> bytes:
         coding, length = request.one("transfer-encoding").lower(), request.one("content-length")
@@ -6212,7 +6304,7 @@ class Answers:
 
     def look(self) -> None:
         """End the waits that are over: answered at the terminal, too old, or before a dialog and unseen."""
-        is_seen = any(client.looking for client in self._monitor.clients.clients.values())
+        is_seen = any(client.visible and client.pairing for client in self._monitor.clients.clients.values())
         now, sessions = time.monotonic(), self._monitor.sessions.sessions
         for event_id, question in list(self.questions.items()):
             session = sessions.get(question.event["sessionId"])
@@ -6429,10 +6521,10 @@ class Answers:
         return pids[0]
 
     def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
-        """Pair a browser (/api/pair), or serve a person's terminal (/api/answer); in an HTTP thread."""
+        """Pair a browser (/pair), or serve a person's terminal (/api/answer); in an HTTP thread."""
         given = emit_event.parse_event_line(body)
         pid = self._check_process(sock)
-        if path == "/api/pair":
+        if path == "/pair":
             return self._pair(text_of(given.get("code")), request, sock)
         if not request.one("authorization") or not is_loopback(peer_address(sock)):
             self._refuse("commands that answer run on the monitor's machine, with its token")
@@ -6567,6 +6659,362 @@ def suggestion_words(suggestion: JsonObject) -> str:
     else:
         words = text_of(suggestion)
     return one_line(words + where, 1000)
+
+
+# ---------------------------------------------------------------------------
+# Notifications: messages to people, to a phone or a chat, about waits, failures and limits
+#
+# NoticeBook decides what is due, from the sessions and the time, without I/O. Notifier sends, in one thread,
+# and saves what was sent, so that a restart sends nothing twice. The rest happens in the loop thread.
+# ---------------------------------------------------------------------------
+
+NOTICE_INTERVAL_S = 0.2  # between two looks at what is due
+NOTICE_DEADLINE_S = 10.0  # of one attempt to send
+NOTICE_PAUSES_S = (2.0, 30.0)  # after the first and the second failed attempt; the third one is the last
+NOTICE_QUEUE_MS = 600_000  # a message that could not be sent for this long is dropped; so is an old end
+NOTICE_AGE_MS = 12 * 3_600_000  # what began earlier is no news to a monitor that starts
+LASTING_MS = 1000  # a shorter wait may have been answered by a hook
+WAITS = frozenset(("permission", "question", "plan", "input", "dialog"))
+LIMIT_PERCENT = 90  # of a context or an account's limit
+
+
+class Notice(NamedTuple):
+    """Something that people may want to know, while it holds; `key` is the same after a restart."""
+
+    key: str
+    kind: str  # of NOTICE_KINDS, or "test"
+    session_id: str
+    label: str
+    machine: str
+    detail: str
+    since: int  # ms; 0: not known
+    by_client: bool = False  # as Reason.by_client
+
+
+class Delivery(NamedTuple):
+    """A message to one target: that something holds or, if `over`, no longer does."""
+
+    target: NotifyTarget
+    notice: Notice
+    over: bool
+    queued_at: int  # ms
+    attempts: int = 0
+
+
+def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
+    """Return what a session has to say now."""
+    found: list[tuple[str, str, str, int, bool]] = []  # (part of the key, kind, detail, since, by_client)
+    for it in session.waits if session.state == "waiting" else ():
+        kind = "plan" if it.tool == "ExitPlanMode" else it.kind
+        detail = ": ".join(filter(None, (it.tool, it.detail)))
+        found.append((f"wait {it.agent_id}", kind, detail, it.since, it.by_client))  # the kind may change
+    reason = session.reason
+    if reason and session.state in ("failed", "ended"):
+        found.append((session.state, session.state, reason.detail, session.state_since, False))
+    found += [(it["kind"], "stuck", it["detail"], it["since"], False) for it in stuck_signals(session)]
+    if context_percent is not None and context_percent >= LIMIT_PERCENT:
+        found.append(("context", "limit", f"context {context_percent:.0f} % full", 0, False))
+    about = session.session_id, session.label[0], session.machine_id
+    return [
+        Notice(_notice_key(about[0], part, since), kind, *about, detail, since, by_client)
+        for part, kind, detail, since, by_client in found
+        if not (session.hidden or session.demo)
+    ]
+
+
+def limit_notices(limits: Any, machine: str, name: str = "") -> list[Notice]:
+    """Return the limits of accounts that are nearly reached; `limits`: {percent, resetsAt} at any depth."""
+    if not isinstance(limits, (dict, list)):
+        return []
+    named = limits.items() if isinstance(limits, dict) else ((name, it) for it in limits)
+    if not isinstance(limits, dict) or "percent" not in limits:
+        return [it for key, inner in named for it in limit_notices(inner, machine, key)]
+    percent, key = limits["percent"], _notice_key(name, limits.get("resetsAt"))
+    if type(percent) not in emit_event.NUMBERS or percent < LIMIT_PERCENT:
+        return []
+    words = {"fiveHour": "5 hours", "sevenDay": "7 days"}.get(name, name)
+    return [Notice(key, "limit", "", f"account, {words}", machine, f"{percent:.0f} % used", 0)]
+
+
+def _notice_key(*parts: Any) -> str:
+    return hashlib.sha256(encode_json(parts)).hexdigest()[:24]
+
+
+class NoticeBook:
+    """What holds now, and what was sent of it.
+
+    `sent`: key → {"to": [ids of targets], "notice": the notice without its detail}, for the next start.
+    """
+
+    def __init__(self, targets: Sequence[NotifyTarget], sent: dict[str, JsonObject]) -> None:
+        self.targets, self.sent = targets, sent
+        # Session id ("": accounts) → key → (what holds, ids of targets for which it was queued)
+        self.open: dict[str, dict[str, tuple[Notice, set[str]]]] = {}
+        self._renamed: dict[str, str] = {}  # key → that of the same wait before a hook described it
+
+    def update(self, session_id: str, notices: Sequence[Notice], time_ms: int) -> None:
+        """Record what holds for a session now."""
+        before, after = self.open.pop(session_id, {}), {}
+        keys = [self._renamed.get(it.key, it.key) for it in notices]
+        gone = [key for key, (it, _) in before.items() if it.by_client and key not in keys]
+        for key, it in zip(keys, notices):
+            if key not in before and gone and it.kind in WAITS and not it.by_client:
+                self._renamed[key] = key = gone.pop(0)  # the request came after the client's own status
+            limit = NOTICE_QUEUE_MS if it.kind == "ended" else NOTICE_AGE_MS
+            if key in before:
+                after[key] = it._replace(key=key, since=before[key][0].since), before[key][1]
+            elif key in self.sent or not it.since or time_ms - it.since <= limit:
+                since = min(it.since or time_ms, time_ms)
+                after[key] = it._replace(since=since), set(self.sent.get(key, {"to": ()})["to"])
+        self._renamed = {new: old for new, old in self._renamed.items() if old in after or old not in before}
+        if after:
+            self.open[session_id] = after
+
+    def holds(self, key: str) -> bool:
+        """True if what a message says still holds."""
+        return any(key in notices for notices in self.open.values())
+
+    def due(self, time_ms: int, clock: str, is_seen: bool) -> list[Delivery]:
+        """Return the messages to send now, each once. `clock` as "22:30"; `is_seen`: a page is visible."""
+        messages = []
+        for notice, queued in itertools.chain(*(notices.values() for notices in self.open.values())):
+            for it in self.targets:
+                lasts = time_ms - notice.since >= max(it.after_ms, LASTING_MS)
+                may_send = not it.is_quiet(clock) and not (it.unless_seen and is_seen)
+                if lasts and may_send and notice.kind in it.kinds and it.id not in queued:
+                    queued.add(it.id)
+                    messages.append(Delivery(it, notice, False, time_ms))
+        for key in [key for key in self.sent if not self.holds(key)]:
+            record = self.sent.pop(key)
+            notice = Notice(key, *record["notice"])
+            able = (it for it in self.targets if it.format == "ntfy" and it.id in record["to"])
+            messages += [Delivery(it, notice, True, time_ms) for it in able if notice.kind != "ended"]
+        return messages
+
+    def record(self, message: Delivery) -> None:
+        """Record that a message was sent, and is to be ended."""
+        record = {"to": [], "notice": message.notice._replace(detail="")[1:]}
+        self.sent.setdefault(message.notice.key, record)["to"].append(message.target.id)
+
+
+def message_words(message: Delivery) -> tuple[str, str, str]:
+    """Return (title, text, link) of a message, all without control characters.
+
+    The first two begin with our words: to a command they never look like an option.
+    """
+
+    def plain(text: str, limit: int = 80) -> str:
+        text = emit_event.redact_text(text)
+        return one_line("".join(char if char.isprintable() else " " for char in text), limit)
+
+    notice, target = message.notice, message.target
+    title = NOTICE_KINDS.get(notice.kind, "Test")
+    title = f"Over: {title[0].lower()}{title[1:]}" if message.over else title
+    text = f"On {plain(notice.machine)}"
+    if target.content and notice.detail:
+        text += f": {plain(notice.detail, 300)}"
+    link = f"{target.link}#{urllib.parse.urlencode({'s': notice.session_id})}" if target.link else ""
+    return f"{title}: {plain(notice.label)}", text, link
+
+
+class SendError(Exception):
+    """A message was not sent; the text has no address. `pause_s` before the next attempt; None: no other."""
+
+    def __init__(self, words: str, pause_s: float | None = 0.0) -> None:
+        super().__init__(words)
+        self.pause_s = pause_s
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:  # another server must not get the message
+        return None
+
+
+def http_request(message: Delivery) -> urllib.request.Request:
+    """Return the request that sends a message to its target's URL."""
+    target, notice, (title, text, link) = message.target, message.notice, message_words(message)
+    parts = urllib.parse.urlsplit(target.url)
+    user, _, place = parts.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json", "User-Agent": f"contextuate/{__version__}"}
+    if user:
+        user = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        headers["Authorization"] = f"Basic {user}"
+    if target.format == "ntfy":
+        headers["Title"] = f"=?utf-8?b?{base64.b64encode(title.encode()).decode()}?="
+        # A later message with the same sequence replaces this one.
+        headers |= {"Content-Type": "text/plain; charset=utf-8", "X-Sequence-ID": notice.key}
+        headers |= {"Priority": "min"} if message.over else {"Click": link} if link else {}
+        body = text.encode()
+    elif target.format == "slack":
+        words = "\n".join(filter(None, (title, text, link)))
+        for char, safe in (
+            ("&", "&amp;"),
+            ("<", "&lt;"),
+            (">", "&gt;"),
+            ("@", "@\u200b"),
+            ("](", "]\u200b("),
+        ):
+            words = words.replace(char, safe)
+        body = encode_json({"text": words, "mrkdwn": False})
+    else:
+        names = {"id": notice.key, "kind": notice.kind, "sessionId": notice.session_id, "link": link or None}
+        body = encode_json({"title": title, "text": text, **names, "since": notice.since or None})
+    return urllib.request.Request(parts._replace(netloc=place, fragment="").geturl(), body, headers)
+
+
+def post_message(message: Delivery) -> str:
+    """Send a message to a URL once; return the outcome as text, or raise SendError."""
+    try:
+        opener = urllib.request.build_opener(_NoRedirect)
+        with opener.open(http_request(message), timeout=NOTICE_DEADLINE_S) as response:
+            return f"answered {response.status}"
+    except urllib.error.HTTPError as error:
+        error.close()
+        wait, code = error.headers.get("Retry-After") or "0", error.code
+        words = f"answered {code}" + "; redirects are not followed" * (code // 100 == 3)
+        may_retry = code in (408, 429) or code >= 500
+        raise SendError(words, (float(wait) if wait.isdecimal() else 0.0) if may_retry else None) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason: Any = getattr(error, "reason", error)
+        text = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None)
+        raise SendError(text or type(reason).__name__) from None
+
+
+def run_message(message: Delivery) -> str:
+    """Run a target's command once; return the outcome as text, or raise SendError."""
+    values = dict(zip(("title", "text", "link"), message_words(message)), kind=message.notice.kind)
+    values = {name: text.replace("<", "‹") for name, text in values.items()}  # notify-send knows tags
+    fill = functools.partial(re.sub, r"\{(title|text|kind|link)\}", lambda match: values[match[1]])
+    try:
+        null = subprocess.DEVNULL
+        command = list(map(fill, message.target.command))
+        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except (OSError, ValueError) as error:
+        raise SendError(f"cannot be run: {getattr(error, 'strerror', None) or error}", None) from None
+    try:
+        status = process.wait(NOTICE_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+    if status:
+        raise SendError(f"ended with status {status}")
+    return "ended with status 0"
+
+
+def attempt(message: Delivery) -> tuple[bool, str, float | None]:
+    """Send a message once; return (sent, outcome as text, pause before another attempt or None)."""
+    send = run_message if message.target.command else post_message
+    try:
+        return True, emit_event.within(NOTICE_DEADLINE_S + 1, lambda: send(message)), None
+    except (SendError, TimeoutError) as error:
+        return False, str(error), getattr(error, "pause_s", 0.0)
+    except Exception as error:  # unexpected: log and continue
+        log.exception("a notification could not be sent")
+        return False, type(error).__name__, None
+
+
+class Notifier:
+    """Sends what is due, one message at a time; while a target rests after a failure, others are served."""
+
+    def __init__(self, targets: Sequence[NotifyTarget], path: str, loop: EventLoop) -> None:
+        self.targets, self._path, self._loop = targets, path, loop
+        self.kinds = frozenset(kind for target in targets for kind in target.kinds)
+        self._results: dict[str, JsonObject] = {}  # target's id → {ok, at, words} of its last attempt
+        self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
+        self._queue: list[Delivery] = []
+        self._running: tuple[Delivery, concurrent.futures.Future[tuple[bool, str, float | None]]] | None = (
+            None
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
+        self._closing = False
+        sent: JsonObject = {}
+        with contextlib.suppress(Exception), open(path, "rb", opener=emit_event.open_own) as file:
+            read = emit_event.parse_event_line(file.read())
+            # Of another version, or no file: a message may then be sent twice.
+            sent = {
+                key: {"to": list(it["to"]), "notice": Notice(key, *it["notice"])[1:]}
+                for key, it in read.items()
+            }
+        self._book = NoticeBook(targets, sent)
+
+    def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
+        """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
+        time_ms = now_ms()
+        for session_id, notices in current.items():
+            self._book.update(session_id, [it for it in notices if it.kind in self.kinds], time_ms)
+        self._queue += self._book.due(time_ms, time.strftime("%H:%M"), is_seen)
+        self._send_next()
+
+    def test(self) -> concurrent.futures.Future[JsonObject]:
+        """Send a message to every target now; the result has {name, ok, words} of each."""
+        notice = Notice(uuid.uuid4().hex, "test", "", "it works", emit_event.this_machine(), "", 0)
+
+        def send() -> JsonObject:
+            outcomes = [(it, *attempt(Delivery(it, notice, False, 0))) for it in self.targets]
+            for target, is_sent, words, _ in outcomes:
+                self._note(target, is_sent, words)
+            results = [{"name": target.name, "ok": it, "words": words} for target, it, words, _ in outcomes]
+            return {"type": "notify_tested", "results": results}
+
+        return self._thread.submit(send)
+
+    def status(self) -> list[JsonObject]:
+        """Return the last result of each target: {name, ok, at, words}; ok is None before the first one."""
+        unused = {"ok": None, "at": None, "words": "nothing sent since the start"}
+        return [{"name": it.name, **self._results.get(it.id, unused)} for it in self.targets]
+
+    def close(self) -> None:
+        """Wait for the current attempt, and save its outcome."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
+        if self._running is not None:
+            self._finish()
+
+    def _send_next(self) -> None:
+        """Send the first message whose target does not rest; drop those that no longer hold or are old."""
+        if self._running is not None or self._closing:
+            return
+        waiting, self._queue = self._queue, []
+        for message in waiting:
+            if self._book.holds(message.notice.key) is message.over:
+                if message.over:
+                    self._book.record(message)
+            elif now_ms() - message.queued_at > NOTICE_QUEUE_MS:
+                self._note(message.target, False, f"not sent within {human_duration(NOTICE_QUEUE_MS)}")
+            elif self._running is None and self._rests.get(message.target.id, 0.0) <= time.monotonic():
+                self._running = message, self._thread.submit(attempt, message)
+                self._running[1].add_done_callback(lambda _: self._loop.call_soon(self._finish))
+            else:
+                self._queue.append(message)
+
+    def _finish(self) -> None:
+        """Take the outcome of the running attempt; save it, or try again later."""
+        if self._running is None:
+            return
+        (message, future), self._running = self._running, None
+        is_sent, words, pause_s = future.result()
+        if is_sent and not message.over:
+            self._book.record(message)
+        elif not is_sent and pause_s is not None and message.attempts < len(NOTICE_PAUSES_S):
+            pause_s = max(pause_s, NOTICE_PAUSES_S[message.attempts])
+            self._rests[message.target.id] = time.monotonic() + pause_s
+            self._queue.insert(0, message._replace(attempts=message.attempts + 1))
+            words += "; trying again"
+        self._note(message.target, is_sent, words)
+        book = NoticeBook((), copy.deepcopy(self._book.sent))
+        for it in self._queue:
+            if it.over:
+                book.record(it)
+        try:
+            emit_event.write_atomically(self._path, encode_json(book.sent))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error.strerror)
+        self._send_next()
+
+    def _note(self, target: NotifyTarget, is_sent: bool, words: str) -> None:
+        if self._results.get(target.id, {}).get("ok") is not is_sent:
+            log.log(logging.INFO if is_sent else logging.WARNING, "notify: %s: %s", target.name, words)
+        self._results[target.id] = {"ok": is_sent, "at": now_ms(), "words": words}
 
 
 # ---------------------------------------------------------------------------
@@ -7133,7 +7581,7 @@ class MessageHandlers:
 
     QUESTIONS = frozenset(
         "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
-        "get_event_detail search reconnect_redis send_test_event".split()
+        "get_event_detail search reconnect_redis send_test_event set_visible notify_test".split()
     )
     # Action of the user on a session → data of the stored event
     META: dict[str, Callable[[Session, JsonObject], JsonObject]] = {
@@ -7184,7 +7632,7 @@ class MessageHandlers:
     def take_by_http(self, message: JsonObject) -> JsonObject:
         """Carry out one message for POST /api/message, in an HTTP thread; raise RequestError."""
         kind = emit_event.id_or(message.get("type"), "")
-        if kind in ("subscribe", "unsubscribe", "set_show_hidden", "get_sessions"):
+        if kind in ("subscribe", "unsubscribe", "set_show_hidden", "set_visible", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
         if self._monitor.loading is not None and kind not in self.QUESTIONS:
             raise RequestError(503, "stored sessions are still being read; try again in a moment")
@@ -7317,12 +7765,17 @@ class MessageHandlers:
         self._monitor.redis.reconnect()
         return {"type": "status", **self._monitor.status.to_json()}
 
+    def _on_set_visible(self, client: Client, message: JsonObject) -> None:
+        client.visible = message.get("visible") is True
+        self._monitor.answers.look()
+
+    def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
+        if self._monitor.notifier is None:
+            raise MessageError('no target is configured: add "notify" to the configuration (.docs/config.md)')
+        return self._monitor.notifier.test()
+
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
-
-    def _on_looking(self, client: Client, message: JsonObject) -> None:
-        client.looking = client.pairing != "" and message.get("visible") is True
-        self._monitor.answers.look()
 
     def _on_answer(self, client: Client, message: JsonObject) -> Answer:
         return self._monitor.answers.by_page(client, message)
@@ -7532,6 +7985,7 @@ class Status:
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
             "limits": monitor.sessions.limits(now_ms()),
+            "notify": monitor.notifier.status() if monitor.notifier else [],
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         return {**status, "problems": status_problems(status, unsaved, self._foreign)}
@@ -7552,7 +8006,7 @@ class Status:
         for key, value in settings.values.items():
             section, _, name = key.rpartition(".")
             place = nested.setdefault(section, {}) if section else nested
-            place[name] = "(not shown)" if key in emit_event.SECRET_KEYS and value is not None else value
+            place[name] = "(not shown)" if key in emit_event.SECRET_KEYS and value else value
         nested["server"].update(port=self._monitor.port, wsPort=self._monitor.ws_port)
         return nested
 
@@ -7603,6 +8057,10 @@ class Monitor:
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool: SpoolDrain | None = None
         self.redis: RedisLink | None = None
+        targets = settings.notify_targets
+        self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
+        self._notice_changes: set[str] = set()  # sessions that may have something else to say
+        self._short = ""  # content of the file `short`, for prompts
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
         self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
@@ -7709,6 +8167,10 @@ class Monitor:
             self.redis.close()
         self.http.stop()
         self.answers.close()
+        if self.notifier:
+            self.notifier.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.settings.path("short"))
         self.reader.shutdown(wait=True)
         self.retention.close()
         self.ingest.close()
@@ -7777,6 +8239,9 @@ class Monitor:
             self.retention.begin()
             self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
+        if self.notifier:
+            self._notice_changes = set(self.sessions.sessions)
+            self.loop.call_every(NOTICE_INTERVAL_S, self._notify)
         for callback in self.deferred:
             self.loop.call_soon(callback)
         self.deferred.clear()
@@ -7905,15 +8370,37 @@ class Monitor:
         """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
         ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
         self._dirty.update(ids)
+        self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
 
     def release_hook(self, sock: socket.socket) -> None:
         """Leave a hook's connection, whose events are acknowledged, to another part."""
         self._hooks.release(sock)
 
+    def _notify(self) -> None:
+        """Give the notifier what now holds for the sessions that changed."""
+        if self.notifier is None:
+            return
+        current: dict[str, list[Notice]] = {}
+        for session in filter(None, map(self.sessions.sessions.get, self._notice_changes)):
+            row = self.sessions.to_json(session) if "limit" in self.notifier.kinds else {}
+            context = (row.get("context") or {}).get("percent")
+            current[session.session_id] = notices_of(session, context)
+        current |= {it: [] for it in self._notice_changes if it not in current}
+        self._notice_changes = set()
+        self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
+
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.answers.look()
+        if self.notifier and "limit" in self.notifier.kinds:
+            limits = self.status.core(FILES_INTERVAL_S).get("limits")
+            self.notifier.look({"": limit_notices(limits, self.settings.machine_id)}, is_seen=True)
+        words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
+        if words != self._short:
+            with contextlib.suppress(OSError):  # tried again
+                emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
+                self._short = words
         self.feed.send()
         self.clients.report_skipped()
         self._send_status()
@@ -8006,10 +8493,19 @@ class Monitor:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
             self.feed.sent.pop(session.session_id, None)
+            self._notice_changes.add(session.session_id)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
         self.feed.send()
+
+
+def short_words(states: Iterable[str]) -> str:
+    """Return how many sessions need a person, have failed, work or are quiet, as one short line."""
+    counts = collections.Counter(states)
+    names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
+    found = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
+    return " · ".join(found) or "all idle"
 
 
 def loading_words(progress: JsonObject) -> str:
@@ -8049,6 +8545,9 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
             facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
+    for target in status.get("notify", ()):
+        age = f", {human_duration(now_ms() - target['at'])} ago" if target["at"] else ""
+        rows.append({"name": "notify", "words": f"{target['name']}: {target['words']}{age}"})
     for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
         words = f"{machine['label']}: {machine['events']} events, last {age} ago"
@@ -8119,7 +8618,7 @@ def status_problems(
         count = len(status["answers"]["refused"])
         advice = "If that was not you, look at what runs on this machine."
         add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
-    return found + foreign_problems(foreign)
+    return found + foreign_problems(foreign) + notify_problems(status["notify"])
 
 
 def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
@@ -8130,6 +8629,15 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
         {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
         for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
     ]
+
+
+def notify_problems(targets: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return the problems in the results of `Notifier.status`."""
+    texts = [
+        f"Notifications do not arrive: {it['name']}: {it['words']}" for it in targets if it["ok"] is False
+    ]
+    advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
+    return [{"kind": "notify", "level": "warn", "words": words, "advice": advice} for words in texts]
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
@@ -9009,6 +9517,104 @@ def was_delivered(report: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Service: starts the monitor at login, and again after a crash
+#
+# Owns: the file of a systemd user unit or a launchd agent; the system's own commands do the rest.
+# ---------------------------------------------------------------------------
+
+SERVICE_NAME = "contextuate-monitor"
+SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACHINE_ID", "CLAUDE_CONFIG_DIR")
+
+
+def program_command() -> tuple[list[str], str]:
+    """Return the command that runs this program from its bytecode, without arguments, and its directory.
+
+    Compiling this file takes a moment, and 30 MB that stay in use.
+    """
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
+    return [sys.executable, *program], folder
+
+
+def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a systemd user unit that keeps a command running."""
+
+    def quoted(text: str) -> str:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+        return f'"{escaped}"'
+
+    lines = [
+        "[Unit]", "Description=Contextuate Monitor", "", "[Service]",
+        f"ExecStart={' '.join(quoted(part).replace('$', '$$') for part in command)}",
+        f"WorkingDirectory={folder.replace('%', '%%')}",
+        *(f"Environment={quoted(f'{name}={value}')}" for name, value in environment.items()),
+        "Restart=on-failure", "RestartSec=2",
+        "StandardOutput=null",  # it may contain the token
+        "", "[Install]", "WantedBy=default.target", "",
+    ]  # fmt: skip
+    return "\n".join(lines).encode()
+
+
+def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a launchd agent that keeps a command running."""
+    about: JsonObject = {"Label": SERVICE_NAME, "ProgramArguments": list(command), "WorkingDirectory": folder}
+    about |= {
+        "EnvironmentVariables": dict(environment),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+    }
+    return plistlib.dumps(about)
+
+
+class Service(NamedTuple):
+    """How a system keeps a program running, as commands."""
+
+    path: str  # of the file that describes the service
+    content: Callable[[Sequence[str], str, Mapping[str, str]], bytes]
+    probe: str  # succeeds where services of this user can run
+    check: str  # succeeds while this one runs
+    start: tuple[str, ...]  # with a new file
+    stop: str
+    restart: str
+
+
+def this_service() -> Service:
+    """Return how services run on this system."""
+    name = SERVICE_NAME
+    if sys.platform == "darwin":
+        path, run = os.path.expanduser(f"~/Library/LaunchAgents/{name}.plist"), "launchctl"
+        domain, place = f"gui/{os.getuid()}", f"gui/{os.getuid()}/{name}"
+        start, restart = (f"{run} bootstrap {domain} {shlex.quote(path)}",), f"{run} kickstart -k {place}"
+        checks = f"{run} print {domain}", f"{run} print {place}"
+        return Service(path, launchd_agent, *checks, start, f"{run} bootout {place}", restart)
+    path = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    run, path = "systemctl --user", f"{path}/systemd/user/{name}.service"
+    checks, restart = (f"{run} show-environment", f"{run} is-active {name}"), f"{run} restart {name}"
+    start = f"{run} daemon-reload", f"{run} enable {name}", restart
+    return Service(path, systemd_unit, *checks, start, f"{run} disable --now {name}", restart)
+
+
+def trouble_of(command: str) -> str | None:
+    """Run a command of the system; return None, or why it failed."""
+    try:
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command.split()[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
+    return (
+        None if done.returncode == 0 else one_line(done.stderr or done.stdout or f"status {done.returncode}")
+    )
+
+
+def run_steps(commands: Iterable[str]) -> None:
+    """Run commands of the system; raise CommandError for the first one that fails."""
+    for command in commands:
+        trouble = trouble_of(command)
+        if trouble is not None:
+            raise CommandError(f"`{command}` failed: {trouble}")
+
+
+# ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
 # Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
@@ -9238,7 +9844,7 @@ class Doctor:
             yield _fail("socket", f"{path} is not this user's", "set socketPath to a place of your own")
         else:
             yield _ok("socket", path)
-        good = {"store", "index"}
+        good = {"store", "index", "notify"}
         for problem in status.get("problems", ()):
             good.discard(problem["kind"])
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
@@ -10137,12 +10743,9 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    # A module is loaded from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
-    command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
+    command = [*program, "start", "--foreground", "--report-fd", str(writer)]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
     for name, value in options.items():
@@ -10282,16 +10885,60 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 
 def command_restart(args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    settings = settings_of(args)
+    settings, service = settings_of(args), this_service()
+    has_options = not args.host is args.port is args.ws_port is args.config is None
+    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+        run_steps([service.restart])
+        return 0
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
     return command_start(args)
 
 
+def command_service(args: argparse.Namespace) -> int:
+    """Start the monitor at login and after a crash, by systemd or launchd."""
+    settings, service = settings_of(args), this_service()
+    trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
+    if trouble is not None:
+        advice = "run `start` where your session begins instead"
+        raise CommandError(
+            f"neither systemd nor launchd runs services of this user here ({trouble}); {advice}"
+        )
+    if args.action == "status":
+        is_running = is_installed and trouble_of(service.check) is None
+        print("running" if is_running else "installed, not running" if is_installed else "not installed")
+        return 0 if is_running else 1
+    about = running_monitor(settings)
+    if is_installed:
+        run_steps([service.stop])
+    if args.action == "remove":
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(service.path)
+        print(f"{service.path} removed" if is_installed else "not installed")
+        return 0
+    if about is not None and running_monitor(settings) is not None:
+        stop_monitor(settings, about)
+    command, folder = program_command()
+    command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
+    given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
+    os.makedirs(os.path.dirname(service.path), exist_ok=True)
+    emit_event.write_atomically(service.path, service.content(command, folder, given))
+    run_steps(service.start)
+    print(f"{service.path} installed; the monitor starts with your login, and again after a crash")
+    return 0
+
+
 def command_status(args: argparse.Namespace) -> int:
     """Print the monitor's state, with exit status 1 when it does not run."""
     settings = settings_of(args)
+    if args.short:
+        runs = lock_holder(settings.path("monitor.pid")) is not None
+        with contextlib.suppress(OSError), open(settings.path("short"), encoding="utf-8") as file:
+            print(file.read().strip() if runs else "not running")
+            return 0 if runs else 1
+        print("starting" if runs else "not running")
+        return 1
     about = running_monitor(settings)
     if about is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
@@ -10365,6 +11012,7 @@ retention.days           age in whole days at which events are deleted; their re
 retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
 privacy.redact           replace what looks like a secret before an event is stored or sent
 privacy.level            `metadata`: store names, ids, times and durations only, no content
+notify                   where messages to people are sent; never shown
 prices                   prices of models, in place of the built-in ones
 """
 
@@ -10378,16 +11026,23 @@ def command_config(args: argparse.Namespace) -> int:
         for name, key in emit_event.KEYS.items():
             default = json.dumps(key.default)
             print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
+        print("\nEach target of `notify` is an object:", "", "| key | default | meaning | may be |", sep="\n")
+        print("|---|---|---|---|")
+        for name, (value, words, expected, _) in NOTIFY_KEYS.items():
+            print(f"| `{name}` | `{json.dumps(value)}` | {words} | {expected} |")
         return 0
     settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
     for name, key in emit_event.KEYS.items():
         default = json.dumps(key.default)
-        is_hidden = name in emit_event.SECRET_KEYS and settings[name] is not None
+        is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
         print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
         print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
+    print(
+        "\nA target of notify has:", *(f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items()), sep="\n    "
+    )
     return 0
 
 
@@ -10546,6 +11201,15 @@ def show_plan(plan: InstallPlan) -> int:
     """Print what a plan would change."""
     print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
     return 0
+
+
+def command_notify_test(args: argparse.Namespace) -> int:
+    """Send a notification to every target now and print the outcome."""
+    settings = settings_of(args)
+    answer = ask_monitor(settings, needed_monitor(settings), "/api/message", {"type": "notify_test"})
+    for result in answer["results"]:
+        print(f"{'ok' if result['ok'] else 'fail':5}{result['name']}: {safe_line(result['words'])}")
+    return 0 if all(result["ok"] for result in answer["results"]) else 1
 
 
 def command_test_event(args: argparse.Namespace) -> int:
@@ -10888,7 +11552,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_start: _SERVING,
     command_stop: (),
     command_restart: _SERVING,
-    command_status: (_JSON,),
+    command_status: (_JSON, _switch("--short", "one line, for a prompt")),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
                              choices=("pair", "key")),),
@@ -10916,8 +11580,10 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_import: (
         _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
     command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
+    command_service: (_option("action", "what to do", choices=("install", "remove", "status")),),
     command_doctor: (_JSON,),
     command_test_event: (),
+    command_notify_test: (),
     command_demo: (
         _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
         _switch("--remove", "delete the demo's sessions")),

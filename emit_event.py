@@ -860,8 +860,7 @@ KEYS: dict[str, Key] = {
     "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
-    "persistence.type": Key("file", '"file" (events are kept in plain files; nothing else is offered)',
-                            ("file",).__contains__),
+    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
     "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
     "limits.connections": _integer(256, 1, 10_000),
     "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
@@ -874,12 +873,13 @@ KEYS: dict[str, Key] = {
     "answers.remote": _flag(False),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', ("full", "metadata").__contains__),
+    "notify": Key([], "a list of targets", lambda it: isinstance(it, list) and objects_in(it) == it),
     "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
                   '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
                   _prices),
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
-SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
+SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
 HOOK_CACHE_LINES = 8  # the newest first
@@ -925,7 +925,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
         raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
-    secrets = values["redis.password"], values["redis.sentinelPassword"], "@" in (values["redis.url"] or "")
+    secrets = [values[key] for key in SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")]
     if readable_by_others and any(secrets):
         warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     return values, warnings
@@ -1220,7 +1220,7 @@ def _is_id(value: Any) -> bool:
 
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    **dict.fromkeys(("sessionId", "machineId", "machineKey", "agentId", "parentSessionId"), _is_id),
+    **dict.fromkeys(("sessionId", "machineId", "machineKey", "agent", "agentId", "parentSessionId"), _is_id),
     **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,

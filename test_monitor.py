@@ -33,6 +33,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import http.server
 import inspect
 import io
 import itertools
@@ -42,6 +43,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import plistlib
 import pwd
 import queue
 import random
@@ -90,6 +92,10 @@ import emit_event as ee
 # ---------------------------------------------------------------------------
 # Helpers and fixtures
 # ---------------------------------------------------------------------------
+
+# A busy machine is no failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 with contextlib.suppress(ValueError):  # not in the main thread
     # Where the tests run in the background SIGINT is ignored, and every process that they start inherits that.
@@ -1138,7 +1144,7 @@ def hook_relaxed(value: Any, rng: random.Random) -> str:
     return gap() + ("{%s}" if isinstance(value, dict) else "[%s]") % inside + gap()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_json, st.randoms(use_true_random=False))
 def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
@@ -1191,6 +1197,7 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
+    "notify": ([1, "x", {}, None, [1]], [{"url": "https://ntfy.example/topic"}]),
     "prices": (
         [7, None, {"": HOOK_PRICE}, *({"opus": odd} for odd in HOOK_ODD_PRICES)],
         {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
@@ -1232,6 +1239,12 @@ HOOK_CONFIG_WARNINGS = [
         for key in ("caFile", "certFile", "keyFile")
     ),
     ("redis.password", "p", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
+    (
+        "notify",
+        [{"url": "https://ntfy.example/t"}],
+        0o644,
+        "holds a password that others can read; run: chmod 600 {path}",
+    ),
     ("redis.url", "redis://u:p@h", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
     ("redis.password", "p", 0o600, None),
     ("server.port", 1, 0o644, None),
@@ -1473,7 +1486,7 @@ def hook_all_values(value: Any) -> list[str]:
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_anything)
 def test_any_object_becomes_an_event_with_every_value(given_object):
     event = ee.build_event(json.loads(json.dumps(given_object)), NOW_MS, "m")
@@ -1560,7 +1573,7 @@ def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
     assert not ee.is_json_object(line)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(max_size=12) | st.integers(0xD800, 0xDFFF).map(chr))
 def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
@@ -1631,6 +1644,16 @@ def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
     shown = {name: event.get(name, event["data"].get(name)) for name in wanted}
     assert shown == {**wanted, **({"agentType": 7} if "odd parent" in rule else {})}
     cm.Sessions().apply(event)
+
+
+@pytest.mark.parametrize("level", ["full", "metadata"])
+def test_an_event_that_names_its_program_keeps_that_name(level: str) -> None:
+    hook = {"hook": payload("Stop"), "id": "e1", "agent": "codex"}
+    for sent in (hook, {"eventType": "turn_end", "sessionId": "s1", "agent": "codex"}):
+        event = protected(ee.build_event(sent, NOW_MS, "box"), ee.Privacy(metadata_only=level == "metadata"))
+        assert event["agent"] == cm.event_row(event)["agent"] == "codex"
+    event = ee.build_event({"eventType": "turn_end", "agent": ["codex"]}, NOW_MS, "box")
+    assert "agent" not in event and event["data"]["agent"] == ["codex"]
 
 
 # ---------------------------------------------------------------------------
@@ -1983,7 +2006,7 @@ def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
         assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([*HOOK_REPEATED[:11], *hook_hints(), *"= : \" ' \n a1b2c3d4 \\".split(" "), " "]),
              min_size=1, max_size=6),
@@ -2010,7 +2033,7 @@ hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, ma
 hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
     shown = ee.redact_text(before + left + token + right + after)
@@ -2018,7 +2041,7 @@ def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, righ
     assert ee.redact_text(shown) == shown
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
     privacy = ee.Privacy(redact, metadata_only, 1024)
@@ -2188,7 +2211,7 @@ NESTED = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(NESTED)
 def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
     event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
@@ -2559,7 +2582,7 @@ journal_operations = st.one_of(
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
@@ -2969,7 +2992,7 @@ def install_of(command: str, **group: Any) -> dict[str, Any]:
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(install_settings, install_versions, install_versions)
 def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, version, later):
     names, before = cm.event_names(version), json.dumps(given_settings)
@@ -3650,7 +3673,7 @@ protocol_cuts = st.lists(st.tuples(st.integers(0, 1 << 20), protocol_controls), 
     st.lists(st.tuples(protocol_messages, protocol_cuts), max_size=5),
     st.lists(st.integers(1, 70000), min_size=1),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, sizes):
     wire, expected = b"", []
     for message, cuts in conversation:
@@ -3678,7 +3701,7 @@ def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, s
     ),
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     whole = cm.FrameParser().feed(data)
     assert protocol_feed(data, sizes) == whole
@@ -4750,6 +4773,54 @@ def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row
         assert status == 200 or json.loads(body)["error"]
 
 
+def test_a_refused_page_names_the_line_that_allows_its_host(monitor: RunningMonitor) -> None:
+    monitor.serve()
+    for name in ("evil<b>", "", "x" * 30 + "\u00e9"):
+        status, _, body = protocol_exchange(monitor.port, protocol_get(name, "Accept: text/html"))
+        assert status in (400, 421) and b"allowedHosts" not in body
+    request = protocol_get("Box.local:8000", "Accept: text/html,*/*", path="/")
+    status, headers, body = protocol_exchange(monitor.port, request)
+    assert status == 421 and ("content-type", "text/plain; charset=utf-8") in headers
+    line = re.search(r"write (.*) into ~/.contextuate/monitor.config.json and run `restart`", body.decode())
+    assert line and json.loads(line[1]) == {"server": {"allowedHosts": ["box.local"]}}
+    monitor.stop()
+    monitor.write_config(json.loads(line[1]))
+    monitor.serve()
+    request = protocol_get("Box.local:8000", "Origin: https://box.local:8000", path="/")
+    assert protocol_exchange(monitor.port, request)[0] == 200
+
+
+def test_upgrades_cost_no_thread_and_half_a_one_holds_up_nothing(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"connections": 2000}})
+    monitor.serve()
+    monitor.websocket().close()
+
+    def cost() -> tuple[int, int]:
+        with open(f"/proc/{monitor.pid}/status", encoding="ascii") as file:
+            about = dict(line.split(":", 1) for line in file)
+        return int(about["Threads"]), int(about["VmRSS"].split()[0])
+
+    upgrade = protocol_upgrade(f"127.0.0.1:{monitor.port}", path="/ws")
+    threads, _ = cost()
+    with contextlib.ExitStack() as held:
+        costs = []
+        for port, path in ((monitor.port, "/ws"), (monitor.ws_port, "/")):
+            before = cost()[1]
+            for _ in range(300):
+                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path)))
+            eventually(lambda: cost()[0] <= threads + 1, what="the end of the threads of HTTP")
+            costs.append(cost()[1] - before)
+        assert costs[0] < costs[1] + 3000, "kB"
+        for _ in range(100):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", monitor.port)))
+            sock.sendall(upgrade[: len(upgrade) // 2])
+        began = time.monotonic()
+        held.enter_context(contextlib.closing(ProtocolPeer(monitor.port, path="/ws")))
+        monitor.emit(payload("Stop"))
+        assert monitor.get("/health")["status"] == "ok" and time.monotonic() - began < 5
+        assert sock.recv(1) == b"", "closed after its deadline"
+
+
 def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     client = spoken.websocket(sessionIds=["posted"])
     body = json.dumps(payload("UserPromptSubmit", "posted", prompt="over HTTP"), indent=2).encode()
@@ -4862,10 +4933,10 @@ def test_with_auth_token_every_request_needs_it(guarded):
 def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
     monitor, token = guarded
     status, headers, body = monitor.request(f"/?token={token}")
-    assert (status, headers["location"], token.encode() in body) == (303, "/", False)
+    assert (status, headers["location"], token.encode() in body) == (303, "./", False)
     name, *attributes = [part.strip() for part in headers["set-cookie"].split(";")]
-    assert {"httponly", "samesite=strict", "path=/"} <= {attribute.lower() for attribute in attributes}
-    assert not [attribute for attribute in attributes if attribute.lower().startswith("domain")]
+    assert {"httponly", "samesite=strict"} <= {attribute.lower() for attribute in attributes}
+    assert not [attribute for attribute in attributes if attribute.lower().startswith(("domain", "path"))]
     assert monitor.request("/", headers={"Cookie": name})[0] == 200
     assert monitor.request("/api/status", headers={"Cookie": f"other=1; {name}"})[0] == 200
     for wrong in ("/?token=", "/?token=x", f"/?token={token}x", f"/?token={token[:-1]}", "/?token=%ff%00"):
@@ -6206,7 +6277,7 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(
@@ -6271,7 +6342,7 @@ SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
 SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(st.data(), st.sampled_from(SESSION_NAMED), SESSION_GAPS, SESSION_DELAYS)
 def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps, delays):
     events = session_events(name)
@@ -6281,7 +6352,7 @@ def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps,
     assert session_essence(session_replay(arrived)) == session_essence(in_order)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
     st.lists(st.integers(0, 40), min_size=40, max_size=40),
@@ -6354,7 +6425,7 @@ def session_overtakes(events: list[dict[str, Any]], cut: int) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.floats(0, 1))
 @example(658860103, 0.40625)  # a start overtakes, across the cut, the end of the session before it
 def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
@@ -7042,7 +7113,7 @@ def test_what_was_read_is_not_read_again(transcript, preads):
     cuts=st.lists(st.integers(0, 8000), max_size=8),
     forget=st.integers(0, 8),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
     noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
     whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
@@ -7064,7 +7135,7 @@ def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forge
 
 
 @given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
     data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
     whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
@@ -8098,6 +8169,321 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
 
 
 # ---------------------------------------------------------------------------
+# Notifications: what is due to whom; sent once, to servers that fail in every way
+# ---------------------------------------------------------------------------
+
+
+class NoticeServer:
+    """An HTTP server that receives notifications; `manners`: path → what it answers, one after the other.
+
+    A manner is a status, "429 SECONDS" with Retry-After, "301 ADDRESS", or "slow", which never ends its answer.
+    """
+
+    def __init__(
+        self, manners: dict[str, list[str]] | None = None, tls: RedisCertificates | None = None
+    ) -> None:
+        self.received: list[tuple[float, str, dict[str, str], str]] = []  # (time.time(), path, headers, body)
+        self.manners, self.ended = manners or {}, threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                headers = {name.lower(): it for name, it in self.headers.items()}
+                outer.received.append((time.time(), self.path, headers, body))
+                left = outer.manners.get(self.path) or ["200"]
+                status, _, more = (left.pop(0) if len(left) > 1 else left[0]).partition(" ")
+                while status == "slow" and not outer.ended.wait(0.1):
+                    self.wfile.write(b"H")
+                if status != "slow":
+                    self.send_response(int(status))
+                    self.send_header("Location" if status == "301" else "Retry-After", more)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(f"{tls.directory}/server.crt", f"{tls.directory}/server.key")
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        self.url = f"http{'s' * bool(tls)}://localhost:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def titles(self, path: str = "/topic") -> list[str]:
+        """Return the titles that came on a path, with what ntfy is told to replace."""
+        found = [headers["title"] for _, came_to, headers, _ in self.received if came_to == path]
+        return [base64.b64decode(it.split("?")[3]).decode() for it in found]
+
+    def remove(self) -> None:
+        self.ended.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def notice_target(**given: Any) -> cm.NotifyTarget:
+    return cm.NotifyTarget(1, {"url": "http://127.0.0.1:9/topic", "afterSeconds": 0, **given})
+
+
+def notice_of(kind: str = "permission", label: str = "shop", detail: str = "", since: int = 0) -> cm.Notice:
+    return cm.Notice("k1", kind, "s1", label, "box", detail, since)
+
+
+NOTICE_WRONG = {
+    'expected either "url" or "command"': [{}, {"url": "http://a/b", "command": ["x"]}],
+    "url: expected an http or https URL": [{"url": it} for it in ("", "ntfy.sh/x", "file:///x", "http://", 1, "http://a:x")],
+    "format: expected": [{"url": "http://a/b", "format": "mail"}],
+    "command: expected a list of texts": [{"command": it} for it in ([], "notify-send", ["a", 1], [""])],
+    "when: expected a list of permission": [{"url": "http://a/b", "when": it} for it in ("all", ["sometimes"], [1])],
+    "afterSeconds: expected": [{"url": "http://a/b", "afterSeconds": it} for it in (-1, True, "30", 1e9)],
+    "quietHours: expected": [{"url": "http://a/b", "quietHours": it} for it in ("22-7", "24:00-07:00", 22, "22:00-07:60")],
+    "link: expected": [{"url": "http://a/b", "link": "javascript:alert(1)"}],
+    "sound: unknown key": [{"url": "http://a/b", "sound": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "given"), [(it, row) for it, rows in NOTICE_WRONG.items() for row in rows])
+def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(
+    tmp_path: Any, words: str, given: Any
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"notify": [{"url": "https://ntfy.example/geheim"}, given]}))
+    with pytest.raises(cm.ConfigError) as caught:
+        cm.load_settings(str(path))
+    assert f"{path}: notify: target 2: {words}" in str(caught.value) and "geheim" not in str(caught.value)
+
+
+# What happens (as in the stories of sessions) → the notices: kind and detail
+NOTICE_STORIES = {
+    "call t1 Bash make; ask Bash make": "permission Bash: make",
+    "call t1 AskUserQuestion Which one?; ask AskUserQuestion Which one?": "question AskUserQuestion: Which one?",
+    "call t1 ExitPlanMode 1. Build; ask ExitPlanMode 1. Build": "plan ExitPlanMode: 1. Build",
+    "stop; idle": "input Claude is waiting for your input",
+    "notify agent_needs_input Choose a mode": "dialog Choose a mode",
+    "call t1 Bash make; call t2 Bash ls; ask Bash make; ask Bash ls": "permission Bash: make|permission Bash: ls",
+    "error rate_limit": "failed rate_limit",
+    "5x fails Bash no": "stuck Bash failed 5 times the same way: no",
+    "end logout": "ended logout",
+    "call t1 Bash make": "", "stop": "", "call t1 Bash make; ask Bash make; hide": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "expected"), NOTICE_STORIES.items())
+def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expected: str) -> None:
+    story = SessionStory()
+    story.play(f"start startup; prompt; {steps}")
+    found = cm.notices_of(story.book.sessions["s1"], None)
+    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected
+    assert len({it.key for it in found}) == len(found)
+    again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
+    assert again[: len(found)] == found, "the same after a restart"
+    assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
+
+
+def test_limits_of_accounts_are_found_at_any_depth() -> None:
+    full, free = {"percent": 93.0, "resetsAt": 5}, {"percent": 20, "resetsAt": 9, "forecast": None}
+    for limits in (
+        [{"fiveHour": full, "sevenDay": free}],
+        {"a": {"fiveHour": full}, "b": {"fiveHour": free}},
+    ):
+        (notice,) = cm.limit_notices(limits, "box")
+        assert (notice.kind, notice.label, notice.detail) == ("limit", "account, 5 hours", "93 % used")
+    assert cm.limit_notices(None, "box") == cm.limit_notices({"fiveHour": {"percent": "x"}}, "box") == []
+
+
+def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
+    target = notice_target(afterSeconds=30, quietHours="22:00-07:00", when=["permission"])
+    other = cm.NotifyTarget(
+        2, {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
+    )
+    book, day, night = cm.NoticeBook([target, other], {}), "12:00", "23:00"
+    at = NOW_MS
+
+    def due(after_s: float, clock: str = day, is_seen: bool = False) -> list[tuple[int, bool]]:
+        found = book.due(at + int(after_s * 1000), clock, is_seen)
+        return [([target, other].index(it.target), it.over) for it in found if not book.record(it) or True]
+
+    book.update("s1", [notice_of(since=at)], at)
+    assert due(0.9) == [] and due(1) == [(1, False)] and due(29.9) == []
+    assert due(31, night) == due(31, is_seen=True) == [], "quiet hours, and a page that someone sees"
+    assert due(31) == [(0, False)] and due(3000) == []
+    book.update("s1", [], at)
+    assert due(3001, night) == [(0, True)], "only ntfy can replace a message"
+    book = cm.NoticeBook([target, other], {})
+    book.update("s1", [notice_of("dialog", since=at)], at)
+    assert due(60) == [(1, False)], "kinds that were not asked for"
+    book.update("s2", [notice_of(since=at - cm.NOTICE_AGE_MS - 1)._replace(key="k2")], at)
+    book.update("s3", [notice_of("ended", since=at - cm.NOTICE_QUEUE_MS - 1)._replace(key="k3")], at)
+    assert due(100) == [], "too old to be news"
+
+
+def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> None:
+    book = cm.NoticeBook([notice_target()], {})
+    first = notice_of("dialog", since=NOW_MS)._replace(by_client=True)
+    book.update("s1", [first], NOW_MS)
+    (message,) = book.due(NOW_MS + 2000, "12:00", False)
+    book.record(message)
+    second = notice_of(since=NOW_MS + 15_000, detail="make")._replace(key="k2")
+    for _ in range(2):
+        book.update("s1", [second], NOW_MS + 15_000)
+        assert book.due(NOW_MS + 60_000, "12:00", False) == []
+    book.update("s1", [], NOW_MS)
+    (over,) = book.due(NOW_MS + 60_000, "12:00", False)
+    assert (over.over, over.notice.key) == (True, "k1")
+
+
+NOTICE_HOSTILE = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
+
+
+@pytest.mark.parametrize("form", ["ntfy", "slack", "json", "command"])
+def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_path: Any) -> None:
+    path, notice = tmp_path / "out", notice_of(label=NOTICE_HOSTILE, detail=f"Bash: {NOTICE_HOSTILE}")
+    script = ["sh", "-c", 'printf "%s|%s" "$1" "$2" > "$0"', str(path), "{title}", "{text}"]
+    given = {"command": script} if form == "command" else {"url": "http://u:p%40@a/b#c", "format": form}
+    for content in (False, True):
+        target = cm.NotifyTarget(1, {**given, "content": content, "link": "https://m.example/x/"})
+        message = cm.Delivery(target, notice, False, 0)
+        if form == "command":
+            assert cm.attempt(message)[:2] == (True, "ended with status 0")
+            whole = path.read_text()
+        else:
+            request = cm.http_request(message)
+            assert (request.full_url, request.headers["Authorization"]) == ("http://a/b", "Basic dTpwQA==")
+            whole = request.data.decode()
+            assert request.headers.get("Click", "https://m.example/x/#s=s1") == "https://m.example/x/#s=s1"
+            if form == "ntfy":
+                whole = base64.b64decode(request.headers["Title"].split("?")[3]).decode() + "|" + whole
+            else:
+                body = json.loads(whole)
+                assert "https://m.example/x/#s=s1" in (body.get("link") or body["text"])
+                whole = body.get("title", "") + body["text"].replace("\n", "")
+        whole = whole.replace("@\u200bhere [a]\u200b(", "") if form == "slack" else whole
+        assert whole.isprintable() and whole.startswith("Needs your permission: ") and "AKIA" not in whole
+        assert ("Bash" in whole) is content
+        assert form not in ("slack", "command") or not re.search("<|@here" if form == "slack" else "<", whole)
+
+
+@pytest.mark.parametrize(
+    ("manner", "words", "pause_s"),
+    [
+        ("204", "answered 204", None), ("500", "answered 500", 0), ("429 7", "answered 429", 7),
+        ("503 soon", "answered 503", 0), ("404", "answered 404", None), ("403", "answered 403", None),
+        ("301 /other", "answered 301; redirects are not followed", None), ("slow", "no whole answer", 0),
+        ("refused", "Connection refused", 0), ("wrong certificate", "issuer certificate", 0),
+        ("right certificate", "answered 200", None), ("gone.invalid", "", 0),
+    ],
+)  # fmt: skip
+def test_every_failure_of_a_server_has_its_outcome(
+    make: Any, monkeypatch: Any, manner: str, words: str, pause_s: float | None
+) -> None:
+    monkeypatch.setattr(cm, "NOTICE_DEADLINE_S", 0.5)
+    certificates = make(RedisCertificates) if "certificate" in manner else None
+    server = make(
+        NoticeServer,
+        {"/topic": [manner if manner[0].isdigit() else manner[:4]]} if not certificates else {},
+        certificates,
+    )
+    if manner == "right certificate":
+        monkeypatch.setenv("SSL_CERT_FILE", f"{certificates.directory}/ca.crt")
+    url = {"refused": "http://127.0.0.1:1", "gone.invalid": "http://gone.invalid"}.get(manner, server.url)
+    is_sent, outcome, pause = cm.attempt(
+        cm.Delivery(notice_target(url=f"{url}/topic"), notice_of(), False, 0)
+    )
+    assert is_sent is ("answered 20" in outcome) and words in outcome and "topic" not in outcome
+    assert pause == pause_s
+    assert len(server.received) == (url == server.url and manner != "wrong certificate")
+
+
+def test_a_message_is_tried_three_times_while_other_targets_are_served(
+    make: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(cm, "NOTICE_PAUSES_S", (0.1, 0.2))
+    server = make(NoticeServer, {"/topic": ["500"], "/late": ["500", "200"]})
+    targets = [notice_target(url=f"{server.url}/{path}") for path in ("topic", "late")]
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    (tmp_path / "n").write_text('{"k1": {"to": 1}}')  # of another version
+    notifier = cm.Notifier(targets, str(tmp_path / "n"), types.SimpleNamespace(call_soon=calls.put))  # type: ignore[arg-type]
+
+    def look(*notices: cm.Notice) -> list[str]:
+        with contextlib.suppress(queue.Empty):
+            calls.get(timeout=0.02)()
+        notifier.look({"s1": list(notices)}, is_seen=False)
+        return [path for _, path, _, _ in server.received]
+
+    first = notice_of(since=cm.now_ms() - 5000)
+    eventually(lambda: sorted(look(first)) == ["/late"] * 2 + ["/topic"] * 3, what="three attempts")
+    for number in range(50):
+        assert len(look(first)) == 5, number
+    eventually(
+        lambda: len(look()) == 6 and server.received[-1][1] == "/late", what="the end, where it was sent"
+    )
+    notifier.close()
+    assert json.loads((tmp_path / "n").read_text()) in ({}, {"k1": {"to": [], "notice": list(first[1:])}})
+
+
+def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
+    """Return the hooks of a session that asks for a permission."""
+    call = {"tool_name": "Bash", "tool_input": {"command": command}}
+    asks = payload("PermissionRequest", session, **call)
+    return [payload("UserPromptSubmit", session, prompt=f"Work on {session}"),
+            payload("PreToolUse", session, tool_use_id=f"t-{session}", **call), asks]  # fmt: skip
+
+
+def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(
+    make: Any, monitor: RunningMonitor
+) -> None:
+    server = make(NoticeServer, {"/topic": ["429 3", "200"], "/dead": ["500"]})
+    secret = f"{server.url}/topic"
+    targets = [
+        {"url": f"{server.url}/dead", "afterSeconds": 1},
+        {"url": secret, "afterSeconds": 1, "content": True},
+    ]
+    monitor.write_config({"notify": targets})
+    monitor.serve().emit(*itertools.chain(*(notice_asks(f"s{number}") for number in range(60))))
+    eventually(lambda: len(server.titles()) > 20, 30, "the first messages")
+    monitor.stop()
+    began = server.received[-1][0]
+    monitor.serve()
+    expected = {f"Needs your permission: Work on s{number}" for number in range(60)}
+    eventually(lambda: set(server.titles()) == expected, 30, "a message for each session")
+    eventually(lambda: monitor.get("/api/status")["notify"][0]["ok"] is False, what="the failing target")
+    status = monitor.get("/api/status")
+    monitor.kill()
+    monitor.serve()
+    call = payload("PostToolUse", "s7", tool_name="Bash", tool_use_id="t-s7", tool_input={"command": "make"})
+    monitor.emit(*notice_asks("s60"), call)
+    over = "Over: needs your permission: Work on s7"
+    eventually(
+        lambda: {over, "Needs your permission: Work on s60"} <= set(server.titles()), 30, "the end of a wait"
+    )
+    assert collections.Counter(server.titles())[over] == 1 and began
+    counts = collections.Counter(server.titles())
+    assert sorted(counts.values())[-2:] == [1, 2], "one was tried again"
+    sequences = {headers["x-sequence-id"] for _, path, headers, _ in server.received if path == "/topic"}
+    assert len(sequences) == 61
+    assert all(
+        body == "On testbox: Bash: make" for _, path, _, body in server.received[:60] if path == "/topic"
+    )
+    assert status["notify"][0]["words"].startswith("answered 500")
+    assert any(it["kind"] == "notify" and "target 1 (ntfy)" in it["words"] for it in status["problems"])
+    done = monitor.command("notify-test", check=False)
+    assert done.returncode == 1 and "ok   target 2 (ntfy): answered 200" in done.stdout
+    shown = [monitor.command(it, check=False).stdout for it in ("status", "doctor", "config", "export")]
+    assert all("target 1 (ntfy): answered 500" in it for it in shown[:2])
+    log = pathlib.Path(monitor.home, "monitor.log").read_text()
+    places = [
+        *shown,
+        done.stdout,
+        log,
+        json.dumps(monitor.get("/api/config")),
+        json.dumps(monitor.get("/api/status")),
+    ]
+    assert "target 2 (ntfy)" in log and not [it for it in places if secret[-12:] in it or "/topic" in it]
+
+
+# ---------------------------------------------------------------------------
 # Processes: the installed hook, the monitor, the command line, kills and bad days
 # ---------------------------------------------------------------------------
 
@@ -8944,6 +9330,91 @@ def test_machines_are_forgotten_after_the_retention() -> None:
     ingest.forget_machines(20)
     book.forget_machines(20)
     assert (list(ingest.machines), book.skew_ms("old"), book.skew_ms("new")) == (["new"], None, 0)
+
+
+# -- the service ---------------------------------------------------------------
+
+# In namespaces of its own: a systemd of this user, then `sh -c "$1"` with the command line of the program in $P.
+SERVICE_WORLD = """mount -t tmpfs none /run; mkdir -p /run/systemd/system /run/user/0; export XDG_RUNTIME_DIR=/run/user/0
+/usr/lib/systemd/systemd --user >"$HOME/systemd.log" 2>&1 & until systemctl --user show-environment >/dev/null 2>&1
+do sleep 0.1; done; sh -c "$1"; status=$?; kill $!; wait; exit $status"""
+needs_systemd = pytest.mark.skipif(
+    os.geteuid() != 0 or not UNSHARE or not os.path.exists("/usr/lib/systemd/systemd"),
+    reason="systemd is missing",
+)
+
+
+@needs_systemd
+def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMonitor) -> None:
+    def run(script: str) -> str:
+        environment = {
+            **monitor.environment,
+            "HOME": monitor.home,
+            "P": f"{sys.executable} -m contextuate_monitor",
+        }
+        world = [
+            str(UNSHARE),
+            *"--mount --pid --fork --kill-child --mount-proc sh -c".split(),
+            SERVICE_WORLD,
+            "sh",
+        ]
+        done = subprocess.run(
+            [*world, script],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    waits = (
+        "until $P status --short | grep -q idle; do sleep 0.1; done; cat $CONTEXTUATE_HOME/monitor.pid; echo;"
+    )
+    said = run(f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
+               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
+               "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+    lines = [line for line in said.splitlines() if not line.startswith("ls:")]
+    assert [line for line in lines if not line.isdigit()] == [
+        "not installed", lines[1], "running", f"stopped (pid {lines[5]})", "installed, not running", lines[8], "not installed",
+    ]  # fmt: skip
+    assert "contextuate-monitor.service installed" in lines[1] and lines[8].endswith("removed")
+    assert len({it for it in lines if it.isdigit()}) == 3, "a process for each start"
+
+
+def test_a_service_is_refused_where_neither_systemd_nor_launchd_runs(monitor: RunningMonitor) -> None:
+    for action in ("install", "remove", "status"):
+        done = subprocess.run([sys.executable, "-m", "contextuate_monitor", "service", action], cwd=ROOT, text=True,
+                              env={**monitor.environment, "PATH": monitor.home}, capture_output=True, check=False)  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "neither systemd nor launchd runs services of this user here" in done.stderr
+
+
+def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
+    folder = tmp_path / "a b%n<&>"
+    folder.mkdir()
+    command, environment = (
+        [sys.executable, "-m", 'x "$HOME" %n \\'],
+        {"CONTEXTUATE_HOME": str(folder) + ' "%h" $x'},
+    )
+    agent = plistlib.loads(cm.launchd_agent(command, str(folder), environment))
+    assert (agent["ProgramArguments"], agent["EnvironmentVariables"]) == (command, environment)
+    assert (agent["WorkingDirectory"], agent["KeepAlive"], agent["RunAtLoad"]) == (
+        str(folder),
+        {"SuccessfulExit": False},
+        True,
+    )
+    unit = cm.systemd_unit(command, str(folder), environment).decode()
+    assert 'ExecStart="' in unit and ' "x \\"$$HOME\\" %%n \\\\"\n' in unit and "b%%n<&>\n" in unit
+    assert f'Environment="CONTEXTUATE_HOME={str(folder).replace("%", "%%")} \\"%%h\\" $x"\n' in unit
+    (tmp_path / "x.service").write_text(unit)
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "--user", "verify", str(tmp_path / "x.service")],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ---------------------------------------------------------------------------
@@ -10770,7 +11241,10 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
         fuzzing = kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)
-        results = asyncio.run(asyncio.wait_for(fuzzing, 300))
+        with concurrent.futures.ThreadPoolExecutor(
+            1
+        ) as pool:  # this thread may have the browser's event loop
+            results = pool.submit(asyncio.run, asyncio.wait_for(fuzzing, 300)).result()
     except kosoku.FailureError as failure:
         results = failure.results
     return {result.case_id: result for result in results}
@@ -11158,7 +11632,7 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(safe_mutants(SAFE_HEADS))
 def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
     for port in (spoken.port, spoken.ws_port):
@@ -12356,25 +12830,64 @@ def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: Brows
     tab.shows("status", "Machines")
 
 
-def forward(listener: socket.socket, port: int) -> None:
-    def pump(source: socket.socket, target: socket.socket) -> None:
+def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
+    def pump(source: socket.socket, target: socket.socket, is_request: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                target.sendall(data)
+                target.sendall(data.replace(old, new) if is_request else data)
             target.shutdown(socket.SHUT_WR)
 
     while True:
         here, there = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
-        for ends in ((here, there), (there, here)):
+        for ends in ((here, there, True), (there, here, False)):
             threading.Thread(target=pump, args=ends, daemon=True).start()
 
 
-def test_a_tunnel_of_one_port_to_any_other_is_enough(running: RunningMonitor, open_tab: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, running.port):
-        running.about["port"] = listener.getsockname()[1]
-        tab = open_tab(running)
+@pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
+def test_a_tunnel_of_one_port_to_any_other_is_enough(
+    prefix: str, monitor: RunningMonitor, open_tab: Any
+) -> None:
+    monitor.write_config({"server": {"auth": "token"}})
+    port, token = monitor.serve().port, monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
+    cut = f" /{prefix}".encode() if prefix else b" /"
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, port, cut, b" /"):
+        monitor.about["port"] = listener.getsockname()[1]
+        tab = open_tab(monitor, prefix + token)
         tab.emit("prompt go; call make")
         tab.row_with("make")  # the WebSocket's own port refuses this Origin
+        assert tab.page.url.partition("#")[0] == monitor.url.replace("127.0.0.1", "localhost") + prefix
+        tab.page.click("[data-testid=view-stats]")
+        tab.shows("sheet", "Bash")
+        monitor.about["port"] = port
+
+
+def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMonitor, open_tab: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        hosts = (f"Host: localhost:{port}".encode(), f"Host: localhost:{running.port}".encode())
+        with serving(forward, listener, running.port, *hosts):
+            running.about["port"] = port
+            tab = open_tab(running)
+            tab.shows(
+                "banner",
+                "Access denied: requests from other sites are refused; a proxy must pass the Host header",
+            )
+            tab.said.clear()  # what the browser says of the refusals
+
+
+def test_a_visible_page_keeps_notifications_back(make: Any, monitor: RunningMonitor, open_tab: Any) -> None:
+    server = make(NoticeServer)
+    target = {"url": f"{server.url}/topic", "afterSeconds": 1}
+    monitor.write_config({"notify": [target, {**target, "url": f"{server.url}/always", "unlessSeen": False}]})
+    tab = open_tab(monitor.serve(), script="document.seen = 'visible';"
+                   "Object.defineProperty(document, 'visibilityState', {get: () => document.seen})")  # fmt: skip
+    tab.emit("prompt go; call make; ask make")
+    eventually(lambda: server.titles("/always"), what="the message to those who want all")
+    tab.page.click("[data-testid=view-status]")
+    tab.shows("status", "target 1 (ntfy): nothing sent since the start", "target 2 (ntfy): answered 200")
+    assert server.titles() == []
+    tab.page.evaluate("document.seen = 'hidden'; document.dispatchEvent(new Event('visibilitychange'))")
+    eventually(server.titles, what="the message once the page is hidden")
 
 
 def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_tab: Any) -> None:
@@ -12938,7 +13451,7 @@ class Asking:
 
     def pair(self) -> str:
         """Pair; return the cookie."""
-        status, headers, _ = self.post("/api/pair", {"code": self.code()})
+        status, headers, _ = self.post("/pair", {"code": self.code()})
         assert status == 200 and "HttpOnly; SameSite=Strict" in headers["set-cookie"]
         return headers["set-cookie"].partition(";")[0]
 
@@ -12951,7 +13464,7 @@ class Asking:
         ))  # fmt: skip
         page.hello = page.next("hello")
         page.ask("subscribed", type="subscribe", view="full")
-        page.send(type="looking", visible=True)
+        page.send(type="set_visible", visible=True)
         return page
 
     def answer(self, page: TestClient, event_id: str, answer: Any, session: str = "s1") -> Any:
@@ -13082,7 +13595,7 @@ def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking)
     assert hook.communicate(timeout=10)[0] == b"", "nobody is looking"
     page = asking.page(asking.pair())
     hook, _ = asking.ask("form", "s2", **asked)
-    page.send(type="looking", visible=False)
+    page.send(type="set_visible", visible=False)
     assert hook.communicate(timeout=10)[0] == b"", "the page is hidden"
 
 
@@ -13090,10 +13603,10 @@ def test_pairing_needs_the_code_of_a_terminal(asking):
     code = asking.code()
     wrong = f"{(int(code) + 1) % 10**8:08}"
     for tried, status in ((wrong, 403), (code, 200), (code, 403)):
-        assert asking.post("/api/pair", {"code": tried})[0] == status, "once"
+        assert asking.post("/pair", {"code": tried})[0] == status, "once"
     code = asking.code()
-    assert [asking.post("/api/pair", {"code": it})[0] for it in (wrong, wrong, wrong, code)] == [403] * 4
-    assert asking.post("/api/pair", {"code": asking.code()}, Origin="http://evil.example")[0] == 403
+    assert [asking.post("/pair", {"code": it})[0] for it in (wrong, wrong, wrong, code)] == [403] * 4
+    assert asking.post("/pair", {"code": asking.code()}, Origin="http://evil.example")[0] == 403
     assert stat.S_IMODE(os.stat(asking.monitor.home + "/pairings.json").st_mode) == 0o600
     cookie = asking.pair()
     hook, event_id = asking.ask()
@@ -13122,7 +13635,7 @@ def test_a_code_is_valid_for_two_minutes(monkeypatch):
         for life_s, status in ((-1, 403), (cm.CODE_LIFE_S, 200)):
             monkeypatch.setattr(cm, "CODE_LIFE_S", life_s)
             code = json.loads(place.request("/api/answer", "POST", '{"do": "code"}', token)[2])["code"]
-            assert place.request("/api/pair", "POST", json.dumps({"code": code}), origin)[0] == status
+            assert place.request("/pair", "POST", json.dumps({"code": code}), origin)[0] == status
 
 
 # Ways of an agent to its own question: a shell command. It may read every file, and runs what it likes.
@@ -13496,7 +14009,7 @@ index_texts = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(index_texts, st.data())
 def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], data: Any) -> None:
     with contextlib.closing(IndexCase()) as case:
