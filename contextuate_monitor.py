@@ -38,6 +38,7 @@ Rooms, in the order of this file; each uses only those above it:
     Event loop               ingest, WebSocket clients, timers
     Redis subscriber thread  events from many machines
     HTTP                     the page, the API, and who may use them
+    Answers                  a person answers what a session asks, from the page or a terminal
     Notifications            messages to people about waits, failures and limits
     The Monitor              what wires all of these
     Running monitor          how other processes find a running monitor and ask it
@@ -1258,6 +1259,8 @@ class Reason(NamedTuple):
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
     by_client: bool = False  # from the client's registry, not from a hook
+    event_id: str = ""  # of the event that asks
+    held_until: int = 0  # until then the client may wait for the hook, before it shows a dialog
 
 
 class Tokens(NamedTuple):
@@ -2296,6 +2299,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     kept, kind = [], step.kind
     begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
     server = text_of(step.event["data"].get("mcp_server_name"))
+    answered = step.event["data"].get("to") if step.event["data"].get("outcome") == "delivered" else None
     for wait in session.waits:
         is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
         is_answer = kind == "elicitation_result" and wait.kind == "question"
@@ -2306,6 +2310,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
             # Calls of one round begin together, so only a later call proves that this one was decided.
             or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
             or (is_own and is_answer and (not server or wait.tool in (None, server)))
+            or (kind == "answer" and wait.event_id == answered)
         ):
             continue
         asked = session.open_calls.get(wait.tool_use_id or "")
@@ -2323,6 +2328,10 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         return
     if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
         return  # its call has ended
+    if kind != "notification":
+        precedes_dialog = "answerable" in event and (kind == "elicitation" or "agentId" in event)
+        held_until = at + event["answerable"] * 1000 if precedes_dialog else 0
+        wait = wait._replace(event_id=event["id"], held_until=held_until)
     if wait.kind == "input":
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
@@ -2330,11 +2339,15 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         session.turn = "idle" if session.turn == "working" else session.turn
     elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
-    elif any(
-        other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
-        for other in session.waits
-    ):
-        return  # the call of a question and its request are one wait
+    for number, other in enumerate(session.waits):
+        is_same = other[:3] == wait[:3] and other.agent_id == wait.agent_id and not other.tool_use_id
+        if other.tool_use_id == wait.tool_use_id if wait.tool_use_id else is_same:
+            # The call of a question and its request are one wait, which the request can answer.
+            if kind == "permission_request":
+                session.waits[number] = other._replace(
+                    event_id=wait.event_id, held_until=wait.held_until, by_client=False
+                )
+            return
     session.waits = [*(it for it in session.waits if not it.by_client), wait]
 
 
@@ -2367,8 +2380,12 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         return
     if before == "waiting" or status != "waiting":
         session.waits = [
-            it for it in session.waits if it.since > at or (it.kind == "input" and status == "idle")
+            it
+            for it in session.waits
+            if it.since > at or it.held_until > at or (it.kind == "input" and status == "idle")
         ]
+    if status == "waiting":  # a dialog is open
+        session.waits = [it if it.since > at else it._replace(held_until=0) for it in session.waits]
     if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
         _apply_ends(session, event, "foreground", at, until)
         session.turn, session.turn_since = "idle", at
@@ -2541,6 +2558,7 @@ class Sessions:
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
         # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
         # counts if it is the session's in _due_at. It may be too early, never too late.
         self._due: list[tuple[int, str]] = []
@@ -2996,6 +3014,16 @@ class Sessions:
             "labelSource": source,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
+            "asks": [
+                {
+                    "eventId": it.event_id,
+                    "agentId": it.agent_id or None,
+                    "since": it.since,
+                    "answerable": it.event_id in self.answerable,
+                }
+                for it in session.waits
+                if it.event_id
+            ],
             "childSessionIds": children.get(session.session_id, []),
             "agents": _agents_json(session) if session.agents else [],
             "agentCount": len(session.agents),
@@ -3130,7 +3158,10 @@ def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> Json
     }
 
 
-_ROW_DATA = ("toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt")
+_ROW_DATA = (
+    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt", "to",
+    "outcome",
+)  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
@@ -4926,6 +4957,7 @@ class Client:
     # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
     changes: bool = False
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
+    pairing: str = ""  # id of the pairing of its browser
 
 
 @dataclasses.dataclass(eq=False)
@@ -4934,7 +4966,7 @@ class WebSocketServer:
 
     loop: EventLoop
     listener: socket.socket
-    admit: Callable[[Request, socket.socket], None]  # raises RequestError to refuse a handshake
+    admit: Callable[[Request, socket.socket], str]  # returns a pairing; RequestError refuses a handshake
     opened: Callable[[Client], None]
     received: Callable[[Client, str], None]  # gets the text of a message
     connection_limit: int
@@ -5057,7 +5089,7 @@ class WebSocketServer:
 
     # Receiving
 
-    def adopt(self, sock: socket.socket, response: bytes = b"") -> None:
+    def adopt(self, sock: socket.socket, response: bytes = b"", pairing: str = "") -> None:
         """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
         sock.setblocking(False)
         if len(self.clients) >= self.connection_limit:
@@ -5067,7 +5099,7 @@ class WebSocketServer:
             return
         with contextlib.suppress(OSError):  # the peer may have disconnected
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = self.clients[sock] = Client(sock)
+        client = self.clients[sock] = Client(sock, pairing=pairing)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
         if response:
             self._open(client, response)
@@ -5101,7 +5133,7 @@ class WebSocketServer:
             if len(head) > HEAD_LIMIT_BYTES:
                 raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
             request = parse_request_head(head)
-            self.admit(request, client.sock)
+            client.pairing = self.admit(request, client.sock)
             response = handshake_response(request)
         except RequestError as error:
             with contextlib.suppress(OSError):
@@ -5562,6 +5594,7 @@ REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
+COOKIE_RULES = "HttpOnly; SameSite=Strict; Max-Age=31536000"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -5623,25 +5656,37 @@ class Access:
         return good
 
 
+def peer_address(sock: socket.socket) -> str:
+    """Return the IP address of a connection's other end; "" once it is closed."""
+    try:
+        return str(sock.getpeername()[0]).partition("%")[0].replace("::ffff:", "")
+    except OSError:
+        return ""
+
+
 def same_user_on_loopback(sock: socket.socket) -> bool:
     """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
+    if not is_loopback(peer_address(sock)):
+        return False
+    row = peer_row(sock) if sys.platform == "linux" else []
+    return not row if sys.platform != "linux" else row != [] and int(row[7]) == os.getuid()
+
+
+def peer_row(sock: socket.socket) -> list[str]:
+    """Return the fields of the other end of a TCP connection in /proc/net/tcp; [] if it is not there."""
     try:
         peer, local = sock.getpeername(), sock.getsockname()
     except OSError:
-        return False
-    if not is_loopback(peer[0].partition("%")[0].replace("::ffff:", "")):
-        return False
-    if sys.platform != "linux":
-        return True
+        return []
     # The peer's end of the connection is a row of its own, with local and remote address exchanged.
     wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
     for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
             for line in file:
                 fields = line.split()
-                if len(fields) > 7 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
-                    return int(fields[7]) == os.getuid()
-    return False
+                if len(fields) > 9 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
+                    return fields
+    return []
 
 
 def _proc_address(address: tuple[Any, ...]) -> str:
@@ -5718,6 +5763,10 @@ class Query(dict[str, str]):
         given = map(self.get, ("from", "to"))
         start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
         return time_range(start, end, self.zone())
+
+
+class MessageError(Exception):
+    """A client's message that cannot be carried out; the text is the reason."""
 
 
 class Api:
@@ -5892,15 +5941,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
         access: Access,
         page: Callable[[str], Response],
         api: Api,
-        upgraded: Callable[[socket.socket, bytes], None],
+        answers: Answers,
         limit: int,
     ) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
         self.server_name, self.server_port = "localhost", sock.getsockname()[1]
-        self.access, self.page, self.api = access, page, api
-        self.upgraded = upgraded  # called with a WebSocket and its opening response, from any thread
+        self.access, self.page, self.api, self.answers = access, page, api, answers
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
@@ -6046,9 +6094,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = handshake_response(request)
             self.close_connection = True  # ends this thread, not the connection
             server.upgraded_sockets.add(self.connection)
-            server.upgraded(self.connection, response)
+            server.answers.adopt(request, self.connection, response)
             return None
         body = self._body(request)
+        if path in ("/pair", "/api/answer"):
+            return server.answers.by_http(path, request, self.connection, body)
         if path not in ("/", "/index.html"):
             return server.api.respond(method, path, query, body)
         if method != "GET":
@@ -6063,7 +6113,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if not access.is_token(token):
             advice = "`contextuate_monitor.py url --token` prints a new one"
             raise RequestError(401, f"this link's token is not valid here; {advice}")
-        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Max-Age=31536000"
+        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; {COOKIE_RULES}"
         # Both are relative, since a proxy may show the page below a path.
         return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
 
@@ -6141,6 +6191,474 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Do not log requests: a link may contain the token."""
+
+
+# ---------------------------------------------------------------------------
+# Answers: a person answers what a session asks, from the page or a terminal
+#
+# Owns: the connections of hooks that wait, the paired browsers, and the right to answer.
+# No agent answers itself: it runs as this user, so neither the user nor loopback nor the token is a right. A
+# browser gets it by a code that only a person's terminal prints; on Linux no process below an agent has it.
+# Checks and Redis run in threads of their own; what they decide is carried out in the loop thread.
+# ---------------------------------------------------------------------------
+
+PAIRING_COOKIE = "contextuate_answer"
+CODE_LIFE_S = 120
+CODE_TRIES = 3
+ANSWER_BYTES = 100 << 10  # fits into the buffer of a Unix socket
+TAKEN_DEADLINE_S = 5.0  # for a hook to print an answer
+LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
+QUESTIONS_LIMIT = 1000
+UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
+REFUSALS_SHOWN_MS = 3_600_000
+AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID"}
+AGENT_PROGRAMS = ("claude", "codex", "gemini")
+
+
+def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
+    """Return what shows that a process is, or descends from, an agent's; "" if nothing does (/proc only).
+
+    `clients`: process ids of agents that are known otherwise.
+    """
+    while pid > 0:
+        variables: set[str] = set()
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
+            variables = {it.partition("=")[0] for it in file.read().split("\0")}
+        name, rest = _process_fields(pid)
+        if pid in clients or name in AGENT_PROGRAMS or variables & AGENT_VARIABLES:
+            return f"process {pid} ({safe_line(name)}) is an agent's"
+        pid = int(rest[1]) if rest else 0
+    return ""
+
+
+def _process_fields(pid: int) -> tuple[str, list[str]]:
+    """Return a process's name and the fields after it in /proc/PID/stat; ("", []) without such a file."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        name, _, rest = file.read().partition("(")[2].rpartition(")")
+        return name, rest.split()
+    return "", []
+
+
+def holders_of(inode: str) -> list[int]:
+    """Return the ids of the processes that have a socket open."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(path) == f"socket:[{inode}]":
+                found.append(int(path.split("/")[2]))
+    return found
+
+
+@dataclasses.dataclass(eq=False)
+class OpenQuestion:
+    """A question whose hook waits."""
+
+    event: JsonObject
+    sock: socket.socket | None  # None: it waits at Redis
+    until: float  # time.monotonic
+    is_taken: bool = False  # an answer is on its way
+    done: concurrent.futures.Future[bool] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+
+class Answers:
+    """Hooks that wait for an answer, and who may give it; for the loop thread where nothing else is said."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor, self._settings, self._loop = monitor, monitor.settings, monitor.loop
+        self.questions: dict[str, OpenQuestion] = {}  # by event id
+        self._over: dict[str, str] = {}  # event id → how the wait ended
+        self._path = self._settings.path("pairings.json")
+        self._pairings: list[JsonObject] = []
+        with (
+            contextlib.suppress(OSError, MalformedEvent),
+            open(self._path, "rb", opener=emit_event.open_own) as file,
+        ):
+            self._pairings = emit_event.objects_in(emit_event.parse_event_line(file.read()).get("pairings"))
+        self._code, self._code_until, self._tries = "", 0.0, 0
+        self._refused: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
+        self._threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
+        self._looking_until = 0.0  # of the mark in Redis, time.monotonic
+
+    # Questions
+
+    def take(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket]) -> None:
+        """Wait for answers to stored events whose hooks wait: at a connection of `waiting`, or at Redis."""
+        asked = [entry.event for entry in stored if "answerable" in entry.event]
+        at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
+        for event in asked:
+            sock, is_held = waiting.get(event["id"]), "agentId" in event or event["hookType"] == "Elicitation"
+            limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
+            until = time.monotonic() + min(event["answerable"], limit_s)
+            if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
+                continue
+            self.questions[event["id"]] = OpenQuestion(event, sock, until)
+            self._monitor.sessions.answerable.add(event["id"])
+        for event_id, sock in waiting.items():
+            self._monitor.release_hook(sock)
+            if event_id in self.questions:
+                self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
+            else:
+                sock.close()
+        if self.questions:
+            self.look()
+
+    def look(self) -> None:
+        """End the waits that are over: answered at the terminal, too old, or before a dialog and unseen."""
+        is_seen = any(client.visible and client.pairing for client in self._monitor.clients.clients.values())
+        now, sessions = time.monotonic(), self._monitor.sessions.sessions
+        for event_id, question in list(self.questions.items()):
+            session = sessions.get(question.event["sessionId"])
+            wait = next((it for it in session.waits if it.event_id == event_id), None) if session else None
+            if question.is_taken or self._monitor.loading is not None:
+                continue
+            if wait is None:
+                self._end(event_id, "it was answered in the terminal, or is no longer asked")
+            elif now > question.until or (wait.held_until and question.sock and not is_seen):
+                self._end(event_id, "the client shows its own dialog")
+        if is_seen and self._monitor.redis and now > self._looking_until - LOOKING_S / 2:
+            self._looking_until = now + LOOKING_S
+            self._threads.submit(
+                self._at_redis, lambda client, place: client.set(place, b"1", ex=LOOKING_S), "looking"
+            )
+
+    def _heard(self, event_id: str, _events: int) -> None:
+        """The hook has printed the answer, or has gone."""
+        question = self.questions[event_id]
+        data = b""
+        with contextlib.suppress(OSError):
+            data = question.sock.recv(16) if question.sock else b""
+        if question.is_taken and not question.done.done():
+            question.done.set_result(data == emit_event.ACKNOWLEDGEMENT)
+        self._end(event_id, "an answer came first" if question.is_taken else "the client no longer waits")
+
+    def _end(self, event_id: str, why: str) -> None:
+        """End one wait; its hook then prints nothing."""
+        question = self.questions.pop(event_id)
+        self._over[event_id] = why
+        _drop_oldest(self._over, QUESTIONS_LIMIT)
+        self._monitor.sessions.answerable.discard(event_id)
+        if question.sock:
+            self._loop.unwatch(question.sock)
+            question.sock.close()
+        elif not question.is_taken:
+            self._threads.submit(self._at_redis, _push_nothing, "answer", event_id)
+        self._monitor.feed.changed[question.event["sessionId"]] = None
+
+    def close(self) -> None:
+        """End all waits: the hooks print nothing."""
+        for question in self.questions.values():
+            if question.sock:
+                question.sock.close()
+        self._threads.shutdown(wait=True)
+
+    # Answering
+
+    def by_page(self, client: Client, message: JsonObject) -> concurrent.futures.Future[JsonObject]:
+        """Carry out an answer of a page."""
+
+        def carry_out() -> JsonObject:
+            try:
+                by = self._check_page(client)
+                return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
+            except RequestError as error:
+                raise MessageError(error.reason) from None
+
+        return self._threads.submit(carry_out)
+
+    def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
+        """Give one answer and record it; in a thread of our own or of HTTP; raise MessageError."""
+        line = self._monitor.journal.find(event_id, session_id)
+        if line is None:
+            raise MessageError("eventId: no such question is stored")
+        event = parse_stored(line)
+        data = event["data"]
+        asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
+        asked["tool_input"] = data.get("toolInput")
+        if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
+            raise MessageError("answer: it does not fit what is asked")
+        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
+            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+        question = self._loop.call(lambda: self._begin(event["id"], answer))
+        if isinstance(question, str):
+            outcome, words = "late", question
+        elif question.sock:
+            outcome, words = "unknown", UNKNOWN_WORDS
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                is_done = question.done.result(TAKEN_DEADLINE_S)
+                outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
+        else:
+            outcome, words = self._send_signed(event_id, answer)
+        if isinstance(question, OpenQuestion):
+            self._loop.call(lambda: self._finish(event, by, outcome))
+        self._loop.call(lambda: self._record(event, answer, by, outcome))
+        return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
+
+    def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
+        """Give an answer to the hook that waits for it; return its question, or why it is too late."""
+        question = self.questions.get(event_id)
+        if question is None:
+            return self._over.get(event_id, "its hook does not wait")
+        if question.is_taken:
+            return "another answer came first"
+        try:
+            if question.sock:
+                question.sock.send(encode_json(answer) + b"\n")
+        except OSError:
+            self._end(event_id, "the client no longer waits")
+            return self._over[event_id]
+        question.is_taken = True
+        return question
+
+    def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
+        """End the wait after an answer, unless another one can be given."""
+        question = self.questions.get(event["id"])
+        if question and outcome == "failed":
+            question.is_taken = False
+        elif question:
+            self._end(event["id"], "an answer came first")
+        if outcome == "delivered":
+            self._over[event["id"]] = f"it was answered from {by}"
+
+    def _record(self, event: JsonObject, answer: Any, by: str, outcome: str) -> None:
+        """Store an answer as an event."""
+        same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
+        data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
+        words = {"delivered": "", "late": " (too late)", "failed": " (not delivered)"}.get(outcome, " (?)")
+        data |= {"message": f"{answer_words(event, answer)}, from {by}{words}"}
+        own_id = str(uuid.uuid4())
+        about = {"id": own_id, "timestamp": event["timestamp"] + now_ms() - event["received"]}
+        about |= {"eventType": "answer", "hookType": "", "data": data}
+        log.info("%s to %s, from %s: %s", answer["do"], event["id"], by, outcome)
+        self._monitor.ingest.own_answers.add(own_id)
+        self._monitor.take_now(encode_json({**{it: event[it] for it in same if it in event}, **about}))
+        self._monitor.ingest.own_answers.discard(own_id)
+
+    # Through Redis, in our threads
+
+    def _at_redis(self, work: Callable[[Any, str], Any], kind: str, event_id: str = "") -> Any:
+        """Return `work(client, key)` with a connection of its own."""
+        values = self._settings.values
+        client = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, lambda: emit_event.redis_client(values))
+        with contextlib.closing(client):
+            return emit_event.within(
+                2 * TAKEN_DEADLINE_S, lambda: work(client, emit_event.answer_place(values, kind, event_id))
+            )
+
+    def _send_signed(self, event_id: str, answer: Any) -> tuple[str, str]:
+        """Put a signed answer into the question's list; return (outcome, why) when a hook has taken one."""
+        key, nonce = emit_event.read_answer_key(self._settings.home), secrets.token_hex(8)
+        outcome = "failed"  # until it is in the list
+
+        def send(client: Any, place: str) -> tuple[str, str]:
+            nonlocal outcome
+            taken_key = emit_event.answer_place(self._settings.values, "answered", event_id)
+            at = emit_event.redis_ms(client)
+            mac = emit_event.signature(key, event_id, answer, at, nonce)
+            value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
+            if not client.exists(taken_key):
+                outcome = "unknown"
+                client.rpush(place, value)
+                client.pexpire(place, emit_event.ANSWER_AGE_MS)
+            deadline = time.monotonic() + TAKEN_DEADLINE_S
+            while time.monotonic() < deadline:
+                taken = emit_event.parse_event_line(client.get(taken_key) or b"{}")
+                if taken.get("mac") == emit_event.signature(key, event_id, "taken", taken.get("nonce")):
+                    is_ours = taken.get("nonce") == nonce
+                    return ("delivered", "") if is_ours else ("late", "another answer came first")
+                time.sleep(0.02)
+            if client.lrem(place, 0, value):
+                return "failed", "no hook took it: is the key another, or answers.remote off there?"
+            return "unknown", UNKNOWN_WORDS
+
+        try:
+            found: tuple[str, str] = self._at_redis(send, "answer", event_id)
+        except Exception as error:  # Redis does not answer
+            found = outcome, emit_event.redis_trouble(error, self._settings.values)
+        return found
+
+    # The right to answer
+
+    def adopt(self, request: Request, sock: socket.socket, response: bytes) -> None:
+        """Hand a WebSocket of the HTTP port to the loop; for any thread."""
+        pairing = self.pairing_of(request, sock)
+        self._loop.call_soon(functools.partial(self._monitor.clients.adopt, sock, response, pairing))
+
+    def pairing_of(self, request: Request, sock: socket.socket) -> str:
+        """Return the id of the pairing of a request's browser, "" if it has none; for any thread."""
+        name = f"{PAIRING_COOKIE}_{self._monitor.port}"
+        pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
+        secret = next((value for it, _, value in pairs if it == name), "")
+        found = self._find_pairing(_digest(secret))
+        if found and found.get("address") != peer_address(sock):
+            self._note_refusal(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
+            return ""
+        return text_of(found.get("hash"))
+
+    def _find_pairing(self, digest: str) -> JsonObject:
+        return next((it for it in self._pairings if hmac.compare_digest(text_of(it.get("hash")), digest)), {})
+
+    def _check_page(self, client: Client) -> str:
+        """Return from where a page answers; raise RequestError without the right; in a thread."""
+        pairing = self._find_pairing(client.pairing) if client.pairing else {}
+        if not pairing:
+            self._refuse("a page that is not paired tried to answer; `answers pair` prints a code to pair it")
+        self._check_process(client.sock)
+        return text_of(pairing.get("name"))
+
+    def _check_process(self, sock: socket.socket) -> int:
+        """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
+        row = peer_row(sock) if sys.platform == "linux" else []
+        if not row:
+            return 0
+        pids, space = holders_of(row[9]), emit_event.pid_namespace()
+        sessions = list(self._monitor.sessions.sessions.values())
+        clients = frozenset(
+            pid for it in sessions for pid, its_space in list(it.processes) if its_space == space
+        )
+        reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
+        if reason or not pids:
+            self._refuse(f"an agent must not answer: {reason or 'the process cannot be found'}")
+        return pids[0]
+
+    def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
+        """Pair a browser (/pair), or serve a person's terminal (/api/answer); in an HTTP thread."""
+        given = emit_event.parse_event_line(body)
+        pid = self._check_process(sock)
+        if path == "/pair":
+            return self._pair(text_of(given.get("code")), request, sock)
+        if not request.one("authorization") or not is_loopback(peer_address(sock)):
+            self._refuse("commands that answer run on the monitor's machine, with its token")
+        # The controlling terminal, as major and minor number of its device.
+        terminal = (
+            _process_fields(pid)[1][4:5] if sys.platform == "linux" else [text_of(given.get("terminal"))]
+        )
+        if given.get("refused") or terminal in ([], ["0"], [""]):
+            self._refuse(
+                text_of(given.get("refused")) or f"process {pid} has no terminal, so no person uses it"
+            )
+        if given.get("do") == "code":
+            self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
+            self._code_until = time.monotonic() + CODE_LIFE_S
+            log.info("a code to pair a browser was printed")
+            return json_response({"code": self._code})
+        wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
+        try:
+            return json_response(self._answer(*wanted, "a terminal"))
+        except MessageError as error:
+            raise RequestError(400, str(error)) from None
+
+    def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
+        """Exchange a code for a cookie."""
+        is_known = self._code != "" and time.monotonic() < self._code_until
+        self._tries += 1
+        is_right = is_known and hmac.compare_digest(code.encode("utf-8", "replace"), self._code.encode())
+        if is_right or self._tries >= CODE_TRIES:
+            self._code = ""
+        if not is_right:
+            self._refuse("a wrong code was given" if is_known else "no code is valid now: run `answers pair`")
+        secret, address = secrets.token_urlsafe(32), peer_address(sock)
+        name = f"{browser_name(request.one('user-agent'))} on {address}"
+        entry = {"hash": _digest(secret), "name": name, "address": address, "at": now_ms()}
+        words = f"{name} may answer from now on"
+        self._loop.call(lambda: self._save_pairings([*self._pairings, entry], words))
+        cookie = f"{PAIRING_COOKIE}_{self._monitor.port}={secret}; {COOKIE_RULES}"
+        return Response(200, b"{}", headers=(("Set-Cookie", cookie),))
+
+    def end_pairing(self, pairing: str) -> None:
+        """Take the right to answer from a browser; `pairing`: its id in the status."""
+        ended = [it for it in self._pairings if pairing and text_of(it.get("hash")).startswith(pairing)]
+        for entry in ended:
+            left = [it for it in self._pairings if it is not entry]
+            self._save_pairings(left, f"{entry.get('name')} may no longer answer")
+            for client in list(self._monitor.clients.clients.values()):
+                if client.pairing == entry["hash"]:
+                    self._monitor.clients.close(client, CloseCode.GOING_AWAY, "its pairing has ended")
+
+    def _save_pairings(self, pairings: list[JsonObject], words: str) -> None:
+        emit_event.write_atomically(self._path, encode_json({"pairings": pairings}) + b"\n")
+        self._pairings = pairings
+        log.warning("%s", words)
+        self._monitor.clients.broadcast((), text_frame({"type": "notice", "words": words}))
+
+    def _note_refusal(self, words: str) -> None:
+        """Log an attempt that is refused, and show it on the page; for any thread."""
+        log.warning("refused: %s", words)
+        self._refused.append((now_ms(), words))
+
+    def _refuse(self, words: str) -> NoReturn:
+        self._note_refusal(words)
+        raise RequestError(403, words)
+
+    def status(self) -> JsonObject:
+        """Return the paired browsers and the attempts that were refused in the last hour."""
+        pairings = [
+            {"id": text_of(it.get("hash"))[:12], "name": it.get("name"), "at": it.get("at")}
+            for it in self._pairings
+        ]
+        since = now_ms() - REFUSALS_SHOWN_MS
+        refused = [{"at": at, "words": words} for at, words in self._refused if at > since]
+        return {"pairings": pairings, "refused": refused}
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def _push_nothing(client: Any, place: str) -> None:
+    """End a wait at Redis: its hook then prints nothing."""
+    client.rpush(place, b"")
+    client.pexpire(place, emit_event.ANSWER_AGE_MS)
+
+
+def browser_name(agent: str) -> str:
+    """Return the name of a browser, from its User-Agent."""
+    known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
+    return next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
+
+
+def answer_words(event: JsonObject, answer: JsonObject) -> str:
+    """Return an answer as one line."""
+    do, given = answer["do"], event["data"].get("toolInput")
+    done = {"allow": "Allowed once", "deny": "Denied", "accept": "Form sent", "decline": "Declined"}
+    if do == "always":
+        offered = emit_event.objects_in(event["data"].get("permission_suggestions"))
+        return "Always allowed: " + "; ".join(suggestion_words(offered[it]) for it in answer["suggestions"])
+    if do == "answer":
+        texts = []
+        for question, picked in zip(emit_event.objects_in(given["questions"]), answer["answers"]):
+            labels = [
+                text_of(option.get("label")) for option in emit_event.objects_in(question.get("options"))
+            ]
+            texts.append(", ".join(it if isinstance(it, str) else labels[it] for it in picked))
+        return "Answered: " + one_line("; ".join(texts), 1000)
+    words = f": {one_line(answer['message'], 1000)}" if answer.get("message") else ""
+    return done.get(do, "Cancelled") + words
+
+
+_DESTINATIONS = {
+    "session": "this session", "localSettings": "this project, for you", "userSettings": "all your projects",
+    "projectSettings": "this project, for everyone",
+}  # fmt: skip
+
+
+def suggestion_words(suggestion: JsonObject) -> str:
+    """Return one of the client's suggestions of what to allow always, in words."""
+    given = {name: text_of(value) for name, value in suggestion.items()}
+    kind, where = given.get("type"), given.get("destination", "")
+    where = f" in {_DESTINATIONS.get(where, where)}"
+    if kind == "addRules":
+        rules = [(text_of(it.get("toolName")), it) for it in emit_event.objects_in(suggestion.get("rules"))]
+        names = [
+            f"{tool}({text_of(it['ruleContent'])})" if it.get("ruleContent") else tool for tool, it in rules
+        ]
+        words = f"{given.get('behavior', 'allow')} {', '.join(names)}"
+    elif kind == "setMode":
+        words = f"switch to the mode {given.get('mode')}"
+    elif kind == "addDirectories" and isinstance(suggestion.get("directories"), list):
+        words = f"allow work in {', '.join(map(text_of, suggestion['directories']))}"
+    else:
+        words = text_of(suggestion)
+    return one_line(words + where, 1000)
 
 
 # ---------------------------------------------------------------------------
@@ -6521,6 +7039,7 @@ LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
+ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
 class StartError(Exception):
@@ -6609,12 +7128,16 @@ class HookPort:
 
     def drop(self, sock: socket.socket) -> None:
         """Close a connection; a hook that waits for an acknowledgement then spools its event."""
+        self.release(sock)
+        sock.close()
+
+    def release(self, sock: socket.socket) -> None:
+        """Give up a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
         self.paused.discard(sock)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
-        sock.close()
 
     def restore(self) -> None:
         """Bind the socket and take the lock again when they were removed."""
@@ -6714,6 +7237,7 @@ class Ingest:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
         self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self.own_answers: set[str] = set()  # ids of events of answers that are being stored
         self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
@@ -6792,6 +7316,8 @@ class Ingest:
         machine_id = "unknown" if remote else self._machine_id
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
+        if event["eventType"] == "answer" and event["id"] not in self.own_answers:
+            event["eventType"] = "message"  # a program must not pretend that a person has answered
         if remote:
             event.pop("demo", None)  # other machines may not rename, hide or delete sessions here
             if "session_meta" in (event["eventType"], effective_type(event)):
@@ -7040,10 +7566,6 @@ class Retention:
         self._thread.shutdown(wait=True)
 
 
-class MessageError(Exception):
-    """A client's message that cannot be carried out; the text is the reason."""
-
-
 Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 
 
@@ -7082,7 +7604,7 @@ class MessageHandlers:
     }
     NEEDED = (  # type.field
         "unsubscribe.sessionIds get_events.sessionId get_event_detail.sessionId get_event_detail.eventId "
-        "rename_session.label".split()
+        "rename_session.label answer.sessionId answer.eventId".split()
     )
 
     def __init__(self, monitor: Monitor) -> None:
@@ -7092,6 +7614,7 @@ class MessageHandlers:
         """Send a new client the greeting."""
         settings, seq = self._monitor.settings, self._monitor.journal.seq
         about = {"version": __version__, "mode": settings["mode"], "machineId": settings.machine_id}
+        about["mayAnswer"] = client.pairing != ""
         self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
 
     def take(self, client: Client, text: str) -> None:
@@ -7213,7 +7736,14 @@ class MessageHandlers:
         def read() -> JsonObject:
             line = self._monitor.journal.find(event_id, session_id, message.get("seq"))
             event = parse_stored(line) if line is not None else None
-            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+            offers = emit_event.objects_in(event["data"].get("permission_suggestions")) if event else []
+            ids = {"sessionId": session_id, "eventId": event_id}
+            return {
+                "type": "event_detail",
+                **ids,
+                "event": event,
+                "offers": list(map(suggestion_words, offers)),
+            }
 
         return self._monitor.reader.submit(read)
 
@@ -7234,6 +7764,7 @@ class MessageHandlers:
 
     def _on_set_visible(self, client: Client, message: JsonObject) -> None:
         client.visible = message.get("visible") is True
+        self._monitor.answers.look()
 
     def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
         if self._monitor.notifier is None:
@@ -7242,6 +7773,12 @@ class MessageHandlers:
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
+
+    def _on_answer(self, client: Client, message: JsonObject) -> Answer:
+        return self._monitor.answers.by_page(client, message)
+
+    def _on_end_pairing(self, client: Client, message: JsonObject) -> None:
+        self._monitor.answers.end_pairing(text_of(message.get("pairing")))
 
     def _act(self, client: Client, message: JsonObject) -> None:
         session = self._session(message)
@@ -7439,6 +7976,7 @@ class Status:
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
             "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
+            "answers": monitor.answers.status(),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
@@ -7484,7 +8022,10 @@ def steady_part(status: JsonObject) -> list[object]:
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
-        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits")),
+        *(
+            status[name]
+            for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits", "answers")
+        ),
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
@@ -7529,6 +8070,7 @@ class Monitor:
             settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
         )
         self._processes = ProcessWatch(self.loop)
+        self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
         self._stopping = False
@@ -7559,11 +8101,16 @@ class Monitor:
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
         self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
+
+        def admit(request: Request, sock: socket.socket) -> str:
+            access.check(request, self.ws_port, lambda: same_user_on_loopback(sock))
+            return self.answers.pairing_of(request, sock)
+
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
             ws_socket,
-            admit=lambda it, sock: access.check(it, self.ws_port, lambda: same_user_on_loopback(sock)),
+            admit=admit,
             opened=handlers.greet,
             received=handlers.take,
             connection_limit=settings["limits.connections"],
@@ -7573,7 +8120,8 @@ class Monitor:
         page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
-        self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
+        limit = settings["limits.connections"]
+        self.http = HttpServer(http_socket, access, page, api, self.answers, limit)
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
@@ -7600,9 +8148,6 @@ class Monitor:
         """Store received events, close the clients, and make `run` return; for any thread."""
         self.loop.call_soon(self._begin_stop)
 
-    def _upgraded(self, sock: socket.socket, response: bytes) -> None:
-        self.loop.call_soon(functools.partial(self.clients.adopt, sock, response))
-
     def _begin_stop(self) -> None:
         if self._stopping:
             return
@@ -7618,6 +8163,7 @@ class Monitor:
         if self.redis:
             self.redis.close()
         self.http.stop()
+        self.answers.close()
         if self.notifier:
             self.notifier.close()
         with contextlib.suppress(OSError):
@@ -7742,7 +8288,8 @@ class Monitor:
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
                 self._hooks.drop(sender)
-        self._show(stored)
+        found = ((isinstance(line, bytes) and ASKING_LINE.match(line), sender) for line, sender in arrivals)
+        self._show(stored, {match[1].decode(): sender for match, sender in found if match})
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - LATE_MS
@@ -7788,11 +8335,14 @@ class Monitor:
 
         self.loop.call_soon(store)
 
-    def _show(self, stored: Sequence[StoredEvent]) -> None:
-        """Apply stored events to the sessions, and send them to the clients and to the index."""
+    def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:
+        """Apply stored events to the sessions, and send them to the clients and to the index.
+
+        `waiting`: event id → connection on which its hook waits for an answer.
+        """
         if self.journal.error != self.store_error:
             self._note_store_error()
-        if not stored:
+        if not stored and not waiting:
             return
         changed: list[Session] = []
         for entry in stored:
@@ -7800,6 +8350,8 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
+        if waiting or self.redis or self.answers.questions:
+            self.answers.take(stored, waiting)
         self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
@@ -7818,6 +8370,10 @@ class Monitor:
         self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
 
+    def release_hook(self, sock: socket.socket) -> None:
+        """Leave a hook's connection, whose events are acknowledged, to another part."""
+        self._hooks.release(sock)
+
     def _notify(self) -> None:
         """Give the notifier what now holds for the sessions that changed."""
         if self.notifier is None:
@@ -7833,6 +8389,7 @@ class Monitor:
 
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        self.answers.look()
         if self.notifier and "limit" in self.notifier.kinds:
             limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
             self.notifier.look({"": limits}, is_seen=True)
@@ -8054,6 +8611,10 @@ def status_problems(
     ):
         if problem:
             add(kind, "warn", problem, None, advice)
+    for refused in status["answers"]["refused"][-1:]:
+        count = len(status["answers"]["refused"])
+        advice = "If that was not you, look at what runs on this machine."
+        add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
     return found + foreign_problems(foreign) + notify_problems(status["notify"])
 
 
@@ -8437,11 +8998,17 @@ class InstallPlan(NamedTuple):
 
 
 def plan_install(
-    home: str, project: str | None, version: Version | None, without: Sequence[str] = (), line: bool = False
+    home: str,
+    project: str | None,
+    version: Version | None,
+    without: Sequence[str] = (),
+    line: bool = False,
+    wait_s: int = 0,
 ) -> InstallPlan:
     """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
 
-    `line`: register the status line too; one that is registered stays.
+    `line`: register the status line too; one that is registered stays. `wait_s`: how long hooks wait for an
+    answer; 0: they do not.
     """
     if line and project is not None:
         raise InstallError("the status line is registered for the user: run install without --project too")
@@ -8451,7 +9018,7 @@ def plan_install(
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
     python, script = base_interpreter(), hook_script(home)
     line_around = functools.partial(status_line_command, python, script)
-    return _plan(project, hook_command(python, script), names, kept, line_around, line)
+    return _plan(project, hook_command(python, script), names, kept, line_around, line, wait_s)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
@@ -8466,6 +9033,7 @@ def _plan(
     kept: list[str],
     line: Callable[[str | None], str] | None = None,
     with_status_line: bool = False,
+    wait_s: int = 0,
 ) -> InstallPlan:
     """Register `command` for `names`, and for those of `kept` for which our hook is registered.
 
@@ -8479,7 +9047,7 @@ def _plan(
         hooks = _checked_hooks(settings)
         registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
         names = names + [name for name in kept if name in registered and name not in names]
-        changed = merge_hooks(settings, command, names)
+        changed = merge_hooks(settings, command, names, wait_s)
         if with_status_line or status_line_in(settings):
             changed = merge_status_line(changed, line)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
@@ -8748,16 +9316,20 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
+def merge_hooks(settings: JsonObject, command: str, names: list[str], wait_s: int = 0) -> JsonObject:
     """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
     Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
+    With `wait_s`, the hooks of questions wait so long for an answer.
     """
-    handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+    recording = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+    command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
+    answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
     for name in {**hooks, **dict.fromkeys(names)}:
         groups = hooks.get(name, [])
+        handler = answering if wait_s and name in emit_event.ANSWERED_HOOKS else recording
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is not ours
             changed[name] = kept
@@ -8795,7 +9367,9 @@ def _is_ours(entry: JsonObject) -> bool:
     choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
     choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
     return choices != [] and all(
-        len(choice) == 4 and choice[1:3] == ["-I", "-S"] and choice[3].endswith("/hooks/emit_event.py")
+        choice[4:] in ([], ["--answer"])
+        and choice[1:3] == ["-I", "-S"]
+        and choice[3].endswith("/hooks/emit_event.py")
         for choice in choices
     )
 
@@ -9165,12 +9739,19 @@ class Doctor:
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
             version = claude_version()
-            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), OPTIONAL_EVENTS)}
+            waits = (0, self._settings["answers.waitSeconds"])
+            plans = {
+                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s=wait_s)
+                for it, wait_s in itertools.product(((), OPTIONAL_EVENTS), waits)
+            }
             same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
             if same:
-                without, plan = same[0]
-                left_out = f", without {', '.join(without)}" if without else ""
-                yield _ok("registered", f"{len(plan.names)} events in {user}{left_out}")
+                (without, wait_s), plan = same[0]
+                words = f", without {', '.join(without)}" if without else ""
+                words += ", questions can be answered on the page" if wait_s else ""
+                yield _ok("registered", f"{len(plan.names)} events in {user}{words}")
+                if wait_s and self._settings["mode"] == "redis":
+                    yield from self._remote_answers()
             else:
                 yield _warn("registered", f"{user} is not as this version would register", advice)
         elif ours:
@@ -9182,6 +9763,17 @@ class Doctor:
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
+
+    def _remote_answers(self) -> Findings:
+        if not emit_event.read_answer_key(self._settings.home):
+            yield _warn("answers", "there is no key, so no answer comes through Redis", "run: answers key")
+        elif not self._settings["answers.remote"]:
+            advice = "set it to true, or leave it: then questions are answered in the client only"
+            yield _warn(
+                "answers", "answers.remote is off, so this machine takes no answer from Redis", advice
+            )
+        else:
+            yield _ok("answers", "signed answers are taken from Redis")
 
     def _status_line(self) -> Findings:
         """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
@@ -10379,6 +10971,9 @@ def command_url(args: argparse.Namespace) -> int:
 # What each key of emit_event.KEYS is for.
 KEY_MEANINGS = """
 mode                     how events reach the monitor: on this machine only, or through Redis
+answers.waitSeconds      how long a hook of `install --answers` waits for an answer from the page
+answers.backgroundSeconds  the same for subagents and MCP servers, whose dialog appears only afterwards
+answers.remote           take answers that come through Redis, signed with the key of `answers key`
 socketPath               Unix socket on which the monitor takes events from hooks
 server.host              address of the page and the WebSocket; `0.0.0.0` for all, then others need the token
 server.port              port of the page and the API
@@ -10448,11 +11043,117 @@ def command_config(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_answers(args: argparse.Namespace) -> int:
+    """Print a code that pairs a browser, so that it may answer, or the key for answers through Redis."""
+    settings = settings_of(args)
+    if args.what == "pair":
+        code = ask_to_answer(settings, {"do": "code"})["code"]
+        print(f"{code}   type it on the page within {CODE_LIFE_S // 60} minutes; it works once")
+        return 0
+    path = settings.path("answers.key")
+    if not emit_event.read_answer_key(settings.home):
+        emit_event.make_private_directory(settings.home)
+        emit_event.write_atomically(path, secrets.token_hex(32).encode() + b"\n")
+    print(emit_event.read_answer_key(settings.home).decode())
+    print_status(f"this is in {path}; copy that file to each machine that asks or answers, with mode 0600")
+    return 0
+
+
+def ask_to_answer(settings: Settings, request: JsonObject) -> JsonObject:
+    """Return the monitor's response to a request that only a person's terminal may make."""
+    refused = agent_above(os.getpid()) or ", ".join(AGENT_VARIABLES & os.environ.keys())
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        refused = refused or "a command that answers needs a terminal"
+    terminal = os.ttyname(0) if sys.stdin.isatty() else ""
+    about = {"refused": refused, "terminal": terminal}  # the monitor logs it, and looks for itself
+    return ask_monitor(settings, needed_monitor(settings), "/api/answer", {**request, **about})
+
+
+def command_answer(args: argparse.Namespace) -> int:
+    """Print what a session asks, and answer it."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    session_id = whole_session_id(settings, args.session) or ""
+    session = ask_monitor(settings, about, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
+    if not session["asks"]:
+        raise CommandError("this session asks nothing now")
+    asked = next((it for it in session["asks"] if it["answerable"]), session["asks"][0])
+    event = ask_monitor(settings, about, f"/api/events/{asked['eventId']}?session={session_id}")
+    if not args.answer:
+        print(*map(safe_line, question_lines(event)), sep="\n")
+        if not asked["answerable"]:
+            print_status("it can only be answered in the client: no hook of `install --answers` waits")
+        return 0
+    request = {
+        "sessionId": session_id,
+        "eventId": event["id"],
+        "answer": given_answer(event, args.answer[0], args.answer[1:]),
+    }
+    result = ask_to_answer(settings, request)
+    if result["outcome"] != "delivered":
+        raise CommandError(
+            f"{'too late' if result['outcome'] == 'late' else 'not delivered'}: {result['words']}"
+        )
+    print(answer_words(event, request["answer"]))
+    return 0
+
+
+def question_lines(event: JsonObject) -> Iterator[str]:
+    """Yield what an event asks, whole, and how to answer it, as lines."""
+    data, given = event["data"], _object(event["data"].get("toolInput"))
+    fields, answers = given, "allow, always NUMBER …, deny [WHY]"
+    if event["hookType"] == "Elicitation":
+        yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
+        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        answers = "accept NAME=VALUE …, decline, cancel"
+    elif data.get("toolName") == "AskUserQuestion":
+        for question in emit_event.objects_in(given.get("questions")):
+            yield text_of(question.get("question"))
+            for number, option in enumerate(emit_event.objects_in(question.get("options")), 1):
+                yield f"  {number}  {text_of(option.get('label'))}: {text_of(option.get('description'))}"
+        fields, answers = (
+            {},
+            "choose, then for each question a number, several (1,2) or own words; deny [WHY]",
+        )
+    else:
+        yield f"{text_of(data.get('toolName'))}:"
+    for name, value in fields.items():
+        yield from f"  {name}: {text_of(value)}".split("\n")
+    for number, it in enumerate(emit_event.objects_in(data.get("permission_suggestions")), 1):
+        yield f"always {number}: {suggestion_words(it)}"
+    yield f"answer with: {answers}"
+
+
+def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject:
+    """Return the answer that the words of a command give; raise CommandError."""
+    if do == "deny":
+        return {"do": do, "message": " ".join(words)} if words else {"do": do}
+    if do == "choose":
+        chosen = [it.split(",") if re.fullmatch(r"[\d,]+", it) else it for it in words]
+        numbers = [[int(it or 0) - 1 for it in word] if isinstance(word, list) else [word] for word in chosen]
+        return {"do": "answer", "answers": numbers}
+    if do == "always":
+        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
+    if do == "accept":
+        fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
+        content: JsonObject = {}
+        for name, _, value in (word.partition("=") for word in words):
+            with contextlib.suppress(ValueError):
+                is_text = _object(fields.get(name)).get("type") == "string"
+                content[name] = value if is_text else json.loads(value)
+        return {"do": do, "content": content}
+    if do in ("allow", "decline", "cancel") and not words:
+        return {"do": do}
+    raise CommandError(f"{do}: no answer; without one, this command prints how to answer")
+
+
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version, args.without or (), args.status_line)
+    wait_s = settings["answers.waitSeconds"] if args.answers else 0
+    without = args.without or ()
+    plan = plan_install(settings.home, args.project, version, without, args.status_line, wait_s)
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -10850,9 +11551,16 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_restart: _SERVING,
     command_status: (_JSON, _switch("--short", "one line, for a prompt")),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
+    command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
+                             choices=("pair", "key")),),
+    command_answer: (
+        _option("session", "the session (the id's beginning is enough)", metavar="SESSION"),
+        _option("answer", "allow, always, deny …; without it, print what is asked", nargs="*",
+               metavar="ANSWER")),
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: (
         *_INSTALLING,
+        _switch("--answers", "let questions be answered on the page: their hooks wait for a decision"),
         _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
         _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
     ),

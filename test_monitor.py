@@ -68,7 +68,7 @@ import time
 import types
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -1188,6 +1188,9 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
     "limits.connections": ([0, 10_001, "1", True, None], 10_000),
     "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
+    "answers.waitSeconds": ([-1, 86_401, "5", None], 0),
+    "answers.backgroundSeconds": ([-1, 301, 1.5, True], 0),
+    "answers.remote": ([1, "true", None], True),
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
@@ -5532,7 +5535,12 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
 
 def session_matter(shown: dict[str, Any]) -> dict[str, Any]:
     """Return what an event without consequence leaves as it was."""
-    without: dict[str, Any] = {**shown, "lastEventTime": 0, "counts": {**shown["counts"], "events": 0}}
+    without: dict[str, Any] = {
+        **shown,
+        "lastEventTime": 0,
+        "asks": [],
+        "counts": {**shown["counts"], "events": 0},
+    }
     return {**without, "agents": [{**agent, "counts": {}} for agent in shown["agents"]]}
 
 
@@ -13262,6 +13270,595 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
     tab.emit("@long result make => done")
     eventually(lambda: tab.page.title() == "Contextuate Monitor")
     assert tab.page.inner_text("#announce") == "No session needs you"
+
+
+# ---------------------------------------------------------------------------
+# Answers: a person answers on the page or in a terminal; an agent does not
+#
+# The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
+# ---------------------------------------------------------------------------
+
+ANSWER_RULE = {
+    "type": "addRules",
+    "rules": [{"toolName": "Bash", "ruleContent": "make:*"}],
+    "behavior": "allow",
+}
+ANSWER_SUGGESTIONS = [
+    {**ANSWER_RULE, "destination": "session"},
+    {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
+]
+ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "description": "grass"}]
+ANSWER_QUESTIONS = [
+    {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
+]  # fmt: skip
+ANSWER_FIELDS = {
+    "name": {"type": "string"},
+    "age": {"type": "integer"},
+    "size": {"type": "string", "enum": ["S", "M"]},
+}
+ANSWER_INPUTS = {
+    "Bash": {"command": "make"}, "AskUserQuestion": {"questions": ANSWER_QUESTIONS}, "ExitPlanMode": {"plan": "# Do it"},
+}  # fmt: skip
+ANSWER_ASKED = {
+    **{
+        tool: payload("PermissionRequest", tool_name=tool, tool_input=given, permission_suggestions=ANSWER_SUGGESTIONS)
+        for tool, given in ANSWER_INPUTS.items()
+    },
+    "form": payload("Elicitation", mcp_server_name="demo", message="Who?",
+                    requested_schema={"type": "object", "properties": ANSWER_FIELDS, "required": ["name"]}),
+}  # fmt: skip
+# What is asked, the answer → the decision (of a form: all but the event's name); None: nothing is printed.
+ANSWERS: list[tuple[str, Any, Any]] = [
+    ("Bash", {"do": "allow"}, {"behavior": "allow"}),
+    ("Bash", {"do": "always", "suggestions": [1]}, {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}),
+    ("Bash", {"do": "deny"}, {"behavior": "deny", "message": ee.DENIED_WORDS}),
+    ("Bash", {"do": "deny", "message": "Not \ud83d\n on Fridays"}, {"behavior": "deny", "message": "Not \ud83d\n on Fridays"}),
+    ("AskUserQuestion", {"do": "answer", "answers": [[1], [0, "mine"]]},
+     {"behavior": "allow", "updatedInput": {"questions": ANSWER_QUESTIONS,
+                                            "answers": {"Colour?": "Green", "Which?": ["Blue", "mine"]}}}),
+    ("ExitPlanMode", {"do": "allow"}, {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
+    ("ExitPlanMode", {"do": "deny", "message": "Add tests"}, {"behavior": "deny", "message": "Add tests"}),
+    ("form", {"do": "accept", "content": {"name": "Ada", "size": "M"}},
+     {"action": "accept", "content": {"name": "Ada", "size": "M"}}),
+    ("form", {"do": "decline"}, {"action": "decline"}),
+    *[("Bash", it, None) for it in (
+        None, [], 1, "allow", {}, {"do": None}, {"do": "allowed"}, {"do": "allow", "updatedInput": {"command": "rm"}},
+        {"do": "always"}, {"do": "always", "suggestions": [2]}, {"do": "always", "suggestions": [-1]},
+        {"do": "always", "suggestions": []}, {"do": "always", "suggestions": [True]}, {"do": "always", "suggestions": [ANSWER_RULE]},
+        {"do": "deny", "message": ""}, {"do": "deny", "message": {}}, {"do": "answer", "answers": []}, {"do": "decline"},
+        {"behavior": "allow"}, {"hookSpecificOutput": {"decision": {"behavior": "allow"}}},
+    )],
+    *[("AskUserQuestion", it, None) for it in (
+        {"do": "allow"}, {"do": "always", "suggestions": [0]}, {"do": "answer", "answers": [[0]]},
+        {"do": "answer", "answers": [[0, 1], [0]]}, {"do": "answer", "answers": [[0], []]}, {"do": "answer", "answers": [["  "], [0]]},
+        {"do": "answer", "answers": [[2], [0]]},
+    )],
+    *[("form", it, None) for it in (
+        {"do": "allow"}, {"do": "accept"}, {"do": "accept", "content": {"size": "M"}},
+        {"do": "accept", "content": {"name": 1}}, {"do": "accept", "content": {"name": "A", "age": "1"}},
+        {"do": "accept", "content": {"name": "A", "age": True}}, {"do": "accept", "content": {"name": "A", "size": "L"}},
+        {"do": "accept", "content": {"name": "A", "more": 1}}, {"do": "decline", "content": {}},
+    )],
+]  # fmt: skip
+
+
+def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
+    """Return what the hook prints for a line on its connection."""
+    reader, writer = os.pipe()
+    saved = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        ee.print_answer(asked, line)
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(writer)
+    with open(reader, "rb") as file:
+        return file.read()
+
+
+def test_an_answer_is_printed_in_the_clients_form_or_not_at_all():
+    for kind, answer, decision in ANSWERS:
+        printed = answer_printed(ANSWER_ASKED[kind], json.dumps(answer).encode() + b"\n")
+        output = {"decision": decision} if decision and "behavior" in decision else decision
+        wanted = {"hookEventName": ANSWER_ASKED[kind]["hook_event_name"], **output} if decision else None
+        assert (json.loads(printed)["hookSpecificOutput"] if printed else None) == wanted, (kind, answer)
+
+
+@given(st.sampled_from(list(ANSWER_ASKED.values())), st.binary(max_size=60) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
+        ["allow", "deny", "always", "answer", "accept", "decline"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["do", "message", "suggestions", "answers", "content", "name"]), inner, max_size=3),
+).map(lambda it: json.dumps(it).encode()))  # fmt: skip
+def test_whatever_comes_back_gives_nothing_or_one_decision(asked, line):
+    output = None
+    with contextlib.suppress(ValueError, RecursionError):
+        output = ee.client_answer(asked, json.loads(line.decode("utf-8")))
+    if output is not None:
+        assert json.loads(ee.encode_json(output)), "it can be printed"
+        assert output.get("action") in ("accept", "decline", "cancel") or output["decision"]["behavior"] in (
+            "allow",
+            "deny",
+        )
+
+
+@dataclasses.dataclass
+class Asking:
+    """A monitor with `install --answers`, the agents that ask, and a paired page."""
+
+    monitor: RunningMonitor
+
+    def __post_init__(self) -> None:
+        in_process(self.monitor, "install", "--answers")
+        hooks = json.loads(install_text(self.monitor.claude_home + "/settings.json"))["hooks"]
+        # The client's version is not known here, so its own hook is derived from one that every version has.
+        self.command = str(hooks["PreToolUse"][0]["hooks"][0]["command"]).replace(" || ", " --answer || ", 1)
+        self.client = subprocess.Popen(["sleep", "600"])
+
+    def hook(self, asked: dict[str, Any], command: str = "") -> subprocess.Popen[bytes]:
+        """Start the hook on a payload, as the client does, and do not wait."""
+        hook = subprocess.Popen(
+            ["/bin/sh", "-c", command or self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}, start_new_session=True,
+        )  # fmt: skip
+        assert hook.stdin
+        with hook.stdin:
+            hook.stdin.write(json.dumps(asked).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
+        return hook
+
+    def ask(
+        self, kind: str = "Bash", session: str = "s1", **more: Any
+    ) -> tuple[subprocess.Popen[bytes], str]:
+        """Ask in a session; return the hook that waits, and the id of its event."""
+        hook = self.hook({**ANSWER_ASKED[kind], "session_id": session, **more})
+        return hook, eventually(lambda: self.open_ids(session), what="a question that can be answered")[0]
+
+    def open_ids(self, session: str = "s1") -> list[str]:
+        asks = self.monitor.sessions_so_far().get(session, {"asks": []})["asks"]
+        return [it["eventId"] for it in asks if it["answerable"]]
+
+    def on_terminal(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> str:
+        """Run a command in a terminal of its own; return what it prints."""
+        ours, theirs = os.openpty()
+        command = [*prefix, sys.executable, os.path.join(ROOT, "contextuate_monitor.py"), *arguments]
+        process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs,
+            env={**self.monitor.environment, **environment},
+        )  # fmt: skip
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 4096):
+                said += piece
+        process.wait(20)
+        os.close(ours)
+        return said.decode()
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], Any]:
+        headers = headers or {"Origin": self.monitor.url.rstrip("/")}
+        status, found, answer = self.monitor.request(path, "POST", json.dumps(body), headers)
+        return status, found, json.loads(answer)
+
+    def code(self) -> str:
+        return self.on_terminal("answers", "pair").split()[0]
+
+    def pair(self) -> str:
+        """Pair; return the cookie."""
+        status, headers, _ = self.post("/pair", {"code": self.code()})
+        assert status == 200 and "HttpOnly; SameSite=Strict" in headers["set-cookie"]
+        return headers["set-cookie"].partition(";")[0]
+
+    def page(self, cookie: str = "", port: int = 0, source: str = "127.0.0.1") -> TestClient:
+        """Connect a page with a cookie, on either port, from an address of this machine."""
+        port = port or self.monitor.port
+        sock = socket.create_connection(("127.0.0.1", port), 10, (source, 0))
+        page = TestClient(websockets.sync.client.connect(
+            f"ws://127.0.0.1:{port}/ws", sock=sock, additional_headers={"Cookie": cookie}, compression=None,
+        ))  # fmt: skip
+        page.hello = page.next("hello")
+        page.ask("subscribed", type="subscribe", view="full")
+        page.send(type="set_visible", visible=True)
+        return page
+
+    def answer(self, page: TestClient, event_id: str, answer: Any, session: str = "s1") -> Any:
+        """Answer from a page; return the outcome, or the error."""
+        page.send(type="answer", sessionId=session, eventId=event_id, answer=answer, requestId=event_id)
+        wanted = {"answered", "error"}
+        message = eventually(
+            lambda: next((it for it in page.others if it["type"] in wanted), None) or _more(page)
+        )
+        page.others.remove(message)
+        return message.get("outcome") or message["message"]
+
+
+def _more(page: TestClient) -> None:
+    with contextlib.suppress(TimeoutError):
+        page.others.append(json.loads(page.connection.recv(timeout=0.2)))
+
+
+@pytest.fixture
+def asking(running: RunningMonitor) -> Iterator[Asking]:
+    made = Asking(running)
+    yield made
+    made.client.kill()
+    made.client.wait()
+
+
+def test_a_paired_page_answers_and_the_hook_prints_it(asking):
+    page = asking.page(asking.pair())
+    assert page.hello["mayAnswer"]
+    for number, (kind, answer, decision) in enumerate(it for it in ANSWERS if it[2]):
+        hook, event_id = asking.ask(kind, f"s{number}")
+        began = time.monotonic()
+        outcome = asking.answer(page, event_id, answer, f"s{number}")
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        assert (outcome, hook.returncode) == ("delivered", 0) and time.monotonic() - began < 5
+        assert printed.pop("hookEventName") and printed in (decision, {"decision": decision})
+        row = page.next("event")["event"]
+        while row["data"].get("to") != event_id:
+            row = page.next("event")["event"]
+        assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
+        assert "127.0.0.1" in row["data"]["by"]
+        assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
+    hook, event_id = asking.ask("Bash", "broken")
+    for answer in (it[1] for it in ANSWERS if it[0] == "Bash" and it[2] is None):
+        assert "does not fit" in asking.answer(page, event_id, answer, "broken")
+    assert hook.poll() is None
+    hook.kill()
+
+
+ANSWER_RUBBISH = {
+    "nothing": b"", "an empty line": b"\n", "no end": b'{"do": "allow"}', "more": b'{"do": "allow"}x\n',
+    "random bytes": random.Random(1).randbytes(10_000) + b"\n", "deep": b"[" * 100_000 + b"\n",
+    "not UTF-8": b'{"do": "deny", "message": "\xff"}\n', "too long": b"x" * 300_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(ANSWER_RUBBISH))
+def test_a_hook_prints_nothing_for_what_is_no_answer(hook_alone, monitor, what):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(monitor.socket_path)
+        listener.listen(1)
+        command = hook_alone.installed.command.replace(" || ", " --answer || ", 1)
+        hook = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                env=monitor.environment)  # fmt: skip
+        with hook.stdin:
+            hook.stdin.write(json.dumps(ANSWER_ASKED["Bash"]).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
+        connection, _ = listener.accept()
+        with connection:
+            assert b'"answerable":3600' in connection.recv(1 << 16)
+            connection.sendall(ee.ACKNOWLEDGEMENT)
+            with contextlib.suppress(OSError):
+                connection.sendall(ANSWER_RUBBISH[what])
+            connection.shutdown(socket.SHUT_WR)
+            assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
+
+
+def answer_status(asking: Any, *statuses: str) -> None:
+    """Let the client's registry report these statuses."""
+    for status in statuses:
+        about = {"machineId": "testbox", "timestamp": ee.now_ms() + 5, "pid": asking.client.pid}
+        asking.monitor.emit({
+            "eventType": "client_status", "sessionId": "s1", "data": {"status": status, "previous": "busy"}, **about,
+        })  # fmt: skip
+
+
+ANSWER_ENDS = {
+    "Esc in the terminal": lambda it: answer_status(it, "waiting", "idle"),
+    "a prompt": lambda it: it.monitor.emit(payload("UserPromptSubmit", prompt="go on")),
+    "the client exits": lambda it: (it.client.kill(), it.client.wait()),
+    "the monitor is killed": lambda it: it.monitor.kill(),
+    "the monitor stops": lambda it: it.monitor.stop(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", list(ANSWER_ENDS))
+def test_a_hook_ends_silently_when_the_wait_is_over(asking, end):
+    hook, event_id = asking.ask()
+    ANSWER_ENDS[end](asking)
+    assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
+    if "monitor" not in end:
+        assert asking.open_ids() == []
+        assert asking.answer(asking.page(asking.pair()), event_id, {"do": "allow"}) == "late"
+
+
+def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
+    hook, event_id = asking.ask()
+    outcomes: dict[str, str] = {}
+
+    def give(page: TestClient, do: str) -> None:
+        outcomes[asking.answer(page, event_id, {"do": do})] = do
+
+    def go_on() -> None:
+        eventually(lambda: outcomes, what="the one that is too late")
+        os.killpg(hook.pid, signal.SIGCONT)
+
+    pages = [asking.page(asking.pair()) for _ in range(2)]
+    os.killpg(hook.pid, signal.SIGSTOP)
+    at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
+    assert sorted(outcomes) == ["delivered", "late"]
+    decision = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
+    assert decision["behavior"] == outcomes["delivered"]
+
+
+def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
+    asked = {"agent_id": "a1", "agent_type": "Explore"}
+    hook = asking.hook({**ANSWER_ASKED["Bash"], **asked})
+    assert hook.communicate(timeout=10)[0] == b"", "nobody is looking"
+    page = asking.page(asking.pair())
+    hook, _ = asking.ask("form", "s2", **asked)
+    page.send(type="set_visible", visible=False)
+    assert hook.communicate(timeout=10)[0] == b"", "the page is hidden"
+
+
+def test_pairing_needs_the_code_of_a_terminal(asking):
+    code = asking.code()
+    wrong = f"{(int(code) + 1) % 10**8:08}"
+    for tried, status in ((wrong, 403), (code, 200), (code, 403)):
+        assert asking.post("/pair", {"code": tried})[0] == status, "once"
+    code = asking.code()
+    assert [asking.post("/pair", {"code": it})[0] for it in (wrong, wrong, wrong, code)] == [403] * 4
+    assert asking.post("/pair", {"code": asking.code()}, Origin="http://evil.example")[0] == 403
+    assert stat.S_IMODE(os.stat(asking.monitor.home + "/pairings.json").st_mode) == 0o600
+    cookie = asking.pair()
+    hook, event_id = asking.ask()
+    elsewhere = asking.page(cookie, source="127.0.0.2")
+    assert not elsewhere.hello["mayAnswer"] and "not paired" in asking.answer(
+        elsewhere, event_id, {"do": "allow"}
+    )
+    page = asking.page(cookie, asking.monitor.ws_port)
+    assert page.hello["mayAnswer"]
+    refused = asking.monitor.get("/api/status")["answers"]["refused"]
+    assert any("127.0.0.2" in it["words"] for it in refused)
+    for pairing in asking.monitor.get("/api/status")["answers"]["pairings"]:
+        page.send(type="end_pairing", pairing=pairing["id"])
+    eventually(lambda: asking.monitor.get("/api/status")["answers"]["pairings"] == [])
+    assert not asking.page(cookie).hello["mayAnswer"] and hook.poll() is None
+    hook.kill()
+
+
+def test_a_code_is_valid_for_two_minutes(monkeypatch):
+    monkeypatch.setattr(cm, "_process_fields", lambda pid: ("test", ["S", "0", "0", "0", "34816"]))
+    with protocol_inside() as inside:
+        place = RunningMonitor.__new__(RunningMonitor)
+        place.about = {"port": inside.port}
+        origin = {"Origin": f"http://127.0.0.1:{inside.port}"}
+        token = {"Authorization": f"Bearer {cm.read_token(inside.settings.path('token'))}"}
+        for life_s, status in ((-1, 403), (cm.CODE_LIFE_S, 200)):
+            monkeypatch.setattr(cm, "CODE_LIFE_S", life_s)
+            code = json.loads(place.request("/api/answer", "POST", '{"do": "code"}', token)[2])["code"]
+            assert place.request("/pair", "POST", json.dumps({"code": code}), origin)[0] == status
+
+
+# Ways of an agent to its own question: a shell command. It may read every file, and runs what it likes.
+ANSWER_ATTEMPTS = {
+    "the command": "$MONITOR answer s1 allow",
+    "the command, in a terminal": "script -qec '$MONITOR answer s1 allow' /dev/null",
+    "pairing": "$MONITOR answers pair", "pairing, in a terminal": "script -qec '$MONITOR answers pair' /dev/null",
+    "detached": "setsid nohup $MONITOR answer s1 allow", "the parent is gone": "(setsid nohup $MONITOR answers pair &) ; sleep 1",
+    "without its environment": "env -i CONTEXTUATE_HOME=$CONTEXTUATE_HOME PATH=$PATH script -qec '$MONITOR answers pair' /dev/null",
+    "HTTP": "curl -s -H \"$TOKEN\" -d \"{\\\"do\\\": \\\"code\\\"}\" $URL/api/answer",
+    "a message by HTTP": "curl -s -H \"$TOKEN\" -d \"$MESSAGE\" $URL/api/message",
+    "a stolen cookie": "$PYTHON -c \"$SOCKET\" $WS/ws; $PYTHON -c \"$SOCKET\" $WS2/",
+    "a made-up event": "$PYTHON -c \"$EVENT\"",
+}  # fmt: skip
+ANSWER_SOCKET = """
+import json, os, sys, websockets.sync.client as client
+with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
+    page.send(os.environ["MESSAGE"])
+    for text in page:
+        if json.loads(text)["type"] in ("error", "answered"): sys.exit(print(text))"""
+ANSWER_EVENT = """
+import json, os, socket
+sock = socket.socket(socket.AF_UNIX); sock.connect(os.environ["HOOKS"])
+data = {"to": os.environ["ID"], "outcome": "delivered", "by": "you", "message": "Allowed once"}
+sock.sendall(json.dumps({"eventType": "answer", "sessionId": "s1", "data": data}).encode() + b"\\n"); sock.recv(1)"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up on Linux")
+def test_an_agent_does_not_answer_itself(asking):
+    monitor = asking.monitor
+    cookie = asking.pair()
+    hook, event_id = asking.ask()
+    message = json.dumps(
+        {"type": "answer", "sessionId": "s1", "eventId": event_id, "answer": {"do": "allow"}}
+    )
+    known = {
+        **monitor.environment, "CLAUDECODE": "1", "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
+        "MONITOR": f"{sys.executable} {ROOT}/contextuate_monitor.py", "HOOKS": monitor.socket_path, "ID": event_id,
+        "WS": monitor.url.rstrip("/").replace("http", "ws"), "WS2": f"ws://127.0.0.1:{monitor.ws_port}",
+        "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
+        "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
+    }  # fmt: skip
+    for name, attempt in ANSWER_ATTEMPTS.items():
+        before = len(monitor.get("/api/status")["answers"]["refused"])
+        attempt = attempt.replace("$MONITOR", known["MONITOR"])
+        said = subprocess.run(
+            ["bash", "-c", attempt + "; true"], env=known, capture_output=True, text=True, timeout=60
+        )
+        assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
+        assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
+        if name != "a made-up event":
+            eventually(
+                lambda before=before: len(monitor.get("/api/status")["answers"]["refused"]) > before,
+                what=name,
+            )
+    assert not any(it["eventType"] == "answer" for it in monitor.stored_events())
+    problems = monitor.get("/api/status")["problems"]
+    assert any(it["kind"] == "answers" and "refused" in it["words"] for it in problems)
+    assert "refused: an agent must not answer" in install_text(monitor.home + "/monitor.log")
+    assert "Allowed once" in asking.on_terminal("answer", "s1", "allow"), "a person's terminal may"
+    assert json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"] == {
+        "behavior": "allow"
+    }
+
+
+ANSWER_WORDS = [
+    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}, "command: make"),
+    ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
+    ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
+    ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
+]  # fmt: skip
+
+
+def test_the_command_shows_what_is_asked_and_answers_it(asking):
+    page = asking.page(asking.pair())  # for the form, which waits only for a page
+    for number, (kind, words, decision, shown) in enumerate(ANSWER_WORDS):
+        hook, _ = asking.ask(kind, f"s{number}")
+        assert shown in asking.on_terminal("answer", f"s{number}")
+        assert "no answer" in asking.on_terminal("answer", f"s{number}", "perhaps")
+        said = asking.on_terminal("answer", f"s{number}", *words.split())
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        chosen = printed.get("decision", {}).get("updatedInput", {}).get("answers")
+        assert printed.pop("hookEventName") and (printed in (decision, {"decision": decision}) or chosen), (
+            said
+        )
+        assert chosen in (None, {"Colour?": "Green", "Which?": ["Blue", "Green"]})
+        assert "asks nothing" in asking.on_terminal("answer", f"s{number}")
+    page.close()
+
+
+def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch):
+    monkeypatch.setattr(cm, "claude_version", lambda: (2, 1, 332))
+    options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
+    for arguments in ((), ("--answers",), ("--answers",), ()):
+        assert in_process(monitor, "install", *arguments).returncode == 0
+        hooks = json.loads(install_text(monitor.claude_home + "/settings.json"))["hooks"]
+        entries = {name: groups[0]["hooks"] for name, groups in hooks.items()}
+        assert all(len(entry) == 1 for entry in entries.values())
+        answering = [name for name, entry in entries.items() if "--answer" in entry[0]["command"]]
+        assert (len(answering), entries["Elicitation"][0]["timeout"]) == options[arguments]
+        assert set(answering) <= set(ee.ANSWERED_HOOKS)
+    in_process(monitor, "install", "--answers")
+    in_process(monitor, "uninstall")
+    assert "hooks" not in json.loads(install_text(monitor.claude_home + "/settings.json"))
+
+
+def test_answers_through_redis_are_signed_fresh_and_wanted():
+    with redis_parts() as make:
+        server = make(RedisServer)
+        remote = server.settings() | {"answers": {"remote": True}}
+        one, two = (make(RedisMachine, config=remote, machine_id=name) for name in ("one", "two"))
+        key = cm.secrets.token_hex(32).encode()
+        for machine in (one, two):
+            machine.serve()
+            machine.wait_until("connected")
+            ee.write_atomically(machine.home + "/answers.key", key + b"\n")
+        asking, other = Asking(one), Asking(two)
+        os.makedirs(one.home + "/hooks", exist_ok=True)
+        ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
+        page = other.page(other.pair())
+        try:
+            hook = asking.hook(ANSWER_ASKED["Bash"])
+            event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
+            place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
+            allow = {"do": "allow"}
+            for at, signed_id, by in (
+                (now, event_id, b"0" * 64),
+                (now, "another", key),
+                (now - 300_000, event_id, key),
+            ):
+                mac = ee.signature(by, signed_id, allow, at, "n")
+                server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
+            server.cli("RPUSH", place, json.dumps({"answer": allow}))
+            server.cli("RPUSH", place, "x")
+            eventually(lambda: server.cli("LLEN", place) == "0", 20)
+            server.stop()
+            server.start()
+            two.wait_until("connected")
+            assert hook.poll() is None
+            began = time.monotonic()
+            outcome = eventually(
+                lambda: (it := other.answer(page, event_id, {"do": "deny"})) != "failed" and it, 30
+            )
+            assert outcome == "delivered", time.monotonic() - began
+            printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
+            assert printed["behavior"] == "deny"
+            refused = eventually(
+                lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])], 30
+            )
+            assert "2 foreign, 1 old, 2 unsigned" in refused[0]["data"]["message"]
+            one.write_config({"answers": {"remote": False}})
+            assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
+        finally:
+            for each in (asking, other):
+                each.client.kill()
+                each.client.wait()
+
+
+@needs_browser
+def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(asking, open_tab):
+    tab = open_tab(asking.monitor, "#s=s1")
+    first, _ = asking.ask("Bash", command_note="x", tool_input={"command": "make\nrm -r x", "timeout": 5})
+    tab.shows("ask", "Allow Bash?", "make rm -r x", "timeout 5", "may look, and not answer")
+    assert "Allow once" not in tab.text("ask")
+    tab.page.click("text=Pair this browser")
+    tab.page.fill("dialog input", asking.code())
+    tab.page.click("dialog .first")
+    tab.shows(
+        "ask",
+        "Allow once",
+        "Always: allow Bash(make:*) in this session",
+        "Always: switch to the mode acceptEdits",
+    )
+    tab.page.focus("#grid")
+    tab.press("a d")
+    assert first.poll() is None, "keys count only in the strip"
+    tab.page.focus("#ask")
+    tab.press("A")
+    assert json.loads(first.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"][
+        "updatedPermissions"
+    ]
+    tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
+    tab.row_with(
+        "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
+    )
+    for kind, session, act, decision in (
+        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"), ANSWERS[5][2]),
+        ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
+                                           (("Green", 0), ("Blue", 1), ("Answer", 0))], None),
+        ("form", "s4", lambda: [tab.page.fill(".fields input[type=text]", "Ada"), tab.page.click("[data-act=a]")],
+         {"action": "accept", "content": {"name": "Ada"}}),
+        ("Bash", "s5", lambda: [tab.page.click("[data-act=r]"), tab.page.fill(".why input", "No"), tab.press("Enter")],
+         {"behavior": "deny", "message": "No"}),
+    ):  # fmt: skip
+        hook, _ = asking.ask(kind, session)
+        tab.page.click(f"[data-session-id={session}]")
+        tab.page.wait_for_selector("#ask [data-act]")
+        act()
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        del printed["hookEventName"]
+        if decision is None:
+            assert printed["decision"]["updatedInput"]["answers"] == {"Colour?": "Green", "Which?": ["Blue"]}
+        else:
+            assert printed in (decision, {"decision": decision})
+    hook, _ = asking.ask(
+        "Bash", "s6", tool_name="Write", tool_input={"file_path": "/x", "content": "row\n" * 3000}
+    )
+    tab.page.click("[data-session-id=s6]")
+    tab.shows("ask", "Show all of it before you allow it")
+    assert tab.page.is_disabled("[data-act=a]")
+    while tab.page.query_selector("#ask .showmore:not([hidden])"):
+        tab.page.click("#ask .showmore:not([hidden])")
+    tab.until("!document.querySelector('[data-act=a]').disabled")
+    asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
+    tab.shows("ask", "answered in the terminal")
+    hook.communicate(timeout=20)
+    tab.page.click("[data-testid=view-status]")
+    tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
+    tab.page.set_viewport_size({"width": 360, "height": 740})
+    asking.ask("Bash", "s7")
+    tab.load("#s=s7")
+    tab.page.wait_for_selector("[data-act=a]")
+    boxes = tab.page.evaluate(
+        "[...document.querySelectorAll('#ask .push')].map((it) => it.getBoundingClientRect().toJSON())"
+    )
+    seen = [box for box in boxes if box["width"]]
+    assert seen and all(it["height"] >= 40 and it["left"] >= 0 and it["right"] <= 360 for it in seen)
+    tab.page.click("[data-act=d]")
 
 
 # ---------------------------------------------------------------------------

@@ -824,7 +824,7 @@ def serve_broadcast(listener: socket.socket, orders: socket.socket) -> None:
             waiting = 0
 
     clients = cm.WebSocketServer(
-        loop, listener, admit=lambda request, sock: None, opened=opened, received=lambda client, text: None,
+        loop, listener, admit=lambda request, sock: "", opened=opened, received=lambda client, text: None,
         connection_limit=2000, queue_limit_bytes=1 << 20,
     )  # fmt: skip
     loop.on_turn_end = end_turn
