@@ -3928,7 +3928,13 @@ def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[
 def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     client = spoken.websocket(None)
     assert not client.others
-    about = {"mode": "local", "machineId": "testbox", "version": cm.__version__, "wsProtocol": 1}
+    about = {
+        "mode": "local",
+        "machineId": "testbox",
+        "version": cm.__version__,
+        "wsProtocol": 1,
+        "mayAnswer": False,
+    }
     assert client.hello == {"type": "hello", "seq": spoken.get("/api/status")["seq"], **about}
 
 
