@@ -2315,6 +2315,10 @@ def test_the_spool_is_bounded_and_counts_what_it_drops(tmp_path, monkeypatch):
     assert kept == list(range(400 - len(kept), 400)), "the oldest go first"
     events, size = ee.take_dropped(directory)
     assert events == 400 - len(kept) and size > events * 480
+    # A reader that was killed left its file: both are counted.
+    for name, lost in (("taken", 3), ("log", 5)):
+        (tmp_path / "spool" / f"dropped.{name}").write_text(f'{{"events":{lost},"bytes":{lost}}}\n')
+    assert [ee.take_dropped(directory) for _ in range(3)] == [(3, 3), (5, 5), (0, 0)]
 
 
 def test_a_writer_that_was_held_up_does_not_reopen_a_taken_segment(tmp_path, monkeypatch):
@@ -8078,6 +8082,15 @@ def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     assert changes(watcher, 3500) == [("idle", "idle", 3500)]
     registry_file(tmp_path, **named, procStart="dead")
     assert changes(watcher, 4000, 4300) == [("exited", None, 4300)]
+
+
+def test_a_flood_of_configuration_directories_is_not_watched(tmp_path, watcher):
+    for number in range(300):
+        place = tmp_path / str(number)
+        place.mkdir()
+        registry_file(place, sessionId=f"s{number}", status="busy", statusUpdatedAt=500)
+        watcher.learn({"data": {"transcriptPath": f"{place}/projects/p/x.jsonl"}})
+    assert 200 < len(changes(watcher, 1000, 3000, 3300)) < 257
 
 
 def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
