@@ -2002,15 +2002,13 @@ def log_failure(reason: str) -> None:
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
 TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
-TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
-COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
+USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
-PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 5
+USAGE_SCHEMA = 6
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -2035,7 +2033,7 @@ BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
 CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
   chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
@@ -2121,8 +2119,8 @@ class TranscriptParser:
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
-            named = itertools.islice(filter(_is_id, sums), 50)
-            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in named}
+            names = filter(_is_id, sums)
+            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in names}
             begun = entry.get("startTime")
             yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
         if kind != "assistant" or not isinstance(message, dict):
@@ -2198,11 +2196,9 @@ class UsageReader:
 
     The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "context": the tokens in its request, "partial": true when there were too many messages to
-    count}`, with counts by COUNT_NAMES.
+    agent's last, "context": the tokens in its request}`, with counts by COUNT_NAMES.
 
     For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
-    SQLite's lock excludes a second process.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2224,8 +2220,6 @@ class UsageReader:
         found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
         if usage is not None and self._delivered.get(session_id) != key:
             self._delivered[session_id] = key
-            if len(self._delivered) > PENDING_USAGE_LIMIT:
-                del self._delivered[next(iter(self._delivered))]
             found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
         return found
 
@@ -2236,7 +2230,6 @@ class UsageReader:
             database.close()
 
     def _recover(self, error: Exception) -> None:
-        """Log a failure, and remove a damaged file, so that a new one is made."""
         with contextlib.suppress(OSError):
             log_failure(f"token usage could not be read: {error!r}")
         with contextlib.suppress(Exception):  # a damaged file cannot always be closed
@@ -2273,31 +2266,21 @@ class UsageReader:
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
                 (session, now_ms()),
             )
-            (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
             # A dropped session is read from its start when it has another event.
-            others = "SELECT name FROM sessions WHERE name != ? ORDER BY read_ms, rowid LIMIT 1"
-            while count >= COUNTED_MESSAGES_LIMIT and (
-                oldest := database.execute(others, (session,)).fetchone()
-            ):
-                count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
-                database.execute("DELETE FROM files WHERE session = ?", oldest)
-                database.execute("DELETE FROM sessions WHERE name = ?", oldest)
-        has_room = count < COUNTED_MESSAGES_LIMIT
+            old = "IN (SELECT name FROM sessions WHERE read_ms < ?)"
+            for table, name in (("messages", "session"), ("files", "session"), ("sessions", "name")):
+                database.execute(f"DELETE FROM {table} WHERE {name} {old}", (now_ms() - USAGE_KEPT_MS,))
         # The main transcript is the last, because the client's sums in it include those of the subagents.
-        for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
+        for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
                 self._count(session, path, file.fileno(), TranscriptParser(agent_id))
-        usage = None if self._stopping.is_set() else _session_usage(database, session)
-        return usage if has_room or usage is None else {**usage, "partial": True}
+        return None if self._stopping.is_set() else _session_usage(database, session)
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
-        """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
         size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
-        find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
-        start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
-        if 0 < start < size and mark != _mark(fd, start):
-            start = 0  # rewritten in place
+        find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
+        (start,) = self._database.execute(find, (path, identity, size)).fetchone() or (0,)
         place = start
         while place < size and not self._stopping.is_set():
             chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
@@ -2321,15 +2304,11 @@ class UsageReader:
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
                         database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
-                position = start + parser.consumed
-                row = (path, session, identity, position, _mark(fd, position))
-                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+                row = (path, session, identity, start + parser.consumed)
+                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
 
     def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
-        """Return what the client's own sums have beyond the lines so far.
-
-        They belong to the first session of a chain; a fork begins with messages of another session.
-        """
+        # The sums belong to the first session of a chain; a fork begins with messages of another one.
         find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
         if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
             return []
@@ -2366,10 +2345,7 @@ class UsageWorker:
             return any(due == 0 or until > now for due, _, until in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
-
-        The newest event of a session replaces the one before.
-        """
+        """Queue the transcripts that an event names: to be read now at an end, else when it is quiet."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
@@ -2384,8 +2360,6 @@ class UsageWorker:
                 return  # it will be read in a moment
             is_first = not self._pending
             self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
-            if len(self._pending) > PENDING_USAGE_LIMIT:
-                del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
@@ -2393,7 +2367,7 @@ class UsageWorker:
                 self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; it stops within one chunk."""
+        """End the thread, which stops within one chunk."""
         self._closing.set()
         with self._wake:
             self._wake.notify()
@@ -2422,11 +2396,8 @@ class UsageWorker:
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
-    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'.
-
-    Subagents write beside the session in older clients, into `<session>/subagents/` in newer ones, and in
-    workflows into folders below it.
-    """
+    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'."""
+    # Old clients have those of subagents beside the session's, newer ones in `<session>/subagents/` or below.
     places = transcript_places(main_path)
     found = {os.path.realpath(place): "" for place in places}
     named = (
@@ -2437,7 +2408,7 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, s
         if name.startswith("agent-") and name.endswith(".jsonl")
     )
     beside = transcript_places(agent_path) if places else []
-    for path in (*itertools.islice(named, TRANSCRIPTS_LIMIT), *beside):
+    for path in (*named, *beside):
         name = os.path.basename(path)
         agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
         found.setdefault(os.path.realpath(path), agent_id)
@@ -2460,17 +2431,8 @@ def transcript_places(path: Any) -> "list[str]":
 
 
 def _is_transcript_path(path: Any) -> bool:
-    try:
-        is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
-        return is_path and len(os.fsencode(path)) <= 4096 and "\0" not in path
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
-def _mark(fd: int, position: int) -> bytes:
-    """Return a hash of the bytes before `position`: another one where a file was rewritten."""
-    length = min(position, 256)
-    return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
+    is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
+    return is_path and len(path) <= 4096 and path.isprintable()  # no half of a surrogate pair
 
 
 def _session_usage(database: Any, session: str) -> "JsonObject | None":
@@ -2664,7 +2626,6 @@ class RegistryWatcher:
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
-        """Read the files that have changed; yield their paths and records."""
         listed: dict[str, tuple[int, int, int]] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
@@ -2689,11 +2650,7 @@ class RegistryWatcher:
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         is_exit = data.get("status") == CLIENT_EXITED
-        key = [
-            self._machine_key,
-            *record[:3],
-            *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
-        ]
+        key = [self._machine_key, *record[:3], *([CLIENT_EXITED] if is_exit else record[4:])]
         return {
             "id": stable_id(encode_json(key)), "timestamp": time_ms,
             "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
@@ -2815,7 +2772,6 @@ BATCH_LIMIT_BYTES = 256 << 10
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
 STATE_INTERVAL_S = 0.25
-WRITER_DEADLINE_S = 1.0
 RECENT_OUTCOMES = 50
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
@@ -2948,8 +2904,6 @@ _REDIS_TROUBLES = (
      "redis.sentinelPassword ({text})"),
     ("OOM|used memory",
      "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
-    ("MISCONF", "Redis at {place} cannot save to its disk and refuses writes (MISCONF): look into its log"),
-    ("LOADING|is loading the dataset", "Redis at {place} is still loading its data (LOADING)"),
     ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
     ("Hostname mismatch|IP address mismatch|doesn't match",
      "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})"),
@@ -2969,7 +2923,6 @@ _REDIS_TROUBLES = (
     ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
      "Redis at {place} closed the connection{closed_hint}"),
     ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
-    ("unreachable|No route", "{place} cannot be reached from this machine"),
 )  # fmt: skip
 
 
@@ -3039,7 +2992,6 @@ class Publisher:
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
-        self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
         self._failures = 0  # in a row
@@ -3145,25 +3097,14 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> None:
-        """Read the oldest segment that can be read, and add an event on what was dropped.
-
-        Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
-        """
-        segments = [path for path, _ in spool_segments(self._spool)]
-        for path in segments:
+        """Read the oldest segment that can be read, and add an event on what was dropped."""
+        for path, _ in spool_segments(self._spool):
             try:
                 taken = take_segment(path)
                 with open(taken, "rb", opener=open_own) as file:
                     self._lines.extend(filter(None, map(bytes.strip, file)))
-            except BlockingIOError:
-                self._blocked_since = self._blocked_since or time.monotonic()
-                if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
-                    return
+            except OSError:  # a writer has it, it was drained meanwhile, or it is not readable
                 continue
-            except OSError:  # drained meanwhile, or not readable
-                continue
-            if path == segments[0]:
-                self._blocked_since = None
             self._segment = taken
             events, size = take_dropped(self._spool)
             if events:
@@ -3408,15 +3349,11 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         return None
     do, names, tool_input = answer["do"], answer.keys() - {"do"}, asked.get("tool_input")
     if asked.get("hook_event_name") == "Elicitation":
-        fits = (
-            do == "accept"
-            and names == {"content"}
-            and fits_form(asked.get("requested_schema"), answer["content"])
-        )
-        if not fits and (do not in ("decline", "cancel") or names):
-            return None
-        return {"action": do, **({"content": answer["content"]} if fits else {})}
-    decision: JsonObject = {}
+        if do in ("decline", "cancel") and not names:
+            return {"action": do}
+        fits = names == {"content"} and fits_form(asked.get("requested_schema"), answer["content"])
+        return {"action": do, "content": answer["content"]} if do == "accept" and fits else None
+    decision = None
     if asked.get("hook_event_name") != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
     if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
@@ -3432,7 +3369,7 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
         if wanted and wanted == objects_in(wanted):
             decision = {"behavior": "allow", "updatedPermissions": wanted}
-    return {"decision": decision} if decision else None
+    return decision and {"decision": decision}
 
 
 def _is_text(value: Any) -> bool:
@@ -3458,11 +3395,8 @@ def _chosen(questions: Any, answers: Any) -> JsonObject:
             option = next(iter(objects_in(_items(question.get("options"), [it]))), {})
             labels.append(it if isinstance(it, str) else option.get("label"))
         is_several = question.get("multiSelect") is True
-        if (
-            not labels
-            or not all(map(_is_text, [*labels, question.get("question")]))
-            or (labels[1:] and not is_several)
-        ):
+        are_texts = all(map(_is_text, [*labels, question.get("question")]))
+        if not labels or not are_texts or (labels[1:] and not is_several):
             return {}
         chosen[question["question"]] = labels if is_several else labels[0]
     return chosen
@@ -3519,26 +3453,20 @@ def open_answer(key: bytes, event_id: str, value: bytes, at_ms: int) -> "tuple[s
     try:
         given = parse_event_line(value)
         answer, at, nonce, mac = (given[name] for name in ("answer", "at", "nonce", "mac"))
-        is_ours = hmac.compare_digest(
-            bytes.fromhex(mac), bytes.fromhex(signature(key, event_id, answer, at, nonce))
-        )
-    except (MalformedEvent, KeyError, TypeError, ValueError):
+        if not hmac.compare_digest(mac, signature(key, event_id, answer, at, nonce)):
+            return "foreign", b"", ""
+    except (MalformedEvent, KeyError, TypeError):
         return "unsigned", b"", ""
-    is_old = is_ours and abs(at_ms - at) > ANSWER_AGE_MS
-    return ("foreign" if not is_ours else "old" if is_old else ""), encode_json(answer), nonce
+    return "old" if abs(at_ms - at) > ANSWER_AGE_MS else "", encode_json(answer), nonce
 
 
 def wait_at_redis(event_id: str, wait_s: int) -> None:
     """Wait for the signed answer to the payload on standard input, and print it (with --wait-at-redis)."""
     home, config_path = places(posix.environ)
-    asked, values, key = (
-        parse_event_line(sys.stdin.buffer.read()),
-        load_config(config_path)[0],
-        read_answer_key(home),
-    )
+    asked, values = parse_event_line(sys.stdin.buffer.read()), load_config(config_path)[0]
+    key, list_key = read_answer_key(home), answer_place(values, "answer", event_id)
     parent, deadline, client = os.getppid(), time.monotonic() + wait_s, None
     dropped: collections.Counter[str] = collections.Counter()
-    list_key = answer_place(values, "answer", event_id)
 
     def round_of(client: Any) -> bool:
         """Wait for one value; return True when the wait is over."""
