@@ -82,11 +82,10 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic).
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError.
 
-    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
-    30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
-    payload beyond PAYLOAD_LIMIT_BYTES.
+    It ends at EOF, at the newline of a one-line object, or when it is complete and nothing follows for 30 ms:
+    old clients send no newline, and other processes may hold the pipe open.
     """
     import select
 
@@ -121,8 +120,7 @@ def deliver(
 ) -> None:
     """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
 
-    `name`: "hook", or "statusLine" for the object of a status line. `wait_s`: for how long an answer is
-    awaited; `kept` then gets the event's id, and the open connection.
+    `wait_s`: for how long an answer is awaited; `kept` then gets the event's id, and the open connection.
     """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
@@ -147,11 +145,7 @@ def deliver(
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
-
-    Another user's HOME, as after `sudo`, is not used: its owner could not write to files of root in it. For a
-    user without one, as of `docker run -u 4242`, our directory is beside this file.
-    """
+    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
     # By default, an installed hook uses the directory in which it is installed.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
@@ -164,12 +158,12 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
         is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
     except OSError:
         is_ours = (home or user_home) != ""
-    if not is_ours:
+    if not is_ours:  # as after `sudo`: the owner could not write to files of root in it
         import pwd
 
         try:
             home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
-        except KeyError:
+        except KeyError:  # as of `docker run -u 4242`
             home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
@@ -274,11 +268,8 @@ def quote(text: str) -> str:
 
 
 def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
-    """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
-
-    hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
-    """
-    path = home + "/hook.timeouts"
+    """Send `line`; return "" or why it is not stored. Pauses for 10 s after three time-outs in a row."""
+    path = home + "/hook.timeouts"  # one byte for each time-out in a row; its mtime is the time of the last
     try:
         about = posix.stat(path)
         count, age_s = about.st_size, time.time() - about.st_mtime
@@ -312,10 +303,7 @@ def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> 
         if peer_uid(connection) != posix.getuid():
             return f"{socket_path} belongs to another user"
         connection.sendall(line)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return "no time left to wait for an acknowledgement"
-        connection.settimeout(left)
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         if connection.recv(1) != ACKNOWLEDGEMENT:
             return "the monitor closed the connection"
         if kept:
@@ -338,14 +326,12 @@ def peer_uid(connection: "Any") -> int:
 
 
 def append_to_spool(directory: str, line: bytes) -> str:
-    """Append `line` to the newest segment of the spool and return the segment's path.
+    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
 
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only if the locked file still has its name; the drainer renames a segment first and
-    then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
-    stopped writer blocks no other. A new segment never replaces a file, which may still be unread. A newline
-    precedes each line, so that a line torn by a full disk or a kill damages no other. Raises OSError or
-    ValueError if the line could not be written.
+    then takes the exclusive lock. No process waits for a lock, so a stopped writer blocks no other. A newline
+    precedes each line, so that a line torn by a full disk or a kill damages no other.
     """
     import fcntl
 
@@ -382,19 +368,13 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
-    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing.
-
-    It is new if the newest one is full, a day old or taken by the drainer. Segments are read in the order of
-    their names, so the name of a new one is the last, even if the clock was set back.
-    """
-    now_ms = time.time_ns() // 1_000_000
-    newest = ""
+    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing."""
+    names, now_ms = [], time.time_ns() // 1_000_000
     try:
-        newest = max(
-            (name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))), default=""
-        )
+        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
         whole().make_spool(directory)
+    newest = max(names, default="")
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
     if newest.endswith(".jsonl") and not must_be_new:
@@ -405,14 +385,14 @@ def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bo
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
+    # Segments are read in the order of their names: a new one is the last, even if the clock was set back.
     return f"{directory}/{max(now_ms, start_ms + 1):013d}-{posix.urandom(4).hex()}.jsonl", True
 
 
 def ensure_publisher(home: str) -> str:
     """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
 
-    The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
-    that no other hook can start a second one. Raises OSError.
+    A publisher holds the lock on publisher.lock. A new one inherits the locked file. Raises OSError.
     """
     import fcntl
 
@@ -487,8 +467,7 @@ PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
 def run_status_line(arguments: "list[str]") -> None:
     """Hand on the object on standard input if a figure has changed; show a line; never returns.
 
-    `arguments`: the LC_CTYPE that the shell had, and the command of the status line that was there before, if
-    any: it replaces this process, so that its output, status and duration stay as they are.
+    `arguments`: the LC_CTYPE that the shell had, and the earlier status line's command, which replaces us.
     """
     payload, line = b"", ""
     try:
@@ -593,8 +572,7 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
         object_hook = object_pairs_hook = None
         parse_float, parse_int, parse_constant = float, int, str
 
-    options: Any = Options
-    given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
+    given = _json.make_scanner(Options)(payload.decode("utf-8", "replace"), 0)[0]  # type: ignore[arg-type]
 
     def at(*path: str) -> "Any":
         value = given
@@ -1990,13 +1968,10 @@ def log_failure(reason: str) -> None:
 # ---------------------------------------------------------------------------
 # Token usage from transcripts: what each session and agent has used so far
 #
-# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
-# transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
-# repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
+# by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
-# UsageWorker: the thread that reads, so that no event waits for a transcript.
-# AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
@@ -2066,11 +2041,8 @@ class CostState(NamedTuple):
     models: "dict[str, Counts]"
 
     def uncounted(self, counted: "dict[str, Counts]") -> "Iterator[MessageUsage]":
-        """Yield what the sums have beyond what was counted so far: requests that have no line.
-
-        The names of a model may differ (`[1m]`, those of a cloud), so it is never more than all sums have
-        beyond all that was counted.
-        """
+        """Yield what the sums have beyond what was counted so far: requests that have no line."""
+        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
         nothing = (0,) * len(COUNT_NAMES)
         in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (self.models, counted))
         left = [max(0, own - ours) for own, ours in zip(in_all, known)]
@@ -2086,12 +2058,11 @@ class CostState(NamedTuple):
 class TranscriptParser:
     """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
 
-    `consumed`: how many of the bytes fed so far are processed; the next reader begins there. Evidence is an
-    event (id, timestamp, eventType, data, …) for what a line shows to have happened.
+    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
     def __init__(self, agent_id: str = "") -> None:
-        self.consumed = 0
+        self.consumed = 0  # bytes; the next reader begins there
         self._agent_id = agent_id
         self._rest = bytearray()  # of a line that is not complete
 
@@ -2194,11 +2165,9 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    The event of a session has totals so far, so one may be lost, repeated or late. Its
-    `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "context": the tokens in its request}`, with counts by COUNT_NAMES.
-
-    For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
+    The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
+    or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
+    Stops early, without a result, once `stopping` is set; the next call continues there.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2320,8 +2289,7 @@ class UsageReader:
 class UsageWorker:
     """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise; `is_reported`:
-    True for a session whose status the registry reports. What is pending at the end is read another time.
+    `deliver` is called in it and must not raise; `is_reported`: if the registry reports a session's status.
     """
 
     def __init__(
@@ -2416,15 +2384,12 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, s
 
 
 def transcript_places(path: Any) -> "list[str]":
-    """Return where a transcript may be: at its path, where a link there leads, or in another folder.
-
-    The client may name a folder that does not exist (of a worktree); another one in `projects/` has the file.
-    """
+    """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
     if not _is_transcript_path(path):
         return []
     places = [path, os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
-    projects = os.path.dirname(folder)
+    projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
     if not os.path.exists(path) and os.path.basename(projects) == "projects":
         places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
     return list(dict.fromkeys(places))
@@ -2461,17 +2426,16 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 class AgentNoteReader:
-    """Adds `data.agentMeta` to the first event of a subagent for which the client's note on it exists.
+    """Adds the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
 
-    `agentMeta` has the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the description by the agent
-    that launched it. The note exists from the first tool call on; only it names a nested agent's parent.
+    The note exists from the first tool call on; only it names a nested agent's parent.
     """
 
     def __init__(self) -> None:
         self._noted: dict[tuple[str, str], str] = {}  # (session, agent) → id of the event with the note
 
     def add_note(self, event: JsonObject) -> None:
-        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
+        """Add what the client has noted on the event's subagent, once."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
         # The same event comes again if it could not be stored.
@@ -2568,8 +2532,7 @@ class _Client:
 class RegistryWatcher:
     """Makes `client_status` events from the files of this user's clients on this machine.
 
-    Files of processes that do not run here are ignored. An event's id is derived from its content, so that
-    events made again after a restart, or by a second watcher, are duplicates.
+    An event's id is derived from its content: one made again, or by a second watcher, is a duplicate.
     """
 
     def __init__(self, machine_key: str) -> None:
@@ -2801,11 +2764,9 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client, not yet connected, of the server that has the stream.
+    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors.
 
-    Sentinels or a cluster are asked for it. Raises ModuleNotFoundError without redis-py, ValueError for an
-    unusable url, and redis-py's errors. Off are redis-py's retries, which reconnect silently, and HELLO and
-    CLIENT SETINFO, which an ACL would have to allow.
+    Off are redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which need rights.
     """
     import redis.cluster
     import redis.sentinel
@@ -2874,13 +2835,9 @@ def redis_place(values: "dict[str, Any]") -> str:
 
 
 def redis_py_advice(python: str) -> str:
-    """Return how to install redis-py for an interpreter: pip, unless a distribution manages it (PEP 668)."""
-    prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
-    managed = glob.glob(glob.escape(prefix) + "/lib/python3*/EXTERNALLY-MANAGED")
-    if managed and not os.path.exists(prefix + "/pyvenv.cfg"):
-        packages = "install your system's package for it (Debian, Ubuntu: apt install python3-redis)"
-        return f"{packages}, or run `install` and `start` with the Python of a venv that has it"
-    return f"run `{shlex.quote(python)} -m pip install --upgrade redis`, then try again"
+    """Return how to install redis-py for an interpreter."""
+    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
+    return f"{command}, or install your system's package (apt install python3-redis), then try again"
 
 
 # Part of an error's text → message. redis-py leaves the code (NOAUTH) out of some texts.
@@ -2921,8 +2878,8 @@ _REDIS_TROUBLES = (
      "{host} is not a known host name: check redis.host"),
     ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
     ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
-     "Redis at {place} closed the connection{closed_hint}"),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
+     "Redis at {place} closed the connection{hint}"),
+    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{hint}"),
 )  # fmt: skip
 
 
@@ -2931,16 +2888,12 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    closed, silence = " (if that is a TLS port, set redis.tls)", ""
-    if values["redis.tls"] or url.startswith("rediss:"):
-        closed = " (is a client certificate asked for?)"
-        silence = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
     facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
     facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
-    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
+    facts["hint"] = "" if connected else " (check redis.port, redis.tls and redis.certFile)"
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return message.format(**facts)
@@ -3038,8 +2991,7 @@ class Publisher:
     def _leave(self) -> bool:
         """Release the lock; take it again and return False if the spool has an event.
 
-        No event is left behind: a hook appends first and tries the lock then. If it was refused, its append
-        came before our release, and is seen after it; if not, it starts the next publisher.
+        No event is left behind: a hook appends before it tries the lock, so if refused, its append is seen.
         """
         self._enter("stopped", None)
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
@@ -3113,7 +3065,6 @@ class Publisher:
             return
 
     def _read_line(self, line: bytes) -> None:
-        """Add the event of one line to the batch; append a line without one to the quarantine."""
         privacy = privacy_of(self._values)
         try:
             self._add(parse_event_line(line))
@@ -3131,8 +3082,7 @@ class Publisher:
     # Sending
 
     def _publish(self) -> None:
-        """Send the batch once; after a failure only its first event, as a test."""
-        batch = self._batch[: 1 if self._failures else None]
+        batch = self._batch[: 1 if self._failures else None]  # one as a test
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
             if self._client is None:
@@ -3258,12 +3208,9 @@ def publisher_file(home: str) -> JsonObject:
 
 
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
-    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
-
-    Claude Code waits for the hook, so at most 0.6 s; 5 s with CONTEXTUATE_DEBUG=wait, for tests by hand.
-    """
+    """Wait for the outcome of one wrapped line in publisher.json, not long; return it as text."""
     event = parse_event_line(line)
-    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
+    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600
     while True:
         state = publisher_file(home)
         server = f"Redis at {state['server']}" if state.get("server") else "Redis"

@@ -10607,17 +10607,6 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
     assert markers == ["first", "second"]
 
 
-def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
-    python = tmp_path / "bin" / "python3"
-    assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
-    library = tmp_path / "lib" / "python3.11"
-    library.mkdir(parents=True)
-    (library / "EXTERNALLY-MANAGED").write_text("")
-    assert "apt install python3-redis" in ee.redis_py_advice(str(python))
-    (tmp_path / "pyvenv.cfg").write_text("")
-    assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
-
-
 # -- the publisher's exit -------------------------------------------------------
 
 # Emits at moments around the exit of the publisher that the event before had started. A new publisher is a fork of
