@@ -2225,7 +2225,6 @@ class UsageReader:
         return self._database
 
     def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
-        """Read what is new in the files of one session; return its totals, None when there are none."""
         with self._open() as database:
             is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
             if not is_known and not any(os.path.isfile(path) for path, _ in files):
@@ -2401,7 +2400,6 @@ def _is_transcript_path(path: Any) -> bool:
 
 
 def _session_usage(database: Any, session: str) -> "JsonObject | None":
-    """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
     agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
     sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
@@ -2584,8 +2582,8 @@ class RegistryWatcher:
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
                 client.reported = record.about
-        with_status = (it for it in self.clients.values() if "status" in it.reported)
-        self.sessions = frozenset(it.record.session_id for it in with_status)
+        clients = self.clients.values()
+        self.sessions = frozenset(it.record.session_id for it in clients if "status" in it.reported)
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
@@ -3098,7 +3096,6 @@ class Publisher:
         self._settle(batch, replies)
 
     def _send(self, client: Any, batch: "_Batch") -> "list[Any]":
-        """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
         pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
         stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
         for _, line in batch:
@@ -3147,7 +3144,6 @@ class Publisher:
             self._send_again()
 
     def _send_again(self) -> None:
-        """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
         begin = time.monotonic() - RESEND_S
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
