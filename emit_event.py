@@ -82,11 +82,10 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic).
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError.
 
-    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
-    30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
-    payload beyond PAYLOAD_LIMIT_BYTES.
+    It ends at EOF, at the newline of a one-line object, or when it is complete and nothing follows for 30 ms:
+    old clients send no newline, and other processes may hold the pipe open.
     """
     import select
 
@@ -121,8 +120,7 @@ def deliver(
 ) -> None:
     """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
 
-    `name`: "hook", or "statusLine" for the object of a status line. `wait_s`: for how long an answer is
-    awaited; `kept` then gets the event's id, and the open connection.
+    `wait_s`: for how long an answer is awaited; `kept` then gets the event's id, and the open connection.
     """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
@@ -147,11 +145,7 @@ def deliver(
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
-
-    Another user's HOME, as after `sudo`, is not used: its owner could not write to files of root in it. For a
-    user without one, as of `docker run -u 4242`, our directory is beside this file.
-    """
+    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
     # By default, an installed hook uses the directory in which it is installed.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
@@ -164,12 +158,12 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
         is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
     except OSError:
         is_ours = (home or user_home) != ""
-    if not is_ours:
+    if not is_ours:  # as after `sudo`: the owner could not write to files of root in it
         import pwd
 
         try:
             home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
-        except KeyError:
+        except KeyError:  # as of `docker run -u 4242`
             home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
@@ -274,11 +268,8 @@ def quote(text: str) -> str:
 
 
 def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
-    """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
-
-    hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
-    """
-    path = home + "/hook.timeouts"
+    """Send `line`; return "" or why it is not stored. Pauses for 10 s after three time-outs in a row."""
+    path = home + "/hook.timeouts"  # one byte for each time-out in a row; its mtime is the time of the last
     try:
         about = posix.stat(path)
         count, age_s = about.st_size, time.time() - about.st_mtime
@@ -312,10 +303,7 @@ def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> 
         if peer_uid(connection) != posix.getuid():
             return f"{socket_path} belongs to another user"
         connection.sendall(line)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return "no time left to wait for an acknowledgement"
-        connection.settimeout(left)
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         if connection.recv(1) != ACKNOWLEDGEMENT:
             return "the monitor closed the connection"
         if kept:
@@ -338,14 +326,12 @@ def peer_uid(connection: "Any") -> int:
 
 
 def append_to_spool(directory: str, line: bytes) -> str:
-    """Append `line` to the newest segment of the spool and return the segment's path.
+    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
 
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only if the locked file still has its name; the drainer renames a segment first and
-    then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
-    stopped writer blocks no other. A new segment never replaces a file, which may still be unread. A newline
-    precedes each line, so that a line torn by a full disk or a kill damages no other. Raises OSError or
-    ValueError if the line could not be written.
+    then takes the exclusive lock. No process waits for a lock, so a stopped writer blocks no other. A newline
+    precedes each line, so that a line torn by a full disk or a kill damages no other.
     """
     import fcntl
 
@@ -382,19 +368,13 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
-    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing.
-
-    It is new if the newest one is full, a day old or taken by the drainer. Segments are read in the order of
-    their names, so the name of a new one is the last, even if the clock was set back.
-    """
-    now_ms = time.time_ns() // 1_000_000
-    newest = ""
+    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing."""
+    names, now_ms = [], time.time_ns() // 1_000_000
     try:
-        newest = max(
-            (name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))), default=""
-        )
+        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
         whole().make_spool(directory)
+    newest = max(names, default="")
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
     if newest.endswith(".jsonl") and not must_be_new:
@@ -405,14 +385,14 @@ def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bo
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
+    # Segments are read in the order of their names: a new one is the last, even if the clock was set back.
     return f"{directory}/{max(now_ms, start_ms + 1):013d}-{posix.urandom(4).hex()}.jsonl", True
 
 
 def ensure_publisher(home: str) -> str:
     """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
 
-    The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
-    that no other hook can start a second one. Raises OSError.
+    A publisher holds the lock on publisher.lock. A new one inherits the locked file. Raises OSError.
     """
     import fcntl
 
@@ -487,8 +467,7 @@ PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
 def run_status_line(arguments: "list[str]") -> None:
     """Hand on the object on standard input if a figure has changed; show a line; never returns.
 
-    `arguments`: the LC_CTYPE that the shell had, and the command of the status line that was there before, if
-    any: it replaces this process, so that its output, status and duration stay as they are.
+    `arguments`: the LC_CTYPE that the shell had, and the earlier status line's command, which replaces us.
     """
     payload, line = b"", ""
     try:
@@ -593,8 +572,7 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
         object_hook = object_pairs_hook = None
         parse_float, parse_int, parse_constant = float, int, str
 
-    options: Any = Options
-    given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
+    given = _json.make_scanner(Options)(payload.decode("utf-8", "replace"), 0)[0]  # type: ignore[arg-type]
 
     def at(*path: str) -> "Any":
         value = given
@@ -1990,27 +1968,22 @@ def log_failure(reason: str) -> None:
 # ---------------------------------------------------------------------------
 # Token usage from transcripts: what each session and agent has used so far
 #
-# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
-# transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
-# repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
+# by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
-# UsageWorker: the thread that reads, so that no event waits for a transcript.
-# AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
 TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
-TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
-COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
+USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
-PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 5
+USAGE_SCHEMA = 6
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -2035,7 +2008,7 @@ BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
 CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
   chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
@@ -2068,11 +2041,8 @@ class CostState(NamedTuple):
     models: "dict[str, Counts]"
 
     def uncounted(self, counted: "dict[str, Counts]") -> "Iterator[MessageUsage]":
-        """Yield what the sums have beyond what was counted so far: requests that have no line.
-
-        The names of a model may differ (`[1m]`, those of a cloud), so it is never more than all sums have
-        beyond all that was counted.
-        """
+        """Yield what the sums have beyond what was counted so far: requests that have no line."""
+        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
         nothing = (0,) * len(COUNT_NAMES)
         in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (self.models, counted))
         left = [max(0, own - ours) for own, ours in zip(in_all, known)]
@@ -2088,12 +2058,11 @@ class CostState(NamedTuple):
 class TranscriptParser:
     """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
 
-    `consumed`: how many of the bytes fed so far are processed; the next reader begins there. Evidence is an
-    event (id, timestamp, eventType, data, …) for what a line shows to have happened.
+    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
     def __init__(self, agent_id: str = "") -> None:
-        self.consumed = 0
+        self.consumed = 0  # bytes; the next reader begins there
         self._agent_id = agent_id
         self._rest = bytearray()  # of a line that is not complete
 
@@ -2121,8 +2090,8 @@ class TranscriptParser:
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
-            named = itertools.islice(filter(_is_id, sums), 50)
-            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in named}
+            names = filter(_is_id, sums)
+            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in names}
             begun = entry.get("startTime")
             yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
         if kind != "assistant" or not isinstance(message, dict):
@@ -2196,13 +2165,9 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    The event of a session has totals so far, so one may be lost, repeated or late. Its
-    `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "context": the tokens in its request, "partial": true when there were too many messages to
-    count}`, with counts by COUNT_NAMES.
-
-    For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
-    SQLite's lock excludes a second process.
+    The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
+    or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
+    Stops early, without a result, once `stopping` is set; the next call continues there.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2224,8 +2189,6 @@ class UsageReader:
         found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
         if usage is not None and self._delivered.get(session_id) != key:
             self._delivered[session_id] = key
-            if len(self._delivered) > PENDING_USAGE_LIMIT:
-                del self._delivered[next(iter(self._delivered))]
             found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
         return found
 
@@ -2236,7 +2199,6 @@ class UsageReader:
             database.close()
 
     def _recover(self, error: Exception) -> None:
-        """Log a failure, and remove a damaged file, so that a new one is made."""
         with contextlib.suppress(OSError):
             log_failure(f"token usage could not be read: {error!r}")
         with contextlib.suppress(Exception):  # a damaged file cannot always be closed
@@ -2263,7 +2225,6 @@ class UsageReader:
         return self._database
 
     def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
-        """Read what is new in the files of one session; return its totals, None when there are none."""
         with self._open() as database:
             is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
             if not is_known and not any(os.path.isfile(path) for path, _ in files):
@@ -2273,31 +2234,21 @@ class UsageReader:
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
                 (session, now_ms()),
             )
-            (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
             # A dropped session is read from its start when it has another event.
-            others = "SELECT name FROM sessions WHERE name != ? ORDER BY read_ms, rowid LIMIT 1"
-            while count >= COUNTED_MESSAGES_LIMIT and (
-                oldest := database.execute(others, (session,)).fetchone()
-            ):
-                count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
-                database.execute("DELETE FROM files WHERE session = ?", oldest)
-                database.execute("DELETE FROM sessions WHERE name = ?", oldest)
-        has_room = count < COUNTED_MESSAGES_LIMIT
+            old = "IN (SELECT name FROM sessions WHERE read_ms < ?)"
+            for table, name in (("messages", "session"), ("files", "session"), ("sessions", "name")):
+                database.execute(f"DELETE FROM {table} WHERE {name} {old}", (now_ms() - USAGE_KEPT_MS,))
         # The main transcript is the last, because the client's sums in it include those of the subagents.
-        for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
+        for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
                 self._count(session, path, file.fileno(), TranscriptParser(agent_id))
-        usage = None if self._stopping.is_set() else _session_usage(database, session)
-        return usage if has_room or usage is None else {**usage, "partial": True}
+        return None if self._stopping.is_set() else _session_usage(database, session)
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
-        """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
         size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
-        find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
-        start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
-        if 0 < start < size and mark != _mark(fd, start):
-            start = 0  # rewritten in place
+        find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
+        (start,) = self._database.execute(find, (path, identity, size)).fetchone() or (0,)
         place = start
         while place < size and not self._stopping.is_set():
             chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
@@ -2321,15 +2272,11 @@ class UsageReader:
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
                         database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
-                position = start + parser.consumed
-                row = (path, session, identity, position, _mark(fd, position))
-                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+                row = (path, session, identity, start + parser.consumed)
+                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
 
     def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
-        """Return what the client's own sums have beyond the lines so far.
-
-        They belong to the first session of a chain; a fork begins with messages of another session.
-        """
+        # The sums belong to the first session of a chain; a fork begins with messages of another one.
         find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
         if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
             return []
@@ -2341,8 +2288,7 @@ class UsageReader:
 class UsageWorker:
     """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise; `is_reported`:
-    True for a session whose status the registry reports. What is pending at the end is read another time.
+    `deliver` is called in it and must not raise; `is_reported`: if the registry reports a session's status.
     """
 
     def __init__(
@@ -2366,10 +2312,7 @@ class UsageWorker:
             return any(due == 0 or until > now for due, _, until in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
-
-        The newest event of a session replaces the one before.
-        """
+        """Queue the transcripts that an event names: to be read now at an end, else when it is quiet."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
@@ -2384,8 +2327,6 @@ class UsageWorker:
                 return  # it will be read in a moment
             is_first = not self._pending
             self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
-            if len(self._pending) > PENDING_USAGE_LIMIT:
-                del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
@@ -2393,7 +2334,7 @@ class UsageWorker:
                 self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; it stops within one chunk."""
+        """End the thread, which stops within one chunk."""
         self._closing.set()
         with self._wake:
             self._wake.notify()
@@ -2422,11 +2363,8 @@ class UsageWorker:
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
-    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'.
-
-    Subagents write beside the session in older clients, into `<session>/subagents/` in newer ones, and in
-    workflows into folders below it.
-    """
+    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'."""
+    # Old clients have those of subagents beside the session's, newer ones in `<session>/subagents/` or below.
     places = transcript_places(main_path)
     found = {os.path.realpath(place): "" for place in places}
     named = (
@@ -2437,7 +2375,7 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, s
         if name.startswith("agent-") and name.endswith(".jsonl")
     )
     beside = transcript_places(agent_path) if places else []
-    for path in (*itertools.islice(named, TRANSCRIPTS_LIMIT), *beside):
+    for path in (*named, *beside):
         name = os.path.basename(path)
         agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
         found.setdefault(os.path.realpath(path), agent_id)
@@ -2445,36 +2383,23 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, s
 
 
 def transcript_places(path: Any) -> "list[str]":
-    """Return where a transcript may be: at its path, where a link there leads, or in another folder.
-
-    The client may name a folder that does not exist (of a worktree); another one in `projects/` has the file.
-    """
+    """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
     if not _is_transcript_path(path):
         return []
     places = [path, os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
-    projects = os.path.dirname(folder)
+    projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
     if not os.path.exists(path) and os.path.basename(projects) == "projects":
         places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
     return list(dict.fromkeys(places))
 
 
 def _is_transcript_path(path: Any) -> bool:
-    try:
-        is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
-        return is_path and len(os.fsencode(path)) <= 4096 and "\0" not in path
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
-def _mark(fd: int, position: int) -> bytes:
-    """Return a hash of the bytes before `position`: another one where a file was rewritten."""
-    length = min(position, 256)
-    return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
+    is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
+    return is_path and len(path) <= 4096 and path.isprintable()  # no half of a surrogate pair
 
 
 def _session_usage(database: Any, session: str) -> "JsonObject | None":
-    """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
     agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
     sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
@@ -2499,17 +2424,16 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 class AgentNoteReader:
-    """Adds `data.agentMeta` to the first event of a subagent for which the client's note on it exists.
+    """Adds the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
 
-    `agentMeta` has the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the description by the agent
-    that launched it. The note exists from the first tool call on; only it names a nested agent's parent.
+    The note exists from the first tool call on; only it names a nested agent's parent.
     """
 
     def __init__(self) -> None:
         self._noted: dict[tuple[str, str], str] = {}  # (session, agent) → id of the event with the note
 
     def add_note(self, event: JsonObject) -> None:
-        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
+        """Add what the client has noted on the event's subagent, once."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
         # The same event comes again if it could not be stored.
@@ -2606,8 +2530,7 @@ class _Client:
 class RegistryWatcher:
     """Makes `client_status` events from the files of this user's clients on this machine.
 
-    Files of processes that do not run here are ignored. An event's id is derived from its content, so that
-    events made again after a restart, or by a second watcher, are duplicates.
+    An event's id is derived from its content: one made again, or by a second watcher, is a duplicate.
     """
 
     def __init__(self, machine_key: str) -> None:
@@ -2659,12 +2582,11 @@ class RegistryWatcher:
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
                 client.reported = record.about
-        with_status = (it for it in self.clients.values() if "status" in it.reported)
-        self.sessions = frozenset(it.record.session_id for it in with_status)
+        clients = self.clients.values()
+        self.sessions = frozenset(it.record.session_id for it in clients if "status" in it.reported)
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
-        """Read the files that have changed; yield their paths and records."""
         listed: dict[str, tuple[int, int, int]] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
@@ -2689,11 +2611,7 @@ class RegistryWatcher:
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         is_exit = data.get("status") == CLIENT_EXITED
-        key = [
-            self._machine_key,
-            *record[:3],
-            *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
-        ]
+        key = [self._machine_key, *record[:3], *([CLIENT_EXITED] if is_exit else record[4:])]
         return {
             "id": stable_id(encode_json(key)), "timestamp": time_ms,
             "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
@@ -2815,7 +2733,6 @@ BATCH_LIMIT_BYTES = 256 << 10
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
 STATE_INTERVAL_S = 0.25
-WRITER_DEADLINE_S = 1.0
 RECENT_OUTCOMES = 50
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
@@ -2845,11 +2762,9 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client, not yet connected, of the server that has the stream.
+    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors.
 
-    Sentinels or a cluster are asked for it. Raises ModuleNotFoundError without redis-py, ValueError for an
-    unusable url, and redis-py's errors. Off are redis-py's retries, which reconnect silently, and HELLO and
-    CLIENT SETINFO, which an ACL would have to allow.
+    Off are redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which need rights.
     """
     import redis.cluster
     import redis.sentinel
@@ -2918,13 +2833,9 @@ def redis_place(values: "dict[str, Any]") -> str:
 
 
 def redis_py_advice(python: str) -> str:
-    """Return how to install redis-py for an interpreter: pip, unless a distribution manages it (PEP 668)."""
-    prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
-    managed = glob.glob(glob.escape(prefix) + "/lib/python3*/EXTERNALLY-MANAGED")
-    if managed and not os.path.exists(prefix + "/pyvenv.cfg"):
-        packages = "install your system's package for it (Debian, Ubuntu: apt install python3-redis)"
-        return f"{packages}, or run `install` and `start` with the Python of a venv that has it"
-    return f"run `{shlex.quote(python)} -m pip install --upgrade redis`, then try again"
+    """Return how to install redis-py for an interpreter."""
+    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
+    return f"{command}, or install your system's package (apt install python3-redis), then try again"
 
 
 # Part of an error's text → message. redis-py leaves the code (NOAUTH) out of some texts.
@@ -2948,8 +2859,6 @@ _REDIS_TROUBLES = (
      "redis.sentinelPassword ({text})"),
     ("OOM|used memory",
      "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
-    ("MISCONF", "Redis at {place} cannot save to its disk and refuses writes (MISCONF): look into its log"),
-    ("LOADING|is loading the dataset", "Redis at {place} is still loading its data (LOADING)"),
     ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
     ("Hostname mismatch|IP address mismatch|doesn't match",
      "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})"),
@@ -2967,9 +2876,8 @@ _REDIS_TROUBLES = (
      "{host} is not a known host name: check redis.host"),
     ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
     ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
-     "Redis at {place} closed the connection{closed_hint}"),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
-    ("unreachable|No route", "{place} cannot be reached from this machine"),
+     "Redis at {place} closed the connection{hint}"),
+    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{hint}"),
 )  # fmt: skip
 
 
@@ -2978,16 +2886,12 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    closed, silence = " (if that is a TLS port, set redis.tls)", ""
-    if values["redis.tls"] or url.startswith("rediss:"):
-        closed = " (is a client certificate asked for?)"
-        silence = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
     facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
     facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
-    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
+    facts["hint"] = "" if connected else " (check redis.port, redis.tls and redis.certFile)"
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return message.format(**facts)
@@ -3039,7 +2943,6 @@ class Publisher:
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
-        self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
         self._failures = 0  # in a row
@@ -3086,8 +2989,7 @@ class Publisher:
     def _leave(self) -> bool:
         """Release the lock; take it again and return False if the spool has an event.
 
-        No event is left behind: a hook appends first and tries the lock then. If it was refused, its append
-        came before our release, and is seen after it; if not, it starts the next publisher.
+        No event is left behind: a hook appends before it tries the lock, so if refused, its append is seen.
         """
         self._enter("stopped", None)
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
@@ -3145,25 +3047,14 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> None:
-        """Read the oldest segment that can be read, and add an event on what was dropped.
-
-        Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
-        """
-        segments = [path for path, _ in spool_segments(self._spool)]
-        for path in segments:
+        """Read the oldest segment that can be read, and add an event on what was dropped."""
+        for path, _ in spool_segments(self._spool):
             try:
                 taken = take_segment(path)
                 with open(taken, "rb", opener=open_own) as file:
                     self._lines.extend(filter(None, map(bytes.strip, file)))
-            except BlockingIOError:
-                self._blocked_since = self._blocked_since or time.monotonic()
-                if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
-                    return
+            except OSError:  # a writer has it, it was drained meanwhile, or it is not readable
                 continue
-            except OSError:  # drained meanwhile, or not readable
-                continue
-            if path == segments[0]:
-                self._blocked_since = None
             self._segment = taken
             events, size = take_dropped(self._spool)
             if events:
@@ -3172,7 +3063,6 @@ class Publisher:
             return
 
     def _read_line(self, line: bytes) -> None:
-        """Add the event of one line to the batch; append a line without one to the quarantine."""
         privacy = privacy_of(self._values)
         try:
             self._add(parse_event_line(line))
@@ -3190,8 +3080,7 @@ class Publisher:
     # Sending
 
     def _publish(self) -> None:
-        """Send the batch once; after a failure only its first event, as a test."""
-        batch = self._batch[: 1 if self._failures else None]
+        batch = self._batch[: 1 if self._failures else None]  # one as a test
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
             if self._client is None:
@@ -3207,7 +3096,6 @@ class Publisher:
         self._settle(batch, replies)
 
     def _send(self, client: Any, batch: "_Batch") -> "list[Any]":
-        """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
         pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
         stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
         for _, line in batch:
@@ -3256,7 +3144,6 @@ class Publisher:
             self._send_again()
 
     def _send_again(self) -> None:
-        """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
         begin = time.monotonic() - RESEND_S
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
@@ -3317,12 +3204,9 @@ def publisher_file(home: str) -> JsonObject:
 
 
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
-    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
-
-    Claude Code waits for the hook, so at most 0.6 s; 5 s with CONTEXTUATE_DEBUG=wait, for tests by hand.
-    """
+    """Wait for the outcome of one wrapped line in publisher.json, not long; return it as text."""
     event = parse_event_line(line)
-    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
+    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600
     while True:
         state = publisher_file(home)
         server = f"Redis at {state['server']}" if state.get("server") else "Redis"
@@ -3408,15 +3292,11 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         return None
     do, names, tool_input = answer["do"], answer.keys() - {"do"}, asked.get("tool_input")
     if asked.get("hook_event_name") == "Elicitation":
-        fits = (
-            do == "accept"
-            and names == {"content"}
-            and fits_form(asked.get("requested_schema"), answer["content"])
-        )
-        if not fits and (do not in ("decline", "cancel") or names):
-            return None
-        return {"action": do, **({"content": answer["content"]} if fits else {})}
-    decision: JsonObject = {}
+        if do in ("decline", "cancel") and not names:
+            return {"action": do}
+        fits = names == {"content"} and fits_form(asked.get("requested_schema"), answer["content"])
+        return {"action": do, "content": answer["content"]} if do == "accept" and fits else None
+    decision = None
     if asked.get("hook_event_name") != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
     if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
@@ -3432,7 +3312,7 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
         if wanted and wanted == objects_in(wanted):
             decision = {"behavior": "allow", "updatedPermissions": wanted}
-    return {"decision": decision} if decision else None
+    return decision and {"decision": decision}
 
 
 def _is_text(value: Any) -> bool:
@@ -3458,11 +3338,8 @@ def _chosen(questions: Any, answers: Any) -> JsonObject:
             option = next(iter(objects_in(_items(question.get("options"), [it]))), {})
             labels.append(it if isinstance(it, str) else option.get("label"))
         is_several = question.get("multiSelect") is True
-        if (
-            not labels
-            or not all(map(_is_text, [*labels, question.get("question")]))
-            or (labels[1:] and not is_several)
-        ):
+        are_texts = all(map(_is_text, [*labels, question.get("question")]))
+        if not labels or not are_texts or (labels[1:] and not is_several):
             return {}
         chosen[question["question"]] = labels if is_several else labels[0]
     return chosen
@@ -3519,26 +3396,20 @@ def open_answer(key: bytes, event_id: str, value: bytes, at_ms: int) -> "tuple[s
     try:
         given = parse_event_line(value)
         answer, at, nonce, mac = (given[name] for name in ("answer", "at", "nonce", "mac"))
-        is_ours = hmac.compare_digest(
-            bytes.fromhex(mac), bytes.fromhex(signature(key, event_id, answer, at, nonce))
-        )
-    except (MalformedEvent, KeyError, TypeError, ValueError):
+        if not hmac.compare_digest(mac, signature(key, event_id, answer, at, nonce)):
+            return "foreign", b"", ""
+    except (MalformedEvent, KeyError, TypeError):
         return "unsigned", b"", ""
-    is_old = is_ours and abs(at_ms - at) > ANSWER_AGE_MS
-    return ("foreign" if not is_ours else "old" if is_old else ""), encode_json(answer), nonce
+    return "old" if abs(at_ms - at) > ANSWER_AGE_MS else "", encode_json(answer), nonce
 
 
 def wait_at_redis(event_id: str, wait_s: int) -> None:
     """Wait for the signed answer to the payload on standard input, and print it (with --wait-at-redis)."""
     home, config_path = places(posix.environ)
-    asked, values, key = (
-        parse_event_line(sys.stdin.buffer.read()),
-        load_config(config_path)[0],
-        read_answer_key(home),
-    )
+    asked, values = parse_event_line(sys.stdin.buffer.read()), load_config(config_path)[0]
+    key, list_key = read_answer_key(home), answer_place(values, "answer", event_id)
     parent, deadline, client = os.getppid(), time.monotonic() + wait_s, None
     dropped: collections.Counter[str] = collections.Counter()
-    list_key = answer_place(values, "answer", event_id)
 
     def round_of(client: Any) -> bool:
         """Wait for one value; return True when the wait is over."""
