@@ -175,13 +175,10 @@ class Settings:
     @property
     def notify_targets(self) -> list[NotifyTarget]:
         """Return the targets of notifications; raise ConfigError."""
-        targets = []
-        for number, given in enumerate(self["notify"], 1):
-            try:
-                targets.append(NotifyTarget(number, given))
-            except ValueError as error:
-                raise ConfigError(f"{self.config_path}: notify: target {number}: {error}") from None
-        return targets
+        try:
+            return [NotifyTarget(number, given) for number, given in enumerate(self["notify"], 1)]
+        except ValueError as error:
+            raise ConfigError(f"{self.config_path}: notify: {error}") from None
 
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
@@ -195,54 +192,51 @@ NOTICE_KINDS = {  # kind → the beginning of the message's title
 }  # fmt: skip
 
 
-def _is_web_address(value: Any) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        return False
-
-
 def _all_in(value: Any, check: Callable[[str], bool]) -> bool:
     return isinstance(value, list) and all(isinstance(it, str) and check(it) for it in value)
 
 
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda it: isinstance(it, str) and re.fullmatch(pattern, it) is not None
+
+
 _HOURS = r"([01]\d|2[0-3]):[0-5]\d"
-# The keys of one target, an object in the list `notify`: (default, meaning, what it may be, check)
+_is_url = _matches(r"https?://([^/?#@\s]*@)?(\[[0-9A-Fa-f:.]+\]|[^/?#@:\s]+)(:\d{1,5})?([/?#]\S*)?")
+# The keys of one target, an object in the list `notify`: (default, meaning, what else it may be, check)
 NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
-    "url": (None, "where to send; never shown", "an http or https URL", _is_web_address),
+    "url": (None, "where to send; never shown", "an http or https URL", _is_url),
     "format": ("ntfy", "what the URL takes; `slack` is for all that take Slack's webhooks",
                '"ntfy", "slack" or "json"', lambda it: it in ("ntfy", "slack", "json")),
     "command": (None, "program to run instead, without a shell; {title}, {text}, {kind}, {link} are replaced",
                 "a list of texts", lambda it: it != [] and _all_in(it, bool)),
     "when": ([kind for kind in NOTICE_KINDS if kind != "ended"], "kinds of messages",
-             f"a list of {', '.join(NOTICE_KINDS)}",
-             lambda it: _all_in(it, NOTICE_KINDS.__contains__)),
+             f"a list of {', '.join(NOTICE_KINDS)}", lambda it: _all_in(it, NOTICE_KINDS.__contains__)),
     "afterSeconds": (30, "what is over sooner is not sent", "a number from 0 to 86400",
                      lambda it: type(it) in (int, float) and 0 <= it <= 86_400),
     "quietHours": (None, "nothing is sent then; what still holds afterwards is", 'null or "22:00-07:00"',
-                   lambda it: it is None or re.fullmatch(f"{_HOURS}-{_HOURS}", str(it)) is not None),
+                   _matches(f"{_HOURS}-{_HOURS}")),
     "unlessSeen": (True, "send nothing while a page is open and visible", "true or false",
                    lambda it: isinstance(it, bool)),
     "content": (False, "send the command or question too, redacted", "true or false",
                 lambda it: isinstance(it, bool)),
-    "link": (None, "the page's address, for a link in the message", "null or an http or https URL",
-             lambda it: it is None or _is_web_address(it)),
+    "link": (None, "the page's address, for a link in the message", "null or an http or https URL", _is_url),
 }  # fmt: skip
 
 
 class NotifyTarget:
-    """One entry of `notify`; raises ValueError with the key and what was expected."""
+    """One entry of `notify`; raises ValueError with its number, the key and what was expected."""
 
     def __init__(self, number: int, given: JsonObject) -> None:
+        where = f"target {number}: "
         for name, value in given.items():
             if name not in NOTIFY_KEYS:
-                raise ValueError(f"{name}: unknown key; known are {', '.join(NOTIFY_KEYS)}")
-            if not NOTIFY_KEYS[name][3](value):
-                raise ValueError(f"{name}: expected {NOTIFY_KEYS[name][2]}")
+                raise ValueError(f"{where}{name}: unknown key; known are {', '.join(NOTIFY_KEYS)}")
+            default, _, expected, accepts = NOTIFY_KEYS[name]
+            if value is not default and not accepts(value):
+                raise ValueError(f"{where}{name}: expected {expected}")
         values = {name: given.get(name, rule[0]) for name, rule in NOTIFY_KEYS.items()}
         if (values["url"] is None) == (values["command"] is None):
-            raise ValueError('expected either "url" or "command"')
+            raise ValueError(f'{where}expected either "url" or "command"')
         self.url, self.command = values["url"], values["command"]
         self.format = "command" if self.command else values["format"]
         self.name = f"target {number} ({self.format})"  # the address is a secret
@@ -6268,12 +6262,7 @@ class Answers:
         self.questions: dict[str, OpenQuestion] = {}  # by event id
         self._over: dict[str, str] = {}  # event id → how the wait ended
         self._path = self._settings.path("pairings.json")
-        self._pairings: list[JsonObject] = []
-        with (
-            contextlib.suppress(OSError, MalformedEvent),
-            open(self._path, "rb", opener=emit_event.open_own) as file,
-        ):
-            self._pairings = emit_event.objects_in(emit_event.parse_event_line(file.read()).get("pairings"))
+        self._pairings: list[JsonObject] = emit_event.objects_in(read_state(self._path).get("pairings"))
         self._code, self._code_until, self._tries = "", 0.0, 0
         self._refused: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
         self._threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
@@ -6345,7 +6334,7 @@ class Answers:
         self._monitor.feed.changed[question.event["sessionId"]] = None
 
     def close(self) -> None:
-        """End all waits: the hooks print nothing."""
+        """End all waits."""
         for question in self.questions.values():
             if question.sock:
                 question.sock.close()
@@ -6438,11 +6427,10 @@ class Answers:
     def _at_redis(self, work: Callable[[Any, str], Any], kind: str, event_id: str = "") -> Any:
         """Return `work(client, key)` with a connection of its own."""
         values = self._settings.values
+        place = emit_event.answer_place(values, kind, event_id)
         client = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, lambda: emit_event.redis_client(values))
         with contextlib.closing(client):
-            return emit_event.within(
-                2 * TAKEN_DEADLINE_S, lambda: work(client, emit_event.answer_place(values, kind, event_id))
-            )
+            return emit_event.within(2 * TAKEN_DEADLINE_S, lambda: work(client, place))
 
     def _send_signed(self, event_id: str, answer: Any) -> tuple[str, str]:
         """Put a signed answer into the question's list; return (outcome, why) when a hook has taken one."""
@@ -6510,11 +6498,9 @@ class Answers:
         row = peer_row(sock) if sys.platform == "linux" else []
         if not row:
             return 0
-        pids, space = holders_of(row[9]), emit_event.pid_namespace()
+        pids, here = holders_of(row[9]), emit_event.pid_namespace()
         sessions = list(self._monitor.sessions.sessions.values())
-        clients = frozenset(
-            pid for it in sessions for pid, its_space in list(it.processes) if its_space == space
-        )
+        clients = frozenset(pid for it in sessions for pid, space in list(it.processes) if space == here)
         reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
         if reason or not pids:
             self._refuse(f"an agent must not answer: {reason or 'the process cannot be found'}")
@@ -6529,13 +6515,11 @@ class Answers:
         if not request.one("authorization") or not is_loopback(peer_address(sock)):
             self._refuse("commands that answer run on the monitor's machine, with its token")
         # The controlling terminal, as major and minor number of its device.
-        terminal = (
-            _process_fields(pid)[1][4:5] if sys.platform == "linux" else [text_of(given.get("terminal"))]
-        )
-        if given.get("refused") or terminal in ([], ["0"], [""]):
-            self._refuse(
-                text_of(given.get("refused")) or f"process {pid} has no terminal, so no person uses it"
-            )
+        terminal, refused = [text_of(given.get("terminal"))], text_of(given.get("refused"))
+        if sys.platform == "linux":
+            terminal = _process_fields(pid)[1][4:5]
+        if refused or terminal in ([], ["0"], [""]):
+            self._refuse(refused or f"process {pid} has no terminal, so no person uses it")
         if given.get("do") == "code":
             self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
             self._code_until = time.monotonic() + CODE_LIFE_S
@@ -6626,9 +6610,7 @@ def answer_words(event: JsonObject, answer: JsonObject) -> str:
     if do == "answer":
         texts = []
         for question, picked in zip(emit_event.objects_in(given["questions"]), answer["answers"]):
-            labels = [
-                text_of(option.get("label")) for option in emit_event.objects_in(question.get("options"))
-            ]
+            labels = [text_of(it.get("label")) for it in emit_event.objects_in(question.get("options"))]
             texts.append(", ".join(it if isinstance(it, str) else labels[it] for it in picked))
         return "Answered: " + one_line("; ".join(texts), 1000)
     words = f": {one_line(answer['message'], 1000)}" if answer.get("message") else ""
@@ -6647,10 +6629,9 @@ def suggestion_words(suggestion: JsonObject) -> str:
     kind, where = given.get("type"), given.get("destination", "")
     where = f" in {_DESTINATIONS.get(where, where)}"
     if kind == "addRules":
-        rules = [(text_of(it.get("toolName")), it) for it in emit_event.objects_in(suggestion.get("rules"))]
-        names = [
-            f"{tool}({text_of(it['ruleContent'])})" if it.get("ruleContent") else tool for tool, it in rules
-        ]
+        rules = emit_event.objects_in(suggestion.get("rules"))
+        parts = ((it.get("toolName"), it.get("ruleContent")) for it in rules)
+        names = [text_of(tool) + (f"({text_of(rule)})" if rule else "") for tool, rule in parts]
         words = f"{given.get('behavior', 'allow')} {', '.join(names)}"
     elif kind == "setMode":
         words = f"switch to the mode {given.get('mode')}"
@@ -6704,33 +6685,33 @@ class Delivery(NamedTuple):
 
 def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     """Return what a session has to say now."""
-    found: list[tuple[str, str, str, int, bool]] = []  # (part of the key, kind, detail, since, by_client)
+    about = session.session_id, session.label[0], session.machine_id
+    found: list[Notice] = []
+
+    def add(part: str, kind: str, detail: str, since: int, by_client: bool = False) -> None:
+        found.append(Notice(_notice_key(about[0], part, since), kind, *about, detail, since, by_client))
+
     for it in session.waits if session.state == "waiting" else ():
         kind = "plan" if it.tool == "ExitPlanMode" else it.kind
         detail = ": ".join(filter(None, (it.tool, it.detail)))
-        found.append((f"wait {it.agent_id}", kind, detail, it.since, it.by_client))  # the kind may change
-    reason = session.reason
-    if reason and session.state in ("failed", "ended"):
-        found.append((session.state, session.state, reason.detail, session.state_since, False))
-    found += [(it["kind"], "stuck", it["detail"], it["since"], False) for it in stuck_signals(session)]
+        add(f"wait {it.agent_id}", kind, detail, it.since, it.by_client)  # the kind may change
+    if session.reason and session.state in ("failed", "ended"):
+        add(session.state, session.state, session.reason.detail, session.state_since)
+    for stuck in stuck_signals(session):
+        add(stuck["kind"], "stuck", stuck["detail"], stuck["since"])
     if context_percent is not None and context_percent >= LIMIT_PERCENT:
-        found.append(("context", "limit", f"context {context_percent:.0f} % full", 0, False))
-    about = session.session_id, session.label[0], session.machine_id
-    return [
-        Notice(_notice_key(about[0], part, since), kind, *about, detail, since, by_client)
-        for part, kind, detail, since, by_client in found
-        if not (session.hidden or session.demo)
-    ]
+        add("context", "limit", f"context {context_percent:.0f} % full", 0)
+    return [] if session.hidden or session.demo else found
 
 
 def limit_notices(accounts: Sequence[JsonObject], machine: str) -> list[Notice]:
     """Return the limits that are nearly reached, of the accounts in the status."""
-    windows = [(name, it[name]) for it in accounts for name in LIMIT_WINDOWS if name in it]
-    return [
-        Notice(_notice_key(name, it["resetsAt"]), "limit", "", LIMIT_LABELS[name], machine, detail, 0)
-        for name, it in windows
-        if it["percent"] >= LIMIT_PERCENT and (detail := f"{it['percent']:.0f} % used")
-    ]
+    found = []
+    for name, it in ((name, it[name]) for it in accounts for name in LIMIT_WINDOWS if name in it):
+        if it["percent"] >= LIMIT_PERCENT:
+            about = "limit", "", LIMIT_LABELS[name], machine, f"{it['percent']:.0f} % used", 0
+            found.append(Notice(_notice_key(name, it["resetsAt"]), *about))
+    return found
 
 
 def _notice_key(*parts: Any) -> str:
@@ -6814,12 +6795,9 @@ def message_words(message: Delivery) -> tuple[str, str, str]:
     return f"{title}: {plain(notice.label)}", text, link
 
 
-class SendError(Exception):
-    """A message was not sent; the text has no address. `pause_s` before the next attempt; None: no other."""
-
-    def __init__(self, words: str, pause_s: float | None = 0.0) -> None:
-        super().__init__(words)
-        self.pause_s = pause_s
+_SLACK_SAFE = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
+# (sent, words without the address, pause in s before another attempt; None: there is none)
+SendOutcome = tuple[bool, str, Union[float, None]]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -6844,70 +6822,54 @@ def http_request(message: Delivery) -> urllib.request.Request:
         body = text.encode()
     elif target.format == "slack":
         words = "\n".join(filter(None, (title, text, link)))
-        for char, safe in (
-            ("&", "&amp;"),
-            ("<", "&lt;"),
-            (">", "&gt;"),
-            ("@", "@\u200b"),
-            ("](", "]\u200b("),
-        ):
-            words = words.replace(char, safe)
-        body = encode_json({"text": words, "mrkdwn": False})
+        body = encode_json({"text": words.translate(_SLACK_SAFE), "mrkdwn": False})
     else:
         names = {"id": notice.key, "kind": notice.kind, "sessionId": notice.session_id, "link": link or None}
         body = encode_json({"title": title, "text": text, **names, "since": notice.since or None})
     return urllib.request.Request(parts._replace(netloc=place, fragment="").geturl(), body, headers)
 
 
-def post_message(message: Delivery) -> str:
-    """Send a message to a URL once; return the outcome as text, or raise SendError."""
+def post_message(message: Delivery) -> SendOutcome:
+    """Send a message to a URL once."""
     try:
         opener = urllib.request.build_opener(_NoRedirect)
         with opener.open(http_request(message), timeout=NOTICE_DEADLINE_S) as response:
-            return f"answered {response.status}"
+            return True, f"answered {response.status}", None
     except urllib.error.HTTPError as error:
         error.close()
         wait, code = error.headers.get("Retry-After") or "0", error.code
         words = f"answered {code}" + "; redirects are not followed" * (code // 100 == 3)
         may_retry = code in (408, 429) or code >= 500
-        raise SendError(words, (float(wait) if wait.isdecimal() else 0.0) if may_retry else None) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason: Any = getattr(error, "reason", error)
-        text = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None)
-        raise SendError(text or type(reason).__name__) from None
+        return False, words, (float(wait) if wait.isdecimal() else 0.0) if may_retry else None
 
 
-def run_message(message: Delivery) -> str:
-    """Run a target's command once; return the outcome as text, or raise SendError."""
+def run_message(message: Delivery) -> SendOutcome:
+    """Run a target's command once."""
     values = dict(zip(("title", "text", "link"), message_words(message)), kind=message.notice.kind)
     values = {name: text.replace("<", "‹") for name, text in values.items()}  # notify-send knows tags
     fill = functools.partial(re.sub, r"\{(title|text|kind|link)\}", lambda match: values[match[1]])
-    try:
-        null = subprocess.DEVNULL
-        command = list(map(fill, message.target.command))
-        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
-    except (OSError, ValueError) as error:
-        raise SendError(f"cannot be run: {getattr(error, 'strerror', None) or error}", None) from None
+    null = subprocess.DEVNULL
+    command = list(map(fill, message.target.command))
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     try:
         status = process.wait(NOTICE_DEADLINE_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
-    if status:
-        raise SendError(f"ended with status {status}")
-    return "ended with status 0"
+    return status == 0, f"ended with status {status}", 0.0
 
 
-def attempt(message: Delivery) -> tuple[bool, str, float | None]:
-    """Send a message once; return (sent, outcome as text, pause before another attempt or None)."""
+def attempt(message: Delivery) -> SendOutcome:
+    """Send a message once."""
     send = run_message if message.target.command else post_message
     try:
-        return True, emit_event.within(NOTICE_DEADLINE_S + 1, lambda: send(message)), None
-    except (SendError, TimeoutError) as error:
-        return False, str(error), getattr(error, "pause_s", 0.0)
-    except Exception as error:  # unexpected: log and continue
-        log.exception("a notification could not be sent")
-        return False, type(error).__name__, None
+        outcome: SendOutcome = emit_event.within(NOTICE_DEADLINE_S + 1, lambda: send(message))
+    except Exception as error:  # the network, TLS, the program, a value that it does not take
+        reason: Any = getattr(error, "reason", error)
+        words = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None)
+        words = words or (str(error) if isinstance(error, TimeoutError) else type(reason).__name__)
+        outcome = False, words, 0.0
+    return outcome
 
 
 class Notifier:
@@ -6919,20 +6881,10 @@ class Notifier:
         self._results: dict[str, JsonObject] = {}  # target's id → {ok, at, words} of its last attempt
         self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
         self._queue: list[Delivery] = []
-        self._running: tuple[Delivery, concurrent.futures.Future[tuple[bool, str, float | None]]] | None = (
-            None
-        )
+        self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         self._closing = False
-        sent: JsonObject = {}
-        with contextlib.suppress(Exception), open(path, "rb", opener=emit_event.open_own) as file:
-            read = emit_event.parse_event_line(file.read())
-            # Of another version, or no file: a message may then be sent twice.
-            sent = {
-                key: {"to": list(it["to"]), "notice": Notice(key, *it["notice"])[1:]}
-                for key, it in read.items()
-            }
-        self._book = NoticeBook(targets, sent)
+        self._book = NoticeBook(targets, read_state(path).get("sent", {}))
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
@@ -6968,15 +6920,14 @@ class Notifier:
             self._finish()
 
     def _send_next(self) -> None:
-        """Send the first message whose target does not rest; drop those that no longer hold or are old."""
+        """Send the first message whose target does not rest; drop those that are old or no longer true."""
         if self._running is not None or self._closing:
             return
         waiting, self._queue = self._queue, []
         for message in waiting:
             if self._book.holds(message.notice.key) is message.over:
-                if message.over:
-                    self._book.record(message)
-            elif now_ms() - message.queued_at > NOTICE_QUEUE_MS:
+                continue
+            if now_ms() - message.queued_at > NOTICE_QUEUE_MS:
                 self._note(message.target, False, f"not sent within {human_duration(NOTICE_QUEUE_MS)}")
             elif self._running is None and self._rests.get(message.target.id, 0.0) <= time.monotonic():
                 self._running = message, self._thread.submit(attempt, message)
@@ -6998,12 +6949,8 @@ class Notifier:
             self._queue.insert(0, message._replace(attempts=message.attempts + 1))
             words += "; trying again"
         self._note(message.target, is_sent, words)
-        book = NoticeBook((), copy.deepcopy(self._book.sent))
-        for it in self._queue:
-            if it.over:
-                book.record(it)
         try:
-            emit_event.write_atomically(self._path, encode_json(book.sent))
+            emit_event.write_atomically(self._path, encode_json({"sent": self._book.sent}))
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
         self._send_next()
@@ -8630,9 +8577,8 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
 
 def notify_problems(targets: Sequence[JsonObject]) -> list[JsonObject]:
     """Return the problems in the results of `Notifier.status`."""
-    texts = [
-        f"Notifications do not arrive: {it['name']}: {it['words']}" for it in targets if it["ok"] is False
-    ]
+    failing = (it for it in targets if it["ok"] is False)
+    texts = [f"Notifications do not arrive: {it['name']}: {it['words']}" for it in failing]
     advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
     return [{"kind": "notify", "level": "warn", "words": words, "advice": advice} for words in texts]
 
@@ -9556,12 +9502,8 @@ def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, 
 def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
     """Return a launchd agent that keeps a command running."""
     about: JsonObject = {"Label": SERVICE_NAME, "ProgramArguments": list(command), "WorkingDirectory": folder}
-    about |= {
-        "EnvironmentVariables": dict(environment),
-        "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False},
-    }
-    return plistlib.dumps(about)
+    about |= {"EnvironmentVariables": dict(environment), "RunAtLoad": True}
+    return plistlib.dumps({**about, "KeepAlive": {"SuccessfulExit": False}})
 
 
 class Service(NamedTuple):
@@ -9598,9 +9540,8 @@ def trouble_of(command: str) -> str | None:
         done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command.split()[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
-    return (
-        None if done.returncode == 0 else one_line(done.stderr or done.stdout or f"status {done.returncode}")
-    )
+    words = one_line(done.stderr or done.stdout or f"status {done.returncode}")
+    return words if done.returncode else None
 
 
 def run_steps(commands: Iterable[str]) -> None:
@@ -9768,10 +9709,8 @@ class Doctor:
         if not emit_event.read_answer_key(self._settings.home):
             yield _warn("answers", "there is no key, so no answer comes through Redis", "run: answers key")
         elif not self._settings["answers.remote"]:
-            advice = "set it to true, or leave it: then questions are answered in the client only"
-            yield _warn(
-                "answers", "answers.remote is off, so this machine takes no answer from Redis", advice
-            )
+            words = "answers.remote is off, so this machine takes no answer from Redis"
+            yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
         else:
             yield _ok("answers", "signed answers are taken from Redis")
 
@@ -9785,20 +9724,13 @@ class Doctor:
         shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
         if shown != user:
             yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
-        given = encode_json(
-            {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        )
+        about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
         results = []
         for command in filter(None, (ours.command, ours.wrapped)):
-            began, options = time.monotonic(), {"input": given + b"\n", "capture_output": True, "timeout": 10}
-            try:
-                done = subprocess.run(["/bin/sh", "-c", command], **options)  # type: ignore[call-overload]
-                output = done.stdout.decode("utf-8", "replace").strip()
-                results.append(
-                    (done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})")
-                )
-            except subprocess.TimeoutExpired:
-                results.append((-1, False, "nothing within 10 s"))
+            began, shell = time.monotonic(), ["/bin/sh", "-c", command]
+            done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
+            output = done.stdout.decode("utf-8", "replace").strip()
+            results.append((done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})"))
         wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
         is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
         level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
@@ -10898,10 +10830,8 @@ def command_service(args: argparse.Namespace) -> int:
     settings, service = settings_of(args), this_service()
     trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
     if trouble is not None:
-        advice = "run `start` where your session begins instead"
-        raise CommandError(
-            f"neither systemd nor launchd runs services of this user here ({trouble}); {advice}"
-        )
+        words = f"neither systemd nor launchd runs services of this user here ({trouble})"
+        raise CommandError(f"{words}; run `start` where your session begins instead")
     if args.action == "status":
         is_running = is_installed and trouble_of(service.check) is None
         print("running" if is_running else "installed, not running" if is_installed else "not installed")
@@ -11037,9 +10967,8 @@ def command_config(args: argparse.Namespace) -> int:
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
         print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
         print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
-    print(
-        "\nA target of notify has:", *(f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items()), sep="\n    "
-    )
+    targets = (f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items())
+    print("\nA target of notify has:", *targets, sep="\n    ")
     return 0
 
 
@@ -11084,17 +11013,13 @@ def command_answer(args: argparse.Namespace) -> int:
         if not asked["answerable"]:
             print_status("it can only be answered in the client: no hook of `install --answers` waits")
         return 0
-    request = {
-        "sessionId": session_id,
-        "eventId": event["id"],
-        "answer": given_answer(event, args.answer[0], args.answer[1:]),
-    }
+    answer = given_answer(event, args.answer[0], args.answer[1:])
+    request = {"sessionId": session_id, "eventId": event["id"], "answer": answer}
     result = ask_to_answer(settings, request)
     if result["outcome"] != "delivered":
-        raise CommandError(
-            f"{'too late' if result['outcome'] == 'late' else 'not delivered'}: {result['words']}"
-        )
-    print(answer_words(event, request["answer"]))
+        what = "too late" if result["outcome"] == "late" else "not delivered"
+        raise CommandError(f"{what}: {result['words']}")
+    print(answer_words(event, answer))
     return 0
 
 
@@ -11111,10 +11036,8 @@ def question_lines(event: JsonObject) -> Iterator[str]:
             yield text_of(question.get("question"))
             for number, option in enumerate(emit_event.objects_in(question.get("options")), 1):
                 yield f"  {number}  {text_of(option.get('label'))}: {text_of(option.get('description'))}"
-        fields, answers = (
-            {},
-            "choose, then for each question a number, several (1,2) or own words; deny [WHY]",
-        )
+        fields = {}
+        answers = "choose, then for each question a number, several (1,2) or own words; deny [WHY]"
     else:
         yield f"{text_of(data.get('toolName'))}:"
     for name, value in fields.items():
@@ -11164,9 +11087,7 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     if plan.status_line:
         wrapped = plan.status_line.wrapped
-        print(
-            f"status line registered, with {'a line of its own' if wrapped is None else 'yours: ' + wrapped}"
-        )
+        print("status line registered, with", "a line of its own" if wrapped is None else f"yours: {wrapped}")
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
