@@ -6884,7 +6884,11 @@ class Notifier:
         self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         self._closing = False
-        self._book = NoticeBook(targets, read_state(path).get("sent", {}))
+        sent = read_state(path).get("sent")
+        is_ours = isinstance(sent, dict) and all(
+            isinstance(it, dict) and len(it) == 2 for it in sent.values()
+        )
+        self._book = NoticeBook(targets, sent if is_ours else {})
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
