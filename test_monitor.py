@@ -6593,9 +6593,7 @@ def calls_of(count: int, **fields: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("count", "limit"), [(3, 5000), (20, 5000), (50, 5000), (50, 30)])
-def test_a_session_is_sent_with_its_newest_calls_and_their_number(
-    count: int, limit: int, monkeypatch: Any
-) -> None:
+def test_a_session_is_sent_with_its_newest_calls_and_their_number(count, limit, monkeypatch):
     monkeypatch.setattr(cm, "CALLS_LIMIT", limit)
     book = cm.Sessions()
     for event in calls_of(count):
@@ -6637,9 +6635,7 @@ def test_running_agents_are_sent_before_those_that_ended() -> None:
         max_size=30,
     )
 )
-def test_looking_when_something_is_due_gives_what_looking_always_gives(
-    steps: list[tuple[int, str, int]],
-) -> None:
+def test_looking_when_something_is_due_gives_what_looking_always_gives(steps):
     books = [cm.Sessions(quiet_ms=120_000, ended_ms=3_600_000) for _ in range(2)]
     now = 1_000_000
     for number, (session, hook, seconds) in enumerate(steps):
@@ -8254,9 +8250,7 @@ NOTICE_WRONG = {
 
 
 @pytest.mark.parametrize(("words", "given"), [(it, row) for it, rows in NOTICE_WRONG.items() for row in rows])
-def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(
-    tmp_path: Any, words: str, given: Any
-) -> None:
+def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, words, given):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"notify": [{"url": "https://ntfy.example/geheim"}, given]}))
     with pytest.raises(cm.ConfigError) as caught:
@@ -8381,16 +8375,11 @@ def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_pa
         ("right certificate", "answered 200", None), ("gone.invalid", "", 0),
     ],
 )  # fmt: skip
-def test_every_failure_of_a_server_has_its_outcome(
-    make: Any, monkeypatch: Any, manner: str, words: str, pause_s: float | None
-) -> None:
+def test_every_failure_of_a_server_has_its_outcome(make, monkeypatch, manner, words, pause_s):
     monkeypatch.setattr(cm, "NOTICE_DEADLINE_S", 0.5)
     certificates = make(RedisCertificates) if "certificate" in manner else None
-    server = make(
-        NoticeServer,
-        {"/topic": [manner if manner[0].isdigit() else manner[:4]]} if not certificates else {},
-        certificates,
-    )
+    manners = {} if certificates else {"/topic": [manner if manner[0].isdigit() else manner[:4]]}
+    server = make(NoticeServer, manners, certificates)
     if manner == "right certificate":
         monkeypatch.setenv("SSL_CERT_FILE", f"{certificates.directory}/ca.crt")
     url = {"refused": "http://127.0.0.1:1", "gone.invalid": "http://gone.invalid"}.get(manner, server.url)
@@ -8402,9 +8391,7 @@ def test_every_failure_of_a_server_has_its_outcome(
     assert len(server.received) == (url == server.url and manner != "wrong certificate")
 
 
-def test_a_message_is_tried_three_times_while_other_targets_are_served(
-    make: Any, monkeypatch: Any, tmp_path: Any
-) -> None:
+def test_a_message_is_tried_three_times_while_other_targets_are_served(make, monkeypatch, tmp_path):
     monkeypatch.setattr(cm, "NOTICE_PAUSES_S", (0.1, 0.2))
     server = make(NoticeServer, {"/topic": ["500"], "/late": ["500", "200"]})
     targets = [notice_target(url=f"{server.url}/{path}") for path in ("topic", "late")]
@@ -8437,20 +8424,14 @@ def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
             payload("PreToolUse", session, tool_use_id=f"t-{session}", **call), asks]  # fmt: skip
 
 
-def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(
-    make: Any, monitor: RunningMonitor
-) -> None:
+def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(make, monitor):
     server = make(NoticeServer, {"/topic": ["429 3", "200"], "/dead": ["500"]})
     secret = f"{server.url}/topic"
-    targets = [
-        {"url": f"{server.url}/dead", "afterSeconds": 1},
-        {"url": secret, "afterSeconds": 1, "content": True},
-    ]
-    monitor.write_config({"notify": targets})
+    dead, target = ({"url": it, "afterSeconds": 1} for it in (f"{server.url}/dead", secret))
+    monitor.write_config({"notify": [dead, {**target, "content": True}]})
     monitor.serve().emit(*itertools.chain(*(notice_asks(f"s{number}") for number in range(60))))
     eventually(lambda: len(server.titles()) > 20, 30, "the first messages")
     monitor.stop()
-    began = server.received[-1][0]
     monitor.serve()
     expected = {f"Needs your permission: Work on s{number}" for number in range(60)}
     eventually(lambda: set(server.titles()) == expected, 30, "a message for each session")
@@ -8464,7 +8445,7 @@ def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(
     eventually(
         lambda: {over, "Needs your permission: Work on s60"} <= set(server.titles()), 30, "the end of a wait"
     )
-    assert collections.Counter(server.titles())[over] == 1 and began
+    assert collections.Counter(server.titles())[over] == 1
     counts = collections.Counter(server.titles())
     assert sorted(counts.values())[-2:] == [1, 2], "one was tried again"
     sequences = {headers["x-sequence-id"] for _, path, headers, _ in server.received if path == "/topic"}
@@ -8483,8 +8464,7 @@ def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(
         *shown,
         done.stdout,
         log,
-        json.dumps(monitor.get("/api/config")),
-        json.dumps(monitor.get("/api/status")),
+        *(json.dumps(monitor.get(f"/api/{it}")) for it in ("config", "status")),
     ]
     assert "target 2 (ntfy)" in log and not [it for it in places if secret[-12:] in it or "/topic" in it]
 
@@ -9352,35 +9332,25 @@ needs_systemd = pytest.mark.skipif(
 
 @needs_systemd
 def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMonitor) -> None:
-    def run(script: str) -> str:
-        environment = {
-            **monitor.environment,
-            "HOME": monitor.home,
-            "P": f"{sys.executable} -m contextuate_monitor",
-        }
-        world = [
-            str(UNSHARE),
-            *"--mount --pid --fork --kill-child --mount-proc sh -c".split(),
-            SERVICE_WORLD,
-            "sh",
-        ]
-        done = subprocess.run(
-            [*world, script],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        return done.stdout + done.stderr
-
+    environment = {
+        **monitor.environment,
+        "HOME": monitor.home,
+        "P": f"{sys.executable} -m contextuate_monitor",
+    }
+    world = [
+        str(UNSHARE),
+        *"--mount --pid --fork --kill-child --mount-proc sh -c".split(),
+        SERVICE_WORLD,
+        "sh",
+    ]
     waits = (
         "until $P status --short | grep -q idle; do sleep 0.1; done; cat $CONTEXTUATE_HOME/monitor.pid; echo;"
     )
-    said = run(f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
-               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
-               "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+    script = (f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
+              f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
+              "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    said = subprocess.run([*world, script], cwd=ROOT, env=environment, text=True, timeout=120, **pipes).stdout
     lines = [line for line in said.splitlines() if not line.startswith("ls:")]
     assert [line for line in lines if not line.isdigit()] == [
         "not installed", lines[1], "running", f"stopped (pid {lines[5]})", "installed, not running", lines[8], "not installed",
@@ -9400,17 +9370,12 @@ def test_a_service_is_refused_where_neither_systemd_nor_launchd_runs(monitor: Ru
 def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
     folder = tmp_path / "a b%n<&>"
     folder.mkdir()
-    command, environment = (
-        [sys.executable, "-m", 'x "$HOME" %n \\'],
-        {"CONTEXTUATE_HOME": str(folder) + ' "%h" $x'},
-    )
+    command = [sys.executable, "-m", 'x "$HOME" %n \\']
+    environment = {"CONTEXTUATE_HOME": str(folder) + ' "%h" $x'}
     agent = plistlib.loads(cm.launchd_agent(command, str(folder), environment))
     assert (agent["ProgramArguments"], agent["EnvironmentVariables"]) == (command, environment)
-    assert (agent["WorkingDirectory"], agent["KeepAlive"], agent["RunAtLoad"]) == (
-        str(folder),
-        {"SuccessfulExit": False},
-        True,
-    )
+    assert agent["WorkingDirectory"] == str(folder) and agent["RunAtLoad"] is True
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}
     unit = cm.systemd_unit(command, str(folder), environment).decode()
     assert 'ExecStart="' in unit and ' "x \\"$$HOME\\" %%n \\\\"\n' in unit and "b%%n<&>\n" in unit
     assert f'Environment="CONTEXTUATE_HOME={str(folder).replace("%", "%%")} \\"%%h\\" $x"\n' in unit
@@ -12839,9 +12804,7 @@ def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
-def test_a_tunnel_of_one_port_to_any_other_is_enough(
-    prefix: str, monitor: RunningMonitor, open_tab: Any
-) -> None:
+def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
     monitor.write_config({"server": {"auth": "token"}})
     port, token = monitor.serve().port, monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
     cut = f" /{prefix}".encode() if prefix else b" /"
@@ -13278,11 +13241,8 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
 # The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
 # ---------------------------------------------------------------------------
 
-ANSWER_RULE = {
-    "type": "addRules",
-    "rules": [{"toolName": "Bash", "ruleContent": "make:*"}],
-    "behavior": "allow",
-}
+ANSWER_RULES = [{"toolName": "Bash", "ruleContent": "make:*"}]
+ANSWER_RULE = {"type": "addRules", "rules": ANSWER_RULES, "behavior": "allow"}
 ANSWER_SUGGESTIONS = [
     {**ANSWER_RULE, "destination": "session"},
     {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
@@ -13377,10 +13337,8 @@ def test_whatever_comes_back_gives_nothing_or_one_decision(asked, line):
         output = ee.client_answer(asked, json.loads(line.decode("utf-8")))
     if output is not None:
         assert json.loads(ee.encode_json(output)), "it can be printed"
-        assert output.get("action") in ("accept", "decline", "cancel") or output["decision"]["behavior"] in (
-            "allow",
-            "deny",
-        )
+        behaviors = {"accept", "decline", "cancel"} if "action" in output else {"allow", "deny"}
+        assert output.get("action", output.get("decision", {}).get("behavior")) in behaviors
 
 
 @dataclasses.dataclass
@@ -13414,6 +13372,12 @@ class Asking:
         """Ask in a session; return the hook that waits, and the id of its event."""
         hook = self.hook({**ANSWER_ASKED[kind], "session_id": session, **more})
         return hook, eventually(lambda: self.open_ids(session), what="a question that can be answered")[0]
+
+    def decision(self, hook: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """Return what a hook decides, of a form the answer; wait for its end."""
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        assert printed.pop("hookEventName")
+        return dict(printed.get("decision", printed))
 
     def open_ids(self, session: str = "s1") -> list[str]:
         asks = self.monitor.sessions_so_far().get(session, {"asks": []})["asks"]
@@ -13493,12 +13457,10 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
         hook, event_id = asking.ask(kind, f"s{number}")
         began = time.monotonic()
         outcome = asking.answer(page, event_id, answer, f"s{number}")
-        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        assert asking.decision(hook) == decision
         assert (outcome, hook.returncode) == ("delivered", 0) and time.monotonic() - began < 5
-        assert printed.pop("hookEventName") and printed in (decision, {"decision": decision})
-        row = page.next("event")["event"]
-        while row["data"].get("to") != event_id:
-            row = page.next("event")["event"]
+        events = (page.next("event")["event"] for _ in itertools.count())
+        row = next(it for it in events if it["data"].get("to") == event_id)
         assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
         assert "127.0.0.1" in row["data"]["by"]
         assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
@@ -13580,8 +13542,7 @@ def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
     os.killpg(hook.pid, signal.SIGSTOP)
     at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
     assert sorted(outcomes) == ["delivered", "late"]
-    decision = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
-    assert decision["behavior"] == outcomes["delivered"]
+    assert asking.decision(hook)["behavior"] == outcomes["delivered"]
 
 
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
@@ -13691,9 +13652,7 @@ def test_an_agent_does_not_answer_itself(asking):
     assert any(it["kind"] == "answers" and "refused" in it["words"] for it in problems)
     assert "refused: an agent must not answer" in install_text(monitor.home + "/monitor.log")
     assert "Allowed once" in asking.on_terminal("answer", "s1", "allow"), "a person's terminal may"
-    assert json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"] == {
-        "behavior": "allow"
-    }
+    assert asking.decision(hook) == {"behavior": "allow"}
 
 
 ANSWER_WORDS = [
@@ -13706,18 +13665,16 @@ ANSWER_WORDS = [
 
 def test_the_command_shows_what_is_asked_and_answers_it(asking):
     page = asking.page(asking.pair())  # for the form, which waits only for a page
+    asking.ask(session="s")
+    assert "no answer" in asking.on_terminal("answer", "s", "perhaps")
     for number, (kind, words, decision, shown) in enumerate(ANSWER_WORDS):
         hook, _ = asking.ask(kind, f"s{number}")
         assert shown in asking.on_terminal("answer", f"s{number}")
-        assert "no answer" in asking.on_terminal("answer", f"s{number}", "perhaps")
         said = asking.on_terminal("answer", f"s{number}", *words.split())
-        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
-        chosen = printed.get("decision", {}).get("updatedInput", {}).get("answers")
-        assert printed.pop("hookEventName") and (printed in (decision, {"decision": decision}) or chosen), (
-            said
-        )
-        assert chosen in (None, {"Colour?": "Green", "Which?": ["Blue", "Green"]})
-        assert "asks nothing" in asking.on_terminal("answer", f"s{number}")
+        printed = asking.decision(hook)
+        chosen = printed.get("updatedInput", {}).get("answers")
+        assert printed == decision or chosen == {"Colour?": "Green", "Which?": ["Blue", "Green"]}, said
+    assert "asks nothing" in asking.on_terminal("answer", "s0")
     page.close()
 
 
@@ -13775,8 +13732,7 @@ def test_answers_through_redis_are_signed_fresh_and_wanted():
                 lambda: (it := other.answer(page, event_id, {"do": "deny"})) != "failed" and it, 30
             )
             assert outcome == "delivered", time.monotonic() - began
-            printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
-            assert printed["behavior"] == "deny"
+            assert asking.decision(hook)["behavior"] == "deny"
             refused = eventually(
                 lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])], 30
             )
@@ -13798,20 +13754,14 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
     tab.page.click("text=Pair this browser")
     tab.page.fill("dialog input", asking.code())
     tab.page.click("dialog .first")
-    tab.shows(
-        "ask",
-        "Allow once",
-        "Always: allow Bash(make:*) in this session",
-        "Always: switch to the mode acceptEdits",
-    )
+    always = ("Always: allow Bash(make:*) in this session", "Always: switch to the mode acceptEdits")
+    tab.shows("ask", "Allow once", *always)
     tab.page.focus("#grid")
     tab.press("a d")
     assert first.poll() is None, "keys count only in the strip"
     tab.page.focus("#ask")
     tab.press("A")
-    assert json.loads(first.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"][
-        "updatedPermissions"
-    ]
+    assert asking.decision(first)["updatedPermissions"]
     tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
     tab.row_with(
         "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
@@ -13829,12 +13779,9 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         tab.page.click(f"[data-session-id={session}]")
         tab.page.wait_for_selector("#ask [data-act]")
         act()
-        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
-        del printed["hookEventName"]
-        if decision is None:
-            assert printed["decision"]["updatedInput"]["answers"] == {"Colour?": "Green", "Which?": ["Blue"]}
-        else:
-            assert printed in (decision, {"decision": decision})
+        printed = asking.decision(hook)
+        answers = {"Colour?": "Green", "Which?": ["Blue"]}
+        assert printed == decision if decision else printed["updatedInput"]["answers"] == answers
     hook, _ = asking.ask(
         "Bash", "s6", tool_name="Write", tool_input={"file_path": "/x", "content": "row\n" * 3000}
     )
