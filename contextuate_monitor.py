@@ -1097,6 +1097,7 @@ RULES = {
     "tool_error": Rule("working", "call", "input"),
     "permission_request": Rule("working", "", "input"),
     "permission_denied": Rule("working", "call", "input"),
+    "permission_result": Rule("working", "", "input"),  # more in `_end_waits`
     "elicitation": Rule("working", "", "input"),
     "elicitation_result": Rule("working", "", "input"),
     "pre_compact": Rule("working", "", "input"),
@@ -1283,6 +1284,7 @@ class Session:
     pinned: bool = False
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
+    agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
@@ -1349,7 +1351,8 @@ _MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(fiel
 
 # Text and targets
 _TARGET_KEYS = (
-    "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "description",
+    "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "question",
+    "description",
     "skill", "plan", "prompt", "name",
 )  # fmt: skip
 
@@ -1473,25 +1476,29 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
 
 
 class UnnamedCalls:
-    """Pairs calls of clients before 2.0.43, which have no ids: a result ends the newest open call of the same
-    agent and tool.
+    """Pairs calls without ids, as of clients before 2.0.43, Gemini and Copilot: a result ends the newest open
+    call of the same agent and tool, of several one with the same input.
     """
 
     def __init__(self) -> None:
-        self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
+        # (session, agent, tool) → (use id, hash of the input)
+        self.open: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
 
     def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
         """Return the facts of an event; a result without an id gets that of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
-        use_ids = self.open.setdefault(key, [])
+        calls = self.open.setdefault(key, [])
+        digest = zlib.crc32(encode_json(facts[0].tool_input))
         if facts[0].outcome is Outcome.OPEN:
-            use_ids.append(facts[0].use_id)
-            del use_ids[:-100]
-        elif use_ids:
-            facts = (facts[0]._replace(use_id=use_ids.pop()),)
-        if not use_ids:
+            calls.append((facts[0].use_id, digest))
+            del calls[:-100]
+        elif calls:
+            call = next((it for it in reversed(calls) if it[1] == digest), calls[-1])
+            calls.remove(call)
+            facts = (facts[0]._replace(use_id=call[0]),)
+        if not calls:
             del self.open[key]
         return facts
 
@@ -1561,6 +1568,9 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
     if kind == "pre_compact" and event["data"].get("trigger") == "manual" and _client_status(session)[0]:
         kind = "message"  # the client reports whether it has anything to compact
+    if kind == "turn_end" and event["data"].get("mayBeSubagent"):
+        runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
+        kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1639,6 +1649,7 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
+    session.agent = event.get("agent", session.agent)
     session.counts["events"] += kind != "replaced" and event["eventType"] != "client_status"  # no hook's
     session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
@@ -1843,7 +1854,8 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
 
 
 def _description(tool_input: Any) -> str:
-    return one_line(text_of(tool_input.get("description"))) if isinstance(tool_input, dict) else ""
+    about = tool_input if isinstance(tool_input, dict) else {}
+    return one_line(text_of(about.get("description") or about.get("message")))
 
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
@@ -2050,6 +2062,7 @@ _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
 _NOTICE_KINDS = {
     "permission_prompt": "permission", "worker_permission_prompt": "permission", "idle_prompt": "input",
+    "prompt_shown": "prompt",  # at once after every turn: nothing waits
     "elicitation_dialog": "question", "elicitation_url_dialog": "question", "agent_needs_input": "dialog",
 }  # fmt: skip
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
@@ -2059,22 +2072,29 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     """End the waits that an event ends; one without a call is tied to its call when that begins."""
     kept, kind = [], step.kind
     begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
-    server = text_of(step.event["data"].get("mcp_server_name"))
+    data = step.event["data"]
+    server = text_of(data.get("mcp_server_name"))
     for wait in session.waits:
         is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
         is_answer = kind == "elicitation_result" and wait.kind == "question"
+        is_decided = (
+            kind == "permission_result" and data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
+        )
         if (
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
             or (is_own and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
             or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
+            or (is_own and is_decided)
             or (is_own and is_answer and (not server or wait.tool in (None, server)))
         ):
             continue
         asked = session.open_calls.get(wait.tool_use_id or "")
         is_open = asked is None or asked.agent_id != wait.agent_id  # the request overtook its call
         if is_own and begun and is_open and (begun.tool_name, begun.target) == wait[1:3]:
+            if data.get("isPermitted"):
+                continue
             wait = wait._replace(tool_use_id=begun.tool_use_id)
         kept.append(wait)
     session.waits = kept
@@ -2087,11 +2107,13 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         return
     if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
         return  # its call has ended
-    if wait.kind == "input":
+    if wait.kind in ("input", "prompt"):
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
+        if wait.kind == "prompt":
+            return
     elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
     elif any(
@@ -2322,8 +2344,8 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind == "usage":
-                return session
+            if kind == "usage" or (kind == "session_end" and "agent" in event):
+                return session  # Codex ends windows that never had a prompt
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
@@ -2502,13 +2524,15 @@ class Sessions:
             # Silence starts at the time of the last event, even if it arrived late.
             quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
             machine = self._machines.get(session.machine_key)
+            machine = None if session.agent else machine  # many end without a word, and none has a process
             ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
             if self._is_watched(session):
                 ended_at = _NEVER
             is_long = session.clock < busy_at <= time_ms
             session.clock = busy_at if is_long else session.clock
             if time_ms >= ended_at:
-                why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
+                source = session.agent or session.machine_id
+                why = f"no event from {source} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
                 continue
@@ -2785,7 +2809,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo",
+    "demo": "demo", "agent": "agent",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
