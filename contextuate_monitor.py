@@ -7652,9 +7652,10 @@ class EventSender:
 
 
 # ---------------------------------------------------------------------------
-# Hook installation: our hook in Claude Code's settings
+# Hook installation: our hook in Claude Code's settings and in those of other programs
 #
-# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
+# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json and in the files of
+# AGENT_HOOKS, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
 # running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
@@ -7687,6 +7688,53 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
 
 OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
+
+
+# Claude Code's names of the events that a turn consists of; Gemini has its own.
+_TURN_EVENTS = "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Stop"
+
+
+class AgentHooks(NamedTuple):
+    """Where and how another program registers hooks. Not registered: events that hold up every request."""
+
+    file: str  # in its directory
+    events: str
+    fields: JsonObject  # of each entry, besides the command
+    advice: str = "Restart its open sessions: they run the hook from then on."
+
+
+AGENT_HOOKS = {
+    # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
+    "codex": AgentHooks(
+        "hooks.json",
+        f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
+        {"type": "command"},
+        "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
+    ),
+    "gemini": AgentHooks(
+        "settings.json",
+        "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
+        {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
+    ),
+    "copilot": AgentHooks(
+        "hooks/contextuate.json",
+        f"{_TURN_EVENTS} PostToolUseFailure Notification SubagentStart SubagentStop PreCompact ErrorOccurred",
+        {"type": "command", "timeoutSec": HOOK_TIMEOUT_S},
+    ),
+    "qwen": AgentHooks(
+        "settings.json",
+        f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
+        " SubagentStart SubagentStop PreCompact PostCompact",
+        {"type": "command", "timeout": HOOK_TIMEOUT_S},
+    ),
+    "kimi": AgentHooks(
+        "config.toml",
+        f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionResult Interrupt"
+        " SubagentStart SubagentStop PreCompact PostCompact",
+        {"timeout": HOOK_TIMEOUT_S},
+    ),
+}
+_TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
 
 
 class InstallError(Exception):
@@ -7731,6 +7779,46 @@ def plan_install(
 def plan_uninstall(project: str | None) -> InstallPlan:
     """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
     return _plan(project, "", [], [])
+
+
+def agents_here() -> list[str]:
+    """Return the other programs that are installed, or have a directory."""
+    return [
+        name for name in AGENT_HOOKS if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))
+    ]
+
+
+def plan_agent(home: str, agent: str, installs: bool = True) -> InstallPlan:
+    """Plan to register our hook in another program's file, or to remove it; raise InstallError."""
+    about, names = AGENT_HOOKS[agent], AGENT_HOOKS[agent].events.split()
+    path = os.path.abspath(os.path.join(emit_event.agent_directory(agent), about.file))
+    command = hook_command(base_interpreter(), hook_script(home), agent) if installs else ""
+    if agent == "copilot":  # a file of our own
+        old_text = read_text(path)
+        hooks = {name: [{**about.fields, "bash": command}] for name in names}
+        new_text = render_settings({"version": 1, "hooks": hooks}, "") if installs else ""
+        return InstallPlan(path, old_text, new_text, tuple(names))
+    if agent == "kimi":
+        old_text = read_text(path)
+        others = _TOML_BLOCK.sub("", old_text)
+        if installs and re.search(r"^\s*hooks\s*=", others, re.M):
+            raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+        entries = (
+            f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
+            + "".join(f"{key} = {value}\n" for key, value in about.fields.items())
+            for name in names
+        )
+        block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
+        before = others if others.endswith("\n") or not others else others + "\n"
+        new_text = before + ("\n" if before else "") + block if installs else others
+        return InstallPlan(path, old_text, new_text, tuple(names))
+    old_text, settings = read_settings(path)
+    try:
+        changed = merge_hooks(settings, command, names if installs else [], about.fields)
+        new_text = old_text if changed == settings else render_settings(changed, old_text)
+    except InstallError as error:
+        raise InstallError(f"{path}: {error}") from None
+    return InstallPlan(path, old_text, new_text, tuple(names))
 
 
 def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
@@ -7875,8 +7963,10 @@ def hook_script(home: str) -> str:
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
-def hook_command(interpreter: str, script: str) -> str:
+def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
+
+    `agent`: the program of AGENT_HOOKS that runs it.
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
@@ -7890,7 +7980,8 @@ def hook_command(interpreter: str, script: str) -> str:
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
-    return f"{quoted[0]} -I -S {quoted[1]} || python3 -I -S {second} || :"
+    option = f" --agent {agent}" if agent else ""
+    return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
 
 
 # What Claude Code runs once it is installed; any failure is silent, as in run_hook.
@@ -7958,12 +8049,14 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
+def merge_hooks(
+    settings: JsonObject, command: str, names: list[str], fields: JsonObject | None = None
+) -> JsonObject:
     """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
     Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
     """
-    handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+    handler = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
     for name in {**hooks, **dict.fromkeys(names)}:
@@ -8005,7 +8098,9 @@ def _is_ours(entry: JsonObject) -> bool:
     choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
     choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
     return choices != [] and all(
-        len(choice) == 4 and choice[1:3] == ["-I", "-S"] and choice[3].endswith("/hooks/emit_event.py")
+        (len(choice) == 4 or (len(choice) == 6 and choice[4] == "--agent"))
+        and choice[1:3] == ["-I", "-S"]
+        and choice[3].endswith("/hooks/emit_event.py")
         for choice in choices
     )
 
@@ -8029,11 +8124,8 @@ def _expected(kind: type, value: Any, place: str) -> Any:
     return value
 
 
-def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
-
-    Raises InstallError for anything but one JSON object without duplicate keys.
-    """
+def read_text(path: str) -> str:
+    """Return the text of a settings file, "" if it is missing; raise InstallError."""
     content = b""
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -8041,21 +8133,31 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
                 raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
             with open(path, "rb") as file:
                 content = file.read()
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        trouble = f"line {line_number} is not UTF-8"
+    except OSError as error:
+        _raise_install_error(f"{path} cannot be read", error)
+    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
+
+
+def read_settings(path: str) -> tuple[str, JsonObject]:
+    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
+
+    Raises InstallError for anything but one JSON object without duplicate keys.
+    """
+    text = read_text(path)
+    try:
         bare = text.removeprefix("\ufeff")
         settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
         if isinstance(settings, dict):
             return text, settings
         trouble = "expected one JSON object"
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        trouble = f"line {line_number} is not UTF-8"
     except json.JSONDecodeError as error:
         trouble = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
     except (ValueError, RecursionError) as error:
         trouble = str(error)
-    except OSError as error:
-        _raise_install_error(f"{path} cannot be read", error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
@@ -8098,7 +8200,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
     Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
     save. Mode and owner stay.
     """
-    if read_settings(path)[0] != old_text:
+    if read_text(path) != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
@@ -8294,6 +8396,20 @@ class Doctor:
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
+        yield from map(self._agent, agents_here())
+
+    def _agent(self, agent: str) -> Finding:
+        advice = f"run: contextuate_monitor.py install --agent {agent}"
+        try:
+            plan = plan_agent(self._settings.home, agent)
+            is_registered = plan_agent(self._settings.home, agent, installs=False).new_text != plan.old_text
+        except InstallError as error:
+            return _warn("registered", str(error), "correct it")
+        if not is_registered:
+            return _ok("registered", f"{agent} is here without our hook; to add it, {advice}")
+        if plan.new_text != plan.old_text:
+            return _warn("registered", f"{plan.path} is not as this version would register", advice)
+        return _ok("registered", f"{len(plan.names)} events of {agent} in {plan.path}")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9485,6 +9601,10 @@ def command_config(args: argparse.Namespace) -> int:
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
+    for agent in agents_of(args):
+        _change_agent(settings, agent, args.dry_run, installs=True)
+    if args.agent not in (None, "all"):
+        return 0
     version = claude_version()
     plan = plan_install(settings.home, args.project, version, args.without or ())
     if version is None:
@@ -9510,6 +9630,10 @@ def command_install(args: argparse.Namespace) -> int:
 def command_uninstall(args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
     settings = settings_of(args)
+    for agent in agents_of(args):
+        _change_agent(settings, agent, args.dry_run, installs=False)
+    if args.agent not in (None, "all"):
+        return 0
     plan = plan_uninstall(args.project)
     if args.dry_run:
         return show_plan(plan)
@@ -9520,6 +9644,31 @@ def command_uninstall(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
     print(f"Events and configuration stay in {settings.home}; remove that directory to delete everything.")
     return 0
+
+
+def agents_of(args: argparse.Namespace) -> list[str]:
+    """Return the other programs that `--agent` names; raise InstallError."""
+    if args.agent and args.project is not None:
+        raise InstallError("--project is for Claude Code only; leave out --agent or --project")
+    return agents_here() if args.agent == "all" else [args.agent] if args.agent else []
+
+
+def _change_agent(settings: Settings, agent: str, dry_run: bool, installs: bool) -> None:
+    plan = plan_agent(settings.home, agent, installs)
+    if dry_run:
+        show_plan(plan)
+        return
+    if installs:
+        install_hook_files(settings.home)
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    changes = plan.new_text != plan.old_text
+    if changes and not plan.new_text.strip():
+        os.unlink(plan.path)  # the file had our hooks only
+    removed = "hook removed" if changes else "the hook is not registered"
+    done = f"{len(plan.names)} events registered" if installs else removed
+    print(f"{agent:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
+    if installs:
+        print(AGENT_HOOKS[agent].advice)
 
 
 def show_plan(plan: InstallPlan) -> int:
@@ -9845,6 +9994,8 @@ _SERVING = (
     _option("--report-fd", argparse.SUPPRESS, type=int),
 )
 _INSTALLING = (
+    _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
+            choices=(*AGENT_HOOKS, "all")),
     _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),
