@@ -7908,7 +7908,9 @@ def test_payloads_of_all_agents_in_one_stream_stay_apart():
     for name, *_ in AGENT_STATES:
         for number, hook in enumerate(agent_payloads(name)):
             event = agent_event(name, number, hook)
-            by_session[event["sessionId"]].append(event)
+            stream = by_session[event["sessionId"]]
+            event["timestamp"] = event["received"] = NOW_MS + 1000 * len(stream)
+            stream.append(event)
     alone = {}
     for stream in by_session.values():
         alone.update(agent_states(stream)[1])
