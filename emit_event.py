@@ -855,11 +855,10 @@ def adapt_codex(name: str, hook: JsonObject) -> str:
     """Find the agent that a call launched; the task of a subagent is no person's prompt."""
     response = hook.get("tool_response")
     if name == "PostToolUse" and hook.get("tool_name") == "Agent" and isinstance(response, str):
-        with contextlib.suppress(MalformedEvent):
-            launched = parse_event_line(response.encode("utf-8", "replace"))
-            hook["tool_response"] = {
-                **launched, "agentId": launched.get("agent_id"), "status": "async_launched",
-            }  # fmt: skip
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # no JSON object
+            launched = json.loads(response)
+            about = {"agentId": launched["agent_id"], "status": "async_launched"}
+            hook["tool_response"] = {**launched, **about}
     return "SubagentPrompt" if name == "UserPromptSubmit" and "agent_id" in hook else name
 
 
@@ -986,6 +985,10 @@ AGENTS = {
 _OWN_DIRECTORY = re.compile(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/")
 
 
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _text_of_parts(parts: Any) -> str:
     return "\n".join(part["text"] for part in objects_in(parts) if isinstance(part.get("text"), str))
 
@@ -1010,11 +1013,11 @@ def like_claude(agent: str, given: JsonObject) -> JsonObject:
     """Return a payload of a program's hook in the form of Claude Code's."""
     about = AGENTS[agent]
     hook = {about.fields.get(field, field): value for field, value in given.items()}
-    name, tool = (id_or(hook.get(field), "") for field in ("hook_event_name", "tool_name"))
+    name, tool = (_string(hook.get(field)) for field in ("hook_event_name", "tool_name"))
     if tool in about.tools:
         hook["tool_name"] = about.tools[tool]
     hook["hook_event_name"] = about.adapt(about.events.get(name, name), hook)
-    session_id = id_or(hook.get("session_id"), "")
+    session_id = _string(hook.get("session_id"))
     if about.transcript and re.fullmatch(r"[\w-]+", session_id):
         hook["transcript_path"] = f"{agent_directory(agent)}/{about.transcript.format(session_id)}"
     return hook
@@ -1166,7 +1169,7 @@ def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str
     if "hook_event_name" not in hook or "session_id" not in hook:
         names = {field: _CAMEL_CASE.get(field, field) for field in hook}
         hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
-    agent = id_or(wrapper.get("agent"), "") or agent_of(hook)
+    agent = _string(wrapper.get("agent")) or agent_of(hook)
     return (like_claude(agent, hook), agent) if agent in AGENTS else (hook, "")
 
 

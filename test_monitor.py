@@ -11812,6 +11812,34 @@ def test_counters_filter_rail_and_table(tab):
         eventually(lambda: len(tab.rail()) == 5)
 
 
+def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
+    tab.emit("@c prompt by claude; @x prompt by codex; @x/a1 agent; @x/a1 call make")
+    hook = payload("Stop", "x", last_assistant_message="done")
+    tab.monitor.emit(
+        {"id": str(uuid.uuid4()), "agent": "codex", "timestamp": cm.now_ms(), "machineId": "m", "hook": hook}
+    )
+    eventually(
+        lambda: tab.monitor.sessions()["x"]["agent"] == "codex" and tab.monitor.sessions()["c"]["agent"] == ""
+    )
+    eventually(lambda: "codex \u00b7" in tab.page.inner_text("[data-testid=rail]"))
+    for words, shown in (
+        ("agent:codex", {"by codex"}),
+        ("agent:claude", {"by claude"}),
+        ("sub:explore", {"by codex"}),
+    ):
+        tab.page.fill("#filter", words)
+        eventually(
+            lambda shown=shown: {row["session"].partition(" \u203a")[0] for row in tab.rows()} == shown
+        )
+    tab.page.fill("#filter", "")
+    copied = "navigator.clipboard.readText()"
+    for session, command in (("x", "codex resume x"), ("c", "claude --resume c")):
+        tab.page.evaluate(f"location.hash = '#s={session}'")
+        eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
+        tab.page.evaluate("document.activeElement.blur()")
+        eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
+
+
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
     tab = open_tab(running)
     minutes = {"a": 10, "b": 0, "c": -20}  # by how much the clock of each session's machine is wrong
