@@ -7933,6 +7933,8 @@ AGENT_DETAILS = [
     ("copilot/tools", 42, ("error", None, 'error: {"message":"fake: bad request","type":"fake_error","code":"fake"}'),
      [("inner job", "ended")]),
     ("qwen/sub-ask", 2, ("permission", "Bash", "touch /tmp/perm-g.txt"), []),
+    ("qwen/sub-ask", 4, None, []),  # it was granted, and runs
+    ("kimi/tools", 5, None, []),
     ("qwen/sub-ask", 16, None, [("inner job", "working")]),
     ("kimi/tools", 4, ("permission", "Bash", "touch /tmp/perm-k.txt"), []),
     ("kimi/tools", 42, None, [("inner job", "working")]),
