@@ -19,6 +19,7 @@ Threads, and who owns what:
   as a whole, and run everything else in the loop thread through `EventLoop.call`.
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
+- The notify thread sends messages; what is due and what was sent is guarded by one lock.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
 Apart from this, threads share only the queue and the wake-up socket of the loop.
 
@@ -37,9 +38,12 @@ Rooms, in the order of this file; each uses only those above it:
     Event loop               ingest, WebSocket clients, timers
     Redis subscriber thread  events from many machines
     HTTP                     the page, the API, and who may use them
+    Answers                  a person answers what a session asks, from the page or a terminal
+    Notifications            messages to people about waits, failures and limits
     The Monitor              what wires all of these
     Running monitor          how other processes find a running monitor and ask it
     Hook installation        the hook in Claude Code's settings
+    Service                  starts the monitor at login and after a crash
     Doctor                   checks of the whole chain, from the configuration to an event that arrives
     Demo                     a made-up working day of a small team
     Import                   history from before the monitor was there
@@ -86,6 +90,7 @@ import math
 import operator
 import os
 import pickle
+import plistlib
 import pwd
 import py_compile
 import random
@@ -105,7 +110,9 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 import webbrowser
 import zlib
@@ -165,9 +172,89 @@ class Settings:
         """Return the key of this machine, which a new name does not change; its name if it has no key."""
         return emit_event.machine_key(self.home) or self.machine_id
 
+    @property
+    def notify_targets(self) -> list[NotifyTarget]:
+        """Return the targets of notifications; raise ConfigError."""
+        targets = []
+        for number, given in enumerate(self["notify"], 1):
+            try:
+                targets.append(NotifyTarget(number, given))
+            except ValueError as error:
+                raise ConfigError(f"{self.config_path}: notify: target {number}: {error}") from None
+        return targets
+
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
         return os.path.join(self.home, name)
+
+
+NOTICE_KINDS = {  # kind → the beginning of the message's title
+    "permission": "Needs your permission", "question": "Asks you a question", "plan": "Has a plan to approve",
+    "input": "Waits for your prompt", "dialog": "Shows a dialog", "failed": "Has failed",
+    "stuck": "May be stuck", "limit": "Is near a limit", "ended": "Has ended",
+}  # fmt: skip
+
+
+def _is_web_address(value: Any) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def _all_in(value: Any, check: Callable[[str], bool]) -> bool:
+    return isinstance(value, list) and all(isinstance(it, str) and check(it) for it in value)
+
+
+_HOURS = r"([01]\d|2[0-3]):[0-5]\d"
+# The keys of one target, an object in the list `notify`: (default, meaning, what it may be, check)
+NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
+    "url": (None, "where to send; never shown", "an http or https URL", _is_web_address),
+    "format": ("ntfy", "what the URL takes; `slack` is for all that take Slack's webhooks",
+               '"ntfy", "slack" or "json"', lambda it: it in ("ntfy", "slack", "json")),
+    "command": (None, "program to run instead, without a shell; {title}, {text}, {kind}, {link} are replaced",
+                "a list of texts", lambda it: it != [] and _all_in(it, bool)),
+    "when": ([kind for kind in NOTICE_KINDS if kind != "ended"], "kinds of messages",
+             f"a list of {', '.join(NOTICE_KINDS)}",
+             lambda it: _all_in(it, NOTICE_KINDS.__contains__)),
+    "afterSeconds": (30, "what is over sooner is not sent", "a number from 0 to 86400",
+                     lambda it: type(it) in (int, float) and 0 <= it <= 86_400),
+    "quietHours": (None, "nothing is sent then; what still holds afterwards is", 'null or "22:00-07:00"',
+                   lambda it: it is None or re.fullmatch(f"{_HOURS}-{_HOURS}", str(it)) is not None),
+    "unlessSeen": (True, "send nothing while a page is open and visible", "true or false",
+                   lambda it: isinstance(it, bool)),
+    "content": (False, "send the command or question too, redacted", "true or false",
+                lambda it: isinstance(it, bool)),
+    "link": (None, "the page's address, for a link in the message", "null or an http or https URL",
+             lambda it: it is None or _is_web_address(it)),
+}  # fmt: skip
+
+
+class NotifyTarget:
+    """One entry of `notify`; raises ValueError with the key and what was expected."""
+
+    def __init__(self, number: int, given: JsonObject) -> None:
+        for name, value in given.items():
+            if name not in NOTIFY_KEYS:
+                raise ValueError(f"{name}: unknown key; known are {', '.join(NOTIFY_KEYS)}")
+            if not NOTIFY_KEYS[name][3](value):
+                raise ValueError(f"{name}: expected {NOTIFY_KEYS[name][2]}")
+        values = {name: given.get(name, rule[0]) for name, rule in NOTIFY_KEYS.items()}
+        if (values["url"] is None) == (values["command"] is None):
+            raise ValueError('expected either "url" or "command"')
+        self.url, self.command = values["url"], values["command"]
+        self.format = "command" if self.command else values["format"]
+        self.name = f"target {number} ({self.format})"  # the address is a secret
+        self.id = hashlib.sha256(encode_json([self.url, self.command])).hexdigest()[:16]
+        self.kinds, self.after_ms = frozenset(values["when"]), int(values["afterSeconds"] * 1000)
+        self.quiet = (values["quietHours"] or "00:00-00:00").split("-")
+        self.unless_seen, self.content, self.link = values["unlessSeen"], values["content"], values["link"]
+
+    def is_quiet(self, clock: str) -> bool:
+        """True in the quiet hours; `clock` is such as "22:30"."""
+        start, end = self.quiet
+        return start <= clock < end if start <= end else clock >= start or clock < end
 
 
 def load_settings(
@@ -192,6 +279,7 @@ def load_settings(
             raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
         values[key] = value
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
+    _ = settings.notify_targets
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
         text = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everyone in the'
         raise ConfigError(f'{path}: {text} network could read your sessions; use "auto" or bind 127.0.0.1')
@@ -1134,7 +1222,12 @@ PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
+RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
+PACE_MS = 3_600_000  # over which a limit's pace is measured
+ACCOUNTS_LIMIT = 32
+SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
+FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1167,6 +1260,8 @@ class Reason(NamedTuple):
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
     by_client: bool = False  # from the client's registry, not from a hook
+    event_id: str = ""  # of the event that asks
+    held_until: int = 0  # until then the client may wait for the hook, before it shows a dialog
 
 
 class Tokens(NamedTuple):
@@ -1193,6 +1288,7 @@ class SessionUsage(NamedTuple):
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
     partial: bool = False  # the transcripts were not read to their end
+    context: int | None = None  # tokens in the main agent's last request
 
     @property
     def total(self) -> Tokens:
@@ -1202,6 +1298,39 @@ class SessionUsage(NamedTuple):
     def to_json(self) -> JsonObject:
         """Return the totals in the form of the API."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
+class Gauges(NamedTuple):
+    """What the client's status line reported last; None: not known."""
+
+    time: int
+    percent: float | None = None  # of the context that is used
+    used: int | None = None  # tokens
+    size: int | None = None
+    cost_usd: float | None = None  # of the session
+    lines_added: int | None = None
+    lines_removed: int | None = None
+    cache_expires: int | None = None  # ms
+    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
+
+
+@dataclasses.dataclass(**_SLOTS)
+class LimitWindow:
+    """One window of an account's limits, such as the current five hours."""
+
+    resets_at: int
+    samples: list[
+        tuple[int, float]
+    ]  # (time, percent), each higher than the last: of the last hour, one before
+    costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
+
+
+@dataclasses.dataclass(**_SLOTS)
+class Account:
+    """A subscription: the machines that report the same times of resets."""
+
+    machines: dict[str, None]  # their keys
+    windows: dict[str, LimitWindow]  # by name in LIMIT_WINDOWS
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1246,6 +1375,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
+    gauges: Gauges | None = None  # None: there is no status line
+    effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1666,6 +1797,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main and isinstance(data.get("effort"), dict):
+        session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
@@ -1700,7 +1833,9 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
     model = one_line(model) if isinstance(model, str) else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True)
+    context = about.get("context")
+    context = context if type(context) is int and 0 < context <= 1e9 else None
+    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1708,6 +1843,101 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
             before = session.agent_usage.get(agent_id, (0, Tokens()))
             total = sum(map(tokens_of, by_model.values()), Tokens())
             session.agent_usage[agent_id] = max((time_ms, total), before)
+
+
+# Gauges: figures of the status line. Any program can send them, so each is checked.
+
+# Name in JSON → (the client's name, its length)
+LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
+
+
+def gauges_of(given: Any, time_ms: int) -> Gauges:
+    """Return the plausible figures in the objects of a status line, under the client's names."""
+
+    def figure(limit: float, *path: str) -> Any:
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
+
+    def whole(limit: float, *path: str, unit: int = 1) -> int | None:
+        value = figure(limit, *path)
+        return None if value is None else int(value * unit)
+
+    def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
+        value = figure(200, *path, "used_percentage")
+        return None if value is None else min(value, 100)
+
+    limits = []
+    for window, (name, length_ms) in LIMIT_WINDOWS.items():
+        used = percent("rate_limits", name)
+        resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
+        if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
+            limits.append((window, used, resets_at))
+    return Gauges(
+        time_ms,
+        percent("context_window"),
+        whole(1e9, "context_window", "total_input_tokens"),
+        whole(1e9, "context_window", "context_window_size") or None,
+        figure(1e6, "cost", "total_cost_usd"),
+        whole(1e9, "cost", "total_lines_added"),
+        whole(1e9, "cost", "total_lines_removed"),
+        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+        tuple(limits),
+    )
+
+
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
+    """Apply the data of a status line; the newest replace older ones."""
+    if session.gauges is None or at >= session.gauges.time:
+        session.gauges = gauges_of(data.get("gauges"), at)
+        effort, model = data.get("effort"), data.get("model")
+        level = effort.get("level") if isinstance(effort, dict) else None
+        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+        session.model = one_line(model) if isinstance(model, str) and model else session.model
+
+
+def _apply_limits(account: Account, session: Session, at: int) -> None:
+    """Apply what a session reported of the limits of its account."""
+    cost = session.gauges and session.gauges.cost_usd
+    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+        window = account.windows.get(name)
+        if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
+            before = window.costs if window else {}
+            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            window = account.windows[name] = LimitWindow(resets_at, [], costs)
+        elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
+            continue  # a late report, of the window before
+        if not window.samples or percent > window.samples[-1][1]:  # an idle client reports an old one
+            window.samples.append((at, percent))
+            while len(window.samples) > 2 and window.samples[1][0] <= at - PACE_MS:
+                del window.samples[0]
+        if cost is not None:
+            is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
+            first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
+            window.costs[session.session_id] = first, max(cost, last)
+            _drop_oldest(window.costs, SHARES_LIMIT)
+
+
+def _window_json(name: str, window: LimitWindow) -> JsonObject:
+    """Return a window of a limit: `forecast` is when it will be full, None if not before its reset.
+
+    The pace is that of the last hour before the last reading. `shares`: percent by session, by their costs.
+    """
+    (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
+    since = max(begun, at - PACE_MS)
+    before = 0.0 if since == begun else window.samples[0][1]
+    grown, took_ms = percent - before, at - since
+    full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
+    spent = {session_id: now - first for session_id, (first, now) in window.costs.items() if now > first}
+    unit = percent / sum(spent.values()) if spent else 0
+    shares = [{"sessionId": it, "percent": round(spent[it] * unit, 1)} for it in spent]
+    return {
+        "percent": percent,
+        "resetsAt": window.resets_at,
+        "forecast": full_at if full_at and full_at < window.resets_at else None,
+        "shares": heapq.nlargest(SENT_OF_EACH, shares, key=operator.itemgetter("percent")),
+    }
 
 
 def tokens_of(counts: Any) -> Tokens:
@@ -1760,6 +1990,8 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+# Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
+_SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
 _MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
 _NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
@@ -1778,6 +2010,13 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+def context_size(model: str, used: int) -> int | None:
+    """Return how many tokens fit into a model's context, where `used` do; None: not known."""
+    family = model_family(model)
+    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
+    return 200_000 if is_small else 1_000_000 if family else None
 
 
 class PriceList:
@@ -2074,6 +2313,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
     data = step.event["data"]
     server = text_of(data.get("mcp_server_name"))
+    answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
         is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
         is_answer = kind == "elicitation_result" and wait.kind == "question"
@@ -2088,6 +2328,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
             or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
             or (is_own and is_decided)
             or (is_own and is_answer and (not server or wait.tool in (None, server)))
+            or (kind == "answer" and wait.event_id == answered)
         ):
             continue
         asked = session.open_calls.get(wait.tool_use_id or "")
@@ -2107,6 +2348,10 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         return
     if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
         return  # its call has ended
+    if kind != "notification":
+        precedes_dialog = "answerable" in event and (kind == "elicitation" or "agentId" in event)
+        held_until = at + event["answerable"] * 1000 if precedes_dialog else 0
+        wait = wait._replace(event_id=event["id"], held_until=held_until)
     if wait.kind in ("input", "prompt"):
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
@@ -2116,11 +2361,15 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
             return
     elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
-    elif any(
-        other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
-        for other in session.waits
-    ):
-        return  # the call of a question and its request are one wait
+    for number, other in enumerate(session.waits):
+        is_same = other[:3] == wait[:3] and other.agent_id == wait.agent_id and not other.tool_use_id
+        if other.tool_use_id == wait.tool_use_id if wait.tool_use_id else is_same:
+            # The call of a question and its request are one wait, which the request can answer.
+            if kind == "permission_request":
+                session.waits[number] = other._replace(
+                    event_id=wait.event_id, held_until=wait.held_until, by_client=False
+                )
+            return
     session.waits = [*(it for it in session.waits if not it.by_client), wait]
 
 
@@ -2153,8 +2402,12 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         return
     if before == "waiting" or status != "waiting":
         session.waits = [
-            it for it in session.waits if it.since > at or (it.kind == "input" and status == "idle")
+            it
+            for it in session.waits
+            if it.since > at or it.held_until > at or (it.kind == "input" and status == "idle")
         ]
+    if status == "waiting":  # a dialog is open
+        session.waits = [it if it.since > at else it._replace(held_until=0) for it in session.waits]
     if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
         _apply_ends(session, event, "foreground", at, until)
         session.turn, session.turn_since = "idle", at
@@ -2315,6 +2568,7 @@ class Sessions:
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
+        self._accounts: list[Account] = []  # the most recently active last
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
@@ -2326,6 +2580,7 @@ class Sessions:
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
         # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
         # counts if it is the session's in _due_at. It may be too early, never too late.
         self._due: list[tuple[int, str]] = []
@@ -2336,7 +2591,7 @@ class Sessions:
         """Apply one event; return its session.
 
         An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
-        `usage` never creates a session: for a deleted one, the returned session is a temporary object.
+        Figures never create a session: for a deleted one, the returned session is a temporary object.
         """
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
@@ -2344,7 +2599,7 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind == "usage" or (kind == "session_end" and "agent" in event):
+            if kind in FIGURE_KINDS or (kind == "session_end" and "agent" in event):
                 return session  # Codex ends windows that never had a prompt
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
@@ -2352,11 +2607,15 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", "usage"):
+        if kind in ("session_meta", *FIGURE_KINDS):
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
+                elif kind == "status_line":
+                    _apply_gauges(version, event["data"], at)
                 _apply_usage(version, event["data"].get("usage"), at)
+            if kind == "status_line" and session.gauges and session.gauges.limits:
+                _apply_limits(self._account_of(session), session, at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
@@ -2382,7 +2641,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2401,6 +2660,36 @@ class Sessions:
     def _key_of(self, event: JsonObject) -> str:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _account_of(self, session: Session) -> Account:
+        """Return the account that a session reports; its windows are the same, or one begins after the other.
+
+        Where all are new, the machine decides.
+        """
+        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
+
+        def is_same(account: Account) -> bool:
+            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
+                     if name in account.windows}  # fmt: skip
+            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
+            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
+
+        same = [account for account in self._accounts if is_same(account)]
+        account = same[-1] if same else Account({}, {})
+        account.machines[key] = None
+        self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
+        return account
+
+    def limits(self, time_ms: int) -> list[JsonObject]:
+        """Return the accounts whose windows are not over, with the keys of their machines."""
+        shown = []
+        for account in self._accounts:
+            windows = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
+            if windows:
+                figures = {name: _window_json(name, it) for name, it in windows.items()}
+                shown.append({"machines": list(account.machines), **figures})
+        return shown
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2639,8 +2928,9 @@ class Sessions:
     # Snapshots
 
     def snapshot(self, session_id: str) -> bytes:
-        """Return a session for `restore`; for "" the rest: machines and open calls without ids."""
-        state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
+        """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
+        rest = (self._machines, self._unnamed.open, self._accounts)
+        state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
@@ -2651,7 +2941,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed = self._machines, self._unnamed.open
+        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2660,10 +2950,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed = state
+                    machines, unnamed, accounts = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open = machines, unnamed
+        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -2737,13 +3027,27 @@ class Sessions:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage = session.usage
+        usage, gauges = session.usage, session.gauges or Gauges(0)
+        estimate = usage and self._prices.estimate(usage)
+        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
+        if session.gauges is None:
+            context = self._estimated_context(session, usage.context) if usage and usage.context else None
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
             "labelSource": source,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
+            "asks": [
+                {
+                    "eventId": it.event_id,
+                    "agentId": it.agent_id or None,
+                    "since": it.since,
+                    "answerable": it.event_id in self.answerable,
+                }
+                for it in session.waits
+                if it.event_id
+            ],
             "childSessionIds": children.get(session.session_id, []),
             "agents": _agents_json(session) if session.agents else [],
             "agentCount": len(session.agents),
@@ -2754,11 +3058,26 @@ class Sessions:
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
-            "estimatedCostUsd": usage and self._prices.estimate(usage),
+            "estimatedCostUsd": estimate,
+            "context": context,
+            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
+            "costSource": "client"
+            if gauges.cost_usd is not None
+            else "estimate"
+            if estimate is not None
+            else None,
+            "linesAdded": gauges.lines_added,
+            "linesRemoved": gauges.lines_removed,
+            "cacheExpiresAt": gauges.cache_expires,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
+
+    def _estimated_context(self, session: Session, used: int) -> JsonObject:
+        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
+        percent = min(100, round(100 * used / size)) if size else None
+        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -2782,7 +3101,8 @@ class Sessions:
 
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    each.__name__: each
+    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -2809,7 +3129,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "agent": "agent",
+    "demo": "demo", "agent": "agent", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2862,15 +3182,18 @@ def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> Json
     }
 
 
-_ROW_DATA = ("toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt")
+_ROW_DATA = (
+    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt", "to",
+    "outcome",
+)  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
     "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
-    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agentId",
-    "agentType", "demo",
+    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agent",
+    "agentId", "agentType", "demo",
 )  # fmt: skip
 
 
@@ -2937,6 +3260,8 @@ COMPARED_SESSIONS = 200
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
 _TOKENS = ("tokenUsage", "estimatedCostUsd")
+_COSTS = ("costUsd", "estimatedPartUsd")
+_CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
     "failures": f"sum(outcome IN {FAILED})",
@@ -3212,7 +3537,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
             continue
         with contextlib.suppress(MalformedEvent):
             event = parse_stored(line)
-            if effective_type(event) != "usage" and query.takes(event):
+            if effective_type(event) not in FIGURE_KINDS and query.takes(event):
                 results.append({**event_row(event), **snippet_of(event, query.terms)})
     took_ms = round((time.monotonic() - begin) * 1000, 1)
     return {"results": results, "next": str(last) if more else None, "complete": complete, "tookMs": took_ms}
@@ -3326,12 +3651,15 @@ class IndexFile:
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
+        if kind == "status_line":
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         if self.full_text:
             words = (seq, self._words(event, kind))
@@ -3598,6 +3926,8 @@ class Statistics:
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
         cells = list(self._cells())
+        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
+        is_exact = {cell.session for cell in cells if cell.model == client}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3612,19 +3942,30 @@ class Statistics:
             sessions: dict[int, set[int]] = collections.defaultdict(set)
             counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
             tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
+            exact: dict[int, int] = collections.defaultdict(int)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
                     sessions[key].add(cell.session)
                     counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    if cell.model is not None:
-                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+                    exact[key] += cell.tokens.input if cell.model == client else 0
+                    for by in (tokens, rest) if cell.session not in is_exact else (tokens,):
+                        if cell.model not in (None, client):
+                            by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
                 row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                used, others = (
+                    SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
+                    for by in (tokens, rest)
+                )
                 row["tokenUsage"] = used.to_json() if used.models else None
                 row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+                part = self._prices.estimate(others)
+                is_known = part is not None and (used.models or exact[key])
+                row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
+                row["estimatedPartUsd"] = part if is_known else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3634,16 +3975,18 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
+        models = table(
+            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
+        )
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        sessions = table((*_COUNTED, *_TOKENS), lambda cell: cell.session, about_session)
+        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS)}
+        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
             "totals": next(iter(table(every, lambda _: 0)), nothing),
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
@@ -4326,9 +4669,9 @@ class EventCounts:
         self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
     def add(self, event: JsonObject) -> None:
-        """Count one event, unless it is `usage`."""
+        """Count one event, unless it only has figures."""
         kind, data = effective_type(event), event["data"]
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         key = (event["machineId"], kind)
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
@@ -4634,9 +4977,11 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
+    visible: bool = False  # a page that a person can see now
     # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
     changes: bool = False
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
+    pairing: str = ""  # id of the pairing of its browser
 
 
 @dataclasses.dataclass(eq=False)
@@ -4645,7 +4990,7 @@ class WebSocketServer:
 
     loop: EventLoop
     listener: socket.socket
-    admit: Callable[[Request, socket.socket], None]  # raises RequestError to refuse a handshake
+    admit: Callable[[Request, socket.socket], str]  # returns a pairing; RequestError refuses a handshake
     opened: Callable[[Client], None]
     received: Callable[[Client, str], None]  # gets the text of a message
     connection_limit: int
@@ -4689,15 +5034,16 @@ class WebSocketServer:
             for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-            if client.changes and client.queued > self.queue_limit_bytes // 4:
-                client.skipped, wanted = client.skipped + len(stored), for_all
-            elif own_ids is not None:
+            if own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
                 wanted = b"".join(own) + for_all
             else:
                 key = (view, client.changes)
                 wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
                 joined[key] = wanted
+            room = self.queue_limit_bytes - client.queued
+            if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
+                client.skipped, wanted = client.skipped + len(stored), for_all
             if wanted:
                 self.send(client, wanted)
 
@@ -4767,7 +5113,7 @@ class WebSocketServer:
 
     # Receiving
 
-    def adopt(self, sock: socket.socket, response: bytes = b"") -> None:
+    def adopt(self, sock: socket.socket, response: bytes = b"", pairing: str = "") -> None:
         """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
         sock.setblocking(False)
         if len(self.clients) >= self.connection_limit:
@@ -4777,7 +5123,7 @@ class WebSocketServer:
             return
         with contextlib.suppress(OSError):  # the peer may have disconnected
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = self.clients[sock] = Client(sock)
+        client = self.clients[sock] = Client(sock, pairing=pairing)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
         if response:
             self._open(client, response)
@@ -4811,7 +5157,7 @@ class WebSocketServer:
             if len(head) > HEAD_LIMIT_BYTES:
                 raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
             request = parse_request_head(head)
-            self.admit(request, client.sock)
+            client.pairing = self.admit(request, client.sock)
             response = handshake_response(request)
         except RequestError as error:
             with contextlib.suppress(OSError):
@@ -5272,6 +5618,7 @@ REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
+COOKIE_RULES = "HttpOnly; SameSite=Strict; Max-Age=31536000"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -5294,7 +5641,8 @@ class Access:
         name = self.check_host(request)
         origin = request.one("origin")
         if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
-            raise RequestError(403, "requests from other sites are refused")
+            advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
+            raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
         has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
         is_foreign = request.one("sec-fetch-site") == "cross-site"
@@ -5319,7 +5667,9 @@ class Access:
             name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
         ):
             return name
-        raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
+        line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
+        advice = f": if it is yours, write {line} into ~/.contextuate/monitor.config.json and run `restart`"
+        raise RequestError(421, "this Host is not allowed" + advice * bool(name))
 
     def _origins(self, host: str, name: str, port: int) -> set[str]:
         """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
@@ -5330,25 +5680,37 @@ class Access:
         return good
 
 
+def peer_address(sock: socket.socket) -> str:
+    """Return the IP address of a connection's other end; "" once it is closed."""
+    try:
+        return str(sock.getpeername()[0]).partition("%")[0].replace("::ffff:", "")
+    except OSError:
+        return ""
+
+
 def same_user_on_loopback(sock: socket.socket) -> bool:
     """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
+    if not is_loopback(peer_address(sock)):
+        return False
+    row = peer_row(sock) if sys.platform == "linux" else []
+    return not row if sys.platform != "linux" else row != [] and int(row[7]) == os.getuid()
+
+
+def peer_row(sock: socket.socket) -> list[str]:
+    """Return the fields of the other end of a TCP connection in /proc/net/tcp; [] if it is not there."""
     try:
         peer, local = sock.getpeername(), sock.getsockname()
     except OSError:
-        return False
-    if not is_loopback(peer[0].partition("%")[0].replace("::ffff:", "")):
-        return False
-    if sys.platform != "linux":
-        return True
+        return []
     # The peer's end of the connection is a row of its own, with local and remote address exchanged.
     wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
     for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
             for line in file:
                 fields = line.split()
-                if len(fields) > 7 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
-                    return int(fields[7]) == os.getuid()
-    return False
+                if len(fields) > 9 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
+                    return fields
+    return []
 
 
 def _proc_address(address: tuple[Any, ...]) -> str:
@@ -5425,6 +5787,10 @@ class Query(dict[str, str]):
         given = map(self.get, ("from", "to"))
         start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
         return time_range(start, end, self.zone())
+
+
+class MessageError(Exception):
+    """A client's message that cannot be carried out; the text is the reason."""
 
 
 class Api:
@@ -5599,15 +5965,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
         access: Access,
         page: Callable[[str], Response],
         api: Api,
-        upgraded: Callable[[socket.socket, bytes], None],
+        answers: Answers,
         limit: int,
     ) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
         self.server_name, self.server_port = "localhost", sock.getsockname()[1]
-        self.access, self.page, self.api = access, page, api
-        self.upgraded = upgraded  # called with a WebSocket and its opening response, from any thread
+        self.access, self.page, self.api, self.answers = access, page, api, answers
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
@@ -5753,9 +6118,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = handshake_response(request)
             self.close_connection = True  # ends this thread, not the connection
             server.upgraded_sockets.add(self.connection)
-            server.upgraded(self.connection, response)
+            server.answers.adopt(request, self.connection, response)
             return None
         body = self._body(request)
+        if path in ("/pair", "/api/answer"):
+            return server.answers.by_http(path, request, self.connection, body)
         if path not in ("/", "/index.html"):
             return server.api.respond(method, path, query, body)
         if method != "GET":
@@ -5770,8 +6137,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if not access.is_token(token):
             advice = "`contextuate_monitor.py url --token` prints a new one"
             raise RequestError(401, f"this link's token is not valid here; {advice}")
-        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
-        return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
+        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; {COOKIE_RULES}"
+        # Both are relative, since a proxy may show the page below a path.
+        return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
 
     def _body(self, request: Request) -> bytes:
         coding, length = request.one("transfer-encoding").lower(), request.one("content-length")
@@ -5850,6 +6218,827 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
+# Answers: a person answers what a session asks, from the page or a terminal
+#
+# Owns: the connections of hooks that wait, the paired browsers, and the right to answer.
+# No agent answers itself: it runs as this user, so neither the user nor loopback nor the token is a right. A
+# browser gets it by a code that only a person's terminal prints; on Linux no process below an agent has it.
+# Checks and Redis run in threads of their own; what they decide is carried out in the loop thread.
+# ---------------------------------------------------------------------------
+
+PAIRING_COOKIE = "contextuate_answer"
+CODE_LIFE_S = 120
+CODE_TRIES = 3
+ANSWER_BYTES = 100 << 10  # fits into the buffer of a Unix socket
+TAKEN_DEADLINE_S = 5.0  # for a hook to print an answer
+LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
+QUESTIONS_LIMIT = 1000
+UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
+REFUSALS_SHOWN_MS = 3_600_000
+AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID"}
+AGENT_PROGRAMS = ("claude", "codex", "gemini")
+
+
+def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
+    """Return what shows that a process is, or descends from, an agent's; "" if nothing does (/proc only).
+
+    `clients`: process ids of agents that are known otherwise.
+    """
+    while pid > 0:
+        variables: set[str] = set()
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
+            variables = {it.partition("=")[0] for it in file.read().split("\0")}
+        name, rest = _process_fields(pid)
+        if pid in clients or name in AGENT_PROGRAMS or variables & AGENT_VARIABLES:
+            return f"process {pid} ({safe_line(name)}) is an agent's"
+        pid = int(rest[1]) if rest else 0
+    return ""
+
+
+def _process_fields(pid: int) -> tuple[str, list[str]]:
+    """Return a process's name and the fields after it in /proc/PID/stat; ("", []) without such a file."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        name, _, rest = file.read().partition("(")[2].rpartition(")")
+        return name, rest.split()
+    return "", []
+
+
+def holders_of(inode: str) -> list[int]:
+    """Return the ids of the processes that have a socket open."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(path) == f"socket:[{inode}]":
+                found.append(int(path.split("/")[2]))
+    return found
+
+
+@dataclasses.dataclass(eq=False)
+class OpenQuestion:
+    """A question whose hook waits."""
+
+    event: JsonObject
+    sock: socket.socket | None  # None: it waits at Redis
+    until: float  # time.monotonic
+    is_taken: bool = False  # an answer is on its way
+    done: concurrent.futures.Future[bool] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+
+class Answers:
+    """Hooks that wait for an answer, and who may give it; for the loop thread where nothing else is said."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor, self._settings, self._loop = monitor, monitor.settings, monitor.loop
+        self.questions: dict[str, OpenQuestion] = {}  # by event id
+        self._over: dict[str, str] = {}  # event id → how the wait ended
+        self._path = self._settings.path("pairings.json")
+        self._pairings: list[JsonObject] = []
+        with (
+            contextlib.suppress(OSError, MalformedEvent),
+            open(self._path, "rb", opener=emit_event.open_own) as file,
+        ):
+            self._pairings = emit_event.objects_in(emit_event.parse_event_line(file.read()).get("pairings"))
+        self._code, self._code_until, self._tries = "", 0.0, 0
+        self._refused: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
+        self._threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
+        self._looking_until = 0.0  # of the mark in Redis, time.monotonic
+
+    # Questions
+
+    def take(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket]) -> None:
+        """Wait for answers to stored events whose hooks wait: at a connection of `waiting`, or at Redis."""
+        asked = [entry.event for entry in stored if "answerable" in entry.event]
+        at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
+        for event in asked:
+            sock, is_held = waiting.get(event["id"]), "agentId" in event or event["hookType"] == "Elicitation"
+            limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
+            until = time.monotonic() + min(event["answerable"], limit_s)
+            if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
+                continue
+            self.questions[event["id"]] = OpenQuestion(event, sock, until)
+            self._monitor.sessions.answerable.add(event["id"])
+        for event_id, sock in waiting.items():
+            self._monitor.release_hook(sock)
+            if event_id in self.questions:
+                self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
+            else:
+                sock.close()
+        if self.questions:
+            self.look()
+
+    def look(self) -> None:
+        """End the waits that are over: answered at the terminal, too old, or before a dialog and unseen."""
+        is_seen = any(client.visible and client.pairing for client in self._monitor.clients.clients.values())
+        now, sessions = time.monotonic(), self._monitor.sessions.sessions
+        for event_id, question in list(self.questions.items()):
+            session = sessions.get(question.event["sessionId"])
+            wait = next((it for it in session.waits if it.event_id == event_id), None) if session else None
+            if question.is_taken or self._monitor.loading is not None:
+                continue
+            if wait is None:
+                self._end(event_id, "it was answered in the terminal, or is no longer asked")
+            elif now > question.until or (wait.held_until and question.sock and not is_seen):
+                self._end(event_id, "the client shows its own dialog")
+        if is_seen and self._monitor.redis and now > self._looking_until - LOOKING_S / 2:
+            self._looking_until = now + LOOKING_S
+            self._threads.submit(
+                self._at_redis, lambda client, place: client.set(place, b"1", ex=LOOKING_S), "looking"
+            )
+
+    def _heard(self, event_id: str, _events: int) -> None:
+        """The hook has printed the answer, or has gone."""
+        question = self.questions[event_id]
+        data = b""
+        with contextlib.suppress(OSError):
+            data = question.sock.recv(16) if question.sock else b""
+        if question.is_taken and not question.done.done():
+            question.done.set_result(data == emit_event.ACKNOWLEDGEMENT)
+        self._end(event_id, "an answer came first" if question.is_taken else "the client no longer waits")
+
+    def _end(self, event_id: str, why: str) -> None:
+        """End one wait; its hook then prints nothing."""
+        question = self.questions.pop(event_id)
+        self._over[event_id] = why
+        _drop_oldest(self._over, QUESTIONS_LIMIT)
+        self._monitor.sessions.answerable.discard(event_id)
+        if question.sock:
+            self._loop.unwatch(question.sock)
+            question.sock.close()
+        elif not question.is_taken:
+            self._threads.submit(self._at_redis, _push_nothing, "answer", event_id)
+        self._monitor.feed.changed[question.event["sessionId"]] = None
+
+    def close(self) -> None:
+        """End all waits: the hooks print nothing."""
+        for question in self.questions.values():
+            if question.sock:
+                question.sock.close()
+        self._threads.shutdown(wait=True)
+
+    # Answering
+
+    def by_page(self, client: Client, message: JsonObject) -> concurrent.futures.Future[JsonObject]:
+        """Carry out an answer of a page."""
+
+        def carry_out() -> JsonObject:
+            try:
+                by = self._check_page(client)
+                return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
+            except RequestError as error:
+                raise MessageError(error.reason) from None
+
+        return self._threads.submit(carry_out)
+
+    def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
+        """Give one answer and record it; in a thread of our own or of HTTP; raise MessageError."""
+        line = self._monitor.journal.find(event_id, session_id)
+        if line is None:
+            raise MessageError("eventId: no such question is stored")
+        event = parse_stored(line)
+        data = event["data"]
+        asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
+        asked["tool_input"] = data.get("toolInput")
+        if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
+            raise MessageError("answer: it does not fit what is asked")
+        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
+            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+        question = self._loop.call(lambda: self._begin(event["id"], answer))
+        if isinstance(question, str):
+            outcome, words = "late", question
+        elif question.sock:
+            outcome, words = "unknown", UNKNOWN_WORDS
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                is_done = question.done.result(TAKEN_DEADLINE_S)
+                outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
+        else:
+            outcome, words = self._send_signed(event_id, answer)
+        if isinstance(question, OpenQuestion):
+            self._loop.call(lambda: self._finish(event, by, outcome))
+        self._loop.call(lambda: self._record(event, answer, by, outcome))
+        return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
+
+    def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
+        """Give an answer to the hook that waits for it; return its question, or why it is too late."""
+        question = self.questions.get(event_id)
+        if question is None:
+            return self._over.get(event_id, "its hook does not wait")
+        if question.is_taken:
+            return "another answer came first"
+        try:
+            if question.sock:
+                question.sock.send(encode_json(answer) + b"\n")
+        except OSError:
+            self._end(event_id, "the client no longer waits")
+            return self._over[event_id]
+        question.is_taken = True
+        return question
+
+    def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
+        """End the wait after an answer, unless another one can be given."""
+        question = self.questions.get(event["id"])
+        if question and outcome == "failed":
+            question.is_taken = False
+        elif question:
+            self._end(event["id"], "an answer came first")
+        if outcome == "delivered":
+            self._over[event["id"]] = f"it was answered from {by}"
+
+    def _record(self, event: JsonObject, answer: Any, by: str, outcome: str) -> None:
+        """Store an answer as an event."""
+        same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
+        data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
+        words = {"delivered": "", "late": " (too late)", "failed": " (not delivered)"}.get(outcome, " (?)")
+        data |= {"message": f"{answer_words(event, answer)}, from {by}{words}"}
+        own_id = str(uuid.uuid4())
+        about = {"id": own_id, "timestamp": event["timestamp"] + now_ms() - event["received"]}
+        about |= {"eventType": "answer", "hookType": "", "data": data}
+        log.info("%s to %s, from %s: %s", answer["do"], event["id"], by, outcome)
+        self._monitor.ingest.own_answers.add(own_id)
+        self._monitor.take_now(encode_json({**{it: event[it] for it in same if it in event}, **about}))
+        self._monitor.ingest.own_answers.discard(own_id)
+
+    # Through Redis, in our threads
+
+    def _at_redis(self, work: Callable[[Any, str], Any], kind: str, event_id: str = "") -> Any:
+        """Return `work(client, key)` with a connection of its own."""
+        values = self._settings.values
+        client = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, lambda: emit_event.redis_client(values))
+        with contextlib.closing(client):
+            return emit_event.within(
+                2 * TAKEN_DEADLINE_S, lambda: work(client, emit_event.answer_place(values, kind, event_id))
+            )
+
+    def _send_signed(self, event_id: str, answer: Any) -> tuple[str, str]:
+        """Put a signed answer into the question's list; return (outcome, why) when a hook has taken one."""
+        key, nonce = emit_event.read_answer_key(self._settings.home), secrets.token_hex(8)
+        outcome = "failed"  # until it is in the list
+
+        def send(client: Any, place: str) -> tuple[str, str]:
+            nonlocal outcome
+            taken_key = emit_event.answer_place(self._settings.values, "answered", event_id)
+            at = emit_event.redis_ms(client)
+            mac = emit_event.signature(key, event_id, answer, at, nonce)
+            value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
+            if not client.exists(taken_key):
+                outcome = "unknown"
+                client.rpush(place, value)
+                client.pexpire(place, emit_event.ANSWER_AGE_MS)
+            deadline = time.monotonic() + TAKEN_DEADLINE_S
+            while time.monotonic() < deadline:
+                taken = emit_event.parse_event_line(client.get(taken_key) or b"{}")
+                if taken.get("mac") == emit_event.signature(key, event_id, "taken", taken.get("nonce")):
+                    is_ours = taken.get("nonce") == nonce
+                    return ("delivered", "") if is_ours else ("late", "another answer came first")
+                time.sleep(0.02)
+            if client.lrem(place, 0, value):
+                return "failed", "no hook took it: is the key another, or answers.remote off there?"
+            return "unknown", UNKNOWN_WORDS
+
+        try:
+            found: tuple[str, str] = self._at_redis(send, "answer", event_id)
+        except Exception as error:  # Redis does not answer
+            found = outcome, emit_event.redis_trouble(error, self._settings.values)
+        return found
+
+    # The right to answer
+
+    def adopt(self, request: Request, sock: socket.socket, response: bytes) -> None:
+        """Hand a WebSocket of the HTTP port to the loop; for any thread."""
+        pairing = self.pairing_of(request, sock)
+        self._loop.call_soon(functools.partial(self._monitor.clients.adopt, sock, response, pairing))
+
+    def pairing_of(self, request: Request, sock: socket.socket) -> str:
+        """Return the id of the pairing of a request's browser, "" if it has none; for any thread."""
+        name = f"{PAIRING_COOKIE}_{self._monitor.port}"
+        pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
+        secret = next((value for it, _, value in pairs if it == name), "")
+        found = self._find_pairing(_digest(secret))
+        if found and found.get("address") != peer_address(sock):
+            self._note_refusal(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
+            return ""
+        return text_of(found.get("hash"))
+
+    def _find_pairing(self, digest: str) -> JsonObject:
+        return next((it for it in self._pairings if hmac.compare_digest(text_of(it.get("hash")), digest)), {})
+
+    def _check_page(self, client: Client) -> str:
+        """Return from where a page answers; raise RequestError without the right; in a thread."""
+        pairing = self._find_pairing(client.pairing) if client.pairing else {}
+        if not pairing:
+            self._refuse("a page that is not paired tried to answer; `answers pair` prints a code to pair it")
+        self._check_process(client.sock)
+        return text_of(pairing.get("name"))
+
+    def _check_process(self, sock: socket.socket) -> int:
+        """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
+        row = peer_row(sock) if sys.platform == "linux" else []
+        if not row:
+            return 0
+        pids, space = holders_of(row[9]), emit_event.pid_namespace()
+        sessions = list(self._monitor.sessions.sessions.values())
+        clients = frozenset(
+            pid for it in sessions for pid, its_space in list(it.processes) if its_space == space
+        )
+        reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
+        if reason or not pids:
+            self._refuse(f"an agent must not answer: {reason or 'the process cannot be found'}")
+        return pids[0]
+
+    def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
+        """Pair a browser (/pair), or serve a person's terminal (/api/answer); in an HTTP thread."""
+        given = emit_event.parse_event_line(body)
+        pid = self._check_process(sock)
+        if path == "/pair":
+            return self._pair(text_of(given.get("code")), request, sock)
+        if not request.one("authorization") or not is_loopback(peer_address(sock)):
+            self._refuse("commands that answer run on the monitor's machine, with its token")
+        # The controlling terminal, as major and minor number of its device.
+        terminal = (
+            _process_fields(pid)[1][4:5] if sys.platform == "linux" else [text_of(given.get("terminal"))]
+        )
+        if given.get("refused") or terminal in ([], ["0"], [""]):
+            self._refuse(
+                text_of(given.get("refused")) or f"process {pid} has no terminal, so no person uses it"
+            )
+        if given.get("do") == "code":
+            self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
+            self._code_until = time.monotonic() + CODE_LIFE_S
+            log.info("a code to pair a browser was printed")
+            return json_response({"code": self._code})
+        wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
+        try:
+            return json_response(self._answer(*wanted, "a terminal"))
+        except MessageError as error:
+            raise RequestError(400, str(error)) from None
+
+    def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
+        """Exchange a code for a cookie."""
+        is_known = self._code != "" and time.monotonic() < self._code_until
+        self._tries += 1
+        is_right = is_known and hmac.compare_digest(code.encode("utf-8", "replace"), self._code.encode())
+        if is_right or self._tries >= CODE_TRIES:
+            self._code = ""
+        if not is_right:
+            self._refuse("a wrong code was given" if is_known else "no code is valid now: run `answers pair`")
+        secret, address = secrets.token_urlsafe(32), peer_address(sock)
+        name = f"{browser_name(request.one('user-agent'))} on {address}"
+        entry = {"hash": _digest(secret), "name": name, "address": address, "at": now_ms()}
+        words = f"{name} may answer from now on"
+        self._loop.call(lambda: self._save_pairings([*self._pairings, entry], words))
+        cookie = f"{PAIRING_COOKIE}_{self._monitor.port}={secret}; {COOKIE_RULES}"
+        return Response(200, b"{}", headers=(("Set-Cookie", cookie),))
+
+    def end_pairing(self, pairing: str) -> None:
+        """Take the right to answer from a browser; `pairing`: its id in the status."""
+        ended = [it for it in self._pairings if pairing and text_of(it.get("hash")).startswith(pairing)]
+        for entry in ended:
+            left = [it for it in self._pairings if it is not entry]
+            self._save_pairings(left, f"{entry.get('name')} may no longer answer")
+            for client in list(self._monitor.clients.clients.values()):
+                if client.pairing == entry["hash"]:
+                    self._monitor.clients.close(client, CloseCode.GOING_AWAY, "its pairing has ended")
+
+    def _save_pairings(self, pairings: list[JsonObject], words: str) -> None:
+        emit_event.write_atomically(self._path, encode_json({"pairings": pairings}) + b"\n")
+        self._pairings = pairings
+        log.warning("%s", words)
+        self._monitor.clients.broadcast((), text_frame({"type": "notice", "words": words}))
+
+    def _note_refusal(self, words: str) -> None:
+        """Log an attempt that is refused, and show it on the page; for any thread."""
+        log.warning("refused: %s", words)
+        self._refused.append((now_ms(), words))
+
+    def _refuse(self, words: str) -> NoReturn:
+        self._note_refusal(words)
+        raise RequestError(403, words)
+
+    def status(self) -> JsonObject:
+        """Return the paired browsers and the attempts that were refused in the last hour."""
+        pairings = [
+            {"id": text_of(it.get("hash"))[:12], "name": it.get("name"), "at": it.get("at")}
+            for it in self._pairings
+        ]
+        since = now_ms() - REFUSALS_SHOWN_MS
+        refused = [{"at": at, "words": words} for at, words in self._refused if at > since]
+        return {"pairings": pairings, "refused": refused}
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def _push_nothing(client: Any, place: str) -> None:
+    """End a wait at Redis: its hook then prints nothing."""
+    client.rpush(place, b"")
+    client.pexpire(place, emit_event.ANSWER_AGE_MS)
+
+
+def browser_name(agent: str) -> str:
+    """Return the name of a browser, from its User-Agent."""
+    known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
+    return next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
+
+
+def answer_words(event: JsonObject, answer: JsonObject) -> str:
+    """Return an answer as one line."""
+    do, given = answer["do"], event["data"].get("toolInput")
+    done = {"allow": "Allowed once", "deny": "Denied", "accept": "Form sent", "decline": "Declined"}
+    if do == "always":
+        offered = emit_event.objects_in(event["data"].get("permission_suggestions"))
+        return "Always allowed: " + "; ".join(suggestion_words(offered[it]) for it in answer["suggestions"])
+    if do == "answer":
+        texts = []
+        for question, picked in zip(emit_event.objects_in(given["questions"]), answer["answers"]):
+            labels = [
+                text_of(option.get("label")) for option in emit_event.objects_in(question.get("options"))
+            ]
+            texts.append(", ".join(it if isinstance(it, str) else labels[it] for it in picked))
+        return "Answered: " + one_line("; ".join(texts), 1000)
+    words = f": {one_line(answer['message'], 1000)}" if answer.get("message") else ""
+    return done.get(do, "Cancelled") + words
+
+
+_DESTINATIONS = {
+    "session": "this session", "localSettings": "this project, for you", "userSettings": "all your projects",
+    "projectSettings": "this project, for everyone",
+}  # fmt: skip
+
+
+def suggestion_words(suggestion: JsonObject) -> str:
+    """Return one of the client's suggestions of what to allow always, in words."""
+    given = {name: text_of(value) for name, value in suggestion.items()}
+    kind, where = given.get("type"), given.get("destination", "")
+    where = f" in {_DESTINATIONS.get(where, where)}"
+    if kind == "addRules":
+        rules = [(text_of(it.get("toolName")), it) for it in emit_event.objects_in(suggestion.get("rules"))]
+        names = [
+            f"{tool}({text_of(it['ruleContent'])})" if it.get("ruleContent") else tool for tool, it in rules
+        ]
+        words = f"{given.get('behavior', 'allow')} {', '.join(names)}"
+    elif kind == "setMode":
+        words = f"switch to the mode {given.get('mode')}"
+    elif kind == "addDirectories" and isinstance(suggestion.get("directories"), list):
+        words = f"allow work in {', '.join(map(text_of, suggestion['directories']))}"
+    else:
+        words = text_of(suggestion)
+    return one_line(words + where, 1000)
+
+
+# ---------------------------------------------------------------------------
+# Notifications: messages to people, to a phone or a chat, about waits, failures and limits
+#
+# NoticeBook decides what is due, from the sessions and the time, without I/O. Notifier sends, in one thread,
+# and saves what was sent, so that a restart sends nothing twice. The rest happens in the loop thread.
+# ---------------------------------------------------------------------------
+
+NOTICE_INTERVAL_S = 0.2  # between two looks at what is due
+NOTICE_DEADLINE_S = 10.0  # of one attempt to send
+NOTICE_PAUSES_S = (2.0, 30.0)  # after the first and the second failed attempt; the third one is the last
+NOTICE_QUEUE_MS = 600_000  # a message that could not be sent for this long is dropped; so is an old end
+NOTICE_AGE_MS = 12 * 3_600_000  # what began earlier is no news to a monitor that starts
+LASTING_MS = 1000  # a shorter wait may have been answered by a hook
+WAITS = frozenset(("permission", "question", "plan", "input", "dialog"))
+LIMIT_PERCENT = 80  # of a context or an account's limit
+LIMIT_LABELS = {"fiveHour": "account, 5 hours", "sevenDay": "account, 7 days"}
+
+
+class Notice(NamedTuple):
+    """Something that people may want to know, while it holds; `key` is the same after a restart."""
+
+    key: str
+    kind: str  # of NOTICE_KINDS, or "test"
+    session_id: str
+    label: str
+    machine: str
+    detail: str
+    since: int  # ms; 0: not known
+    by_client: bool = False  # as Reason.by_client
+
+
+class Delivery(NamedTuple):
+    """A message to one target: that something holds or, if `over`, no longer does."""
+
+    target: NotifyTarget
+    notice: Notice
+    over: bool
+    queued_at: int  # ms
+    attempts: int = 0
+
+
+def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
+    """Return what a session has to say now."""
+    found: list[tuple[str, str, str, int, bool]] = []  # (part of the key, kind, detail, since, by_client)
+    for it in session.waits if session.state == "waiting" else ():
+        kind = "plan" if it.tool == "ExitPlanMode" else it.kind
+        detail = ": ".join(filter(None, (it.tool, it.detail)))
+        found.append((f"wait {it.agent_id}", kind, detail, it.since, it.by_client))  # the kind may change
+    reason = session.reason
+    if reason and session.state in ("failed", "ended"):
+        found.append((session.state, session.state, reason.detail, session.state_since, False))
+    found += [(it["kind"], "stuck", it["detail"], it["since"], False) for it in stuck_signals(session)]
+    if context_percent is not None and context_percent >= LIMIT_PERCENT:
+        found.append(("context", "limit", f"context {context_percent:.0f} % full", 0, False))
+    about = session.session_id, session.label[0], session.machine_id
+    return [
+        Notice(_notice_key(about[0], part, since), kind, *about, detail, since, by_client)
+        for part, kind, detail, since, by_client in found
+        if not (session.hidden or session.demo)
+    ]
+
+
+def limit_notices(accounts: Sequence[JsonObject], machine: str) -> list[Notice]:
+    """Return the limits that are nearly reached, of the accounts in the status."""
+    windows = [(name, it[name]) for it in accounts for name in LIMIT_WINDOWS if name in it]
+    return [
+        Notice(_notice_key(name, it["resetsAt"]), "limit", "", LIMIT_LABELS[name], machine, detail, 0)
+        for name, it in windows
+        if it["percent"] >= LIMIT_PERCENT and (detail := f"{it['percent']:.0f} % used")
+    ]
+
+
+def _notice_key(*parts: Any) -> str:
+    return hashlib.sha256(encode_json(parts)).hexdigest()[:24]
+
+
+class NoticeBook:
+    """What holds now, and what was sent of it.
+
+    `sent`: key → {"to": [ids of targets], "notice": the notice without its detail}, for the next start.
+    """
+
+    def __init__(self, targets: Sequence[NotifyTarget], sent: dict[str, JsonObject]) -> None:
+        self.targets, self.sent = targets, sent
+        # Session id ("": accounts) → key → (what holds, ids of targets for which it was queued)
+        self.open: dict[str, dict[str, tuple[Notice, set[str]]]] = {}
+        self._renamed: dict[str, str] = {}  # key → that of the same wait before a hook described it
+
+    def update(self, session_id: str, notices: Sequence[Notice], time_ms: int) -> None:
+        """Record what holds for a session now."""
+        before, after = self.open.pop(session_id, {}), {}
+        keys = [self._renamed.get(it.key, it.key) for it in notices]
+        gone = [key for key, (it, _) in before.items() if it.by_client and key not in keys]
+        for key, it in zip(keys, notices):
+            if key not in before and gone and it.kind in WAITS and not it.by_client:
+                self._renamed[key] = key = gone.pop(0)  # the request came after the client's own status
+            limit = NOTICE_QUEUE_MS if it.kind == "ended" else NOTICE_AGE_MS
+            if key in before:
+                after[key] = it._replace(key=key, since=before[key][0].since), before[key][1]
+            elif key in self.sent or not it.since or time_ms - it.since <= limit:
+                since = min(it.since or time_ms, time_ms)
+                after[key] = it._replace(since=since), set(self.sent.get(key, {"to": ()})["to"])
+        self._renamed = {new: old for new, old in self._renamed.items() if old in after or old not in before}
+        if after:
+            self.open[session_id] = after
+
+    def holds(self, key: str) -> bool:
+        """True if what a message says still holds."""
+        return any(key in notices for notices in self.open.values())
+
+    def due(self, time_ms: int, clock: str, is_seen: bool) -> list[Delivery]:
+        """Return the messages to send now, each once. `clock` as "22:30"; `is_seen`: a page is visible."""
+        messages = []
+        for notice, queued in itertools.chain(*(notices.values() for notices in self.open.values())):
+            for it in self.targets:
+                lasts = time_ms - notice.since >= max(it.after_ms, LASTING_MS)
+                may_send = not it.is_quiet(clock) and not (it.unless_seen and is_seen)
+                if lasts and may_send and notice.kind in it.kinds and it.id not in queued:
+                    queued.add(it.id)
+                    messages.append(Delivery(it, notice, False, time_ms))
+        for key in [key for key in self.sent if not self.holds(key)]:
+            record = self.sent.pop(key)
+            notice = Notice(key, *record["notice"])
+            able = (it for it in self.targets if it.format == "ntfy" and it.id in record["to"])
+            messages += [Delivery(it, notice, True, time_ms) for it in able if notice.kind != "ended"]
+        return messages
+
+    def record(self, message: Delivery) -> None:
+        """Record that a message was sent, and is to be ended."""
+        record = {"to": [], "notice": message.notice._replace(detail="")[1:]}
+        self.sent.setdefault(message.notice.key, record)["to"].append(message.target.id)
+
+
+def message_words(message: Delivery) -> tuple[str, str, str]:
+    """Return (title, text, link) of a message, all without control characters.
+
+    The first two begin with our words: to a command they never look like an option.
+    """
+
+    def plain(text: str, limit: int = 80) -> str:
+        text = emit_event.redact_text(text)
+        return one_line("".join(char if char.isprintable() else " " for char in text), limit)
+
+    notice, target = message.notice, message.target
+    title = NOTICE_KINDS.get(notice.kind, "Test")
+    title = f"Over: {title[0].lower()}{title[1:]}" if message.over else title
+    text = f"On {plain(notice.machine)}"
+    if target.content and notice.detail:
+        text += f": {plain(notice.detail, 300)}"
+    link = f"{target.link}#{urllib.parse.urlencode({'s': notice.session_id})}" if target.link else ""
+    return f"{title}: {plain(notice.label)}", text, link
+
+
+class SendError(Exception):
+    """A message was not sent; the text has no address. `pause_s` before the next attempt; None: no other."""
+
+    def __init__(self, words: str, pause_s: float | None = 0.0) -> None:
+        super().__init__(words)
+        self.pause_s = pause_s
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:  # another server must not get the message
+        return None
+
+
+def http_request(message: Delivery) -> urllib.request.Request:
+    """Return the request that sends a message to its target's URL."""
+    target, notice, (title, text, link) = message.target, message.notice, message_words(message)
+    parts = urllib.parse.urlsplit(target.url)
+    user, _, place = parts.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json", "User-Agent": f"contextuate/{__version__}"}
+    if user:
+        user = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        headers["Authorization"] = f"Basic {user}"
+    if target.format == "ntfy":
+        headers["Title"] = f"=?utf-8?b?{base64.b64encode(title.encode()).decode()}?="
+        # A later message with the same sequence replaces this one.
+        headers |= {"Content-Type": "text/plain; charset=utf-8", "X-Sequence-ID": notice.key}
+        headers |= {"Priority": "min"} if message.over else {"Click": link} if link else {}
+        body = text.encode()
+    elif target.format == "slack":
+        words = "\n".join(filter(None, (title, text, link)))
+        for char, safe in (
+            ("&", "&amp;"),
+            ("<", "&lt;"),
+            (">", "&gt;"),
+            ("@", "@\u200b"),
+            ("](", "]\u200b("),
+        ):
+            words = words.replace(char, safe)
+        body = encode_json({"text": words, "mrkdwn": False})
+    else:
+        names = {"id": notice.key, "kind": notice.kind, "sessionId": notice.session_id, "link": link or None}
+        body = encode_json({"title": title, "text": text, **names, "since": notice.since or None})
+    return urllib.request.Request(parts._replace(netloc=place, fragment="").geturl(), body, headers)
+
+
+def post_message(message: Delivery) -> str:
+    """Send a message to a URL once; return the outcome as text, or raise SendError."""
+    try:
+        opener = urllib.request.build_opener(_NoRedirect)
+        with opener.open(http_request(message), timeout=NOTICE_DEADLINE_S) as response:
+            return f"answered {response.status}"
+    except urllib.error.HTTPError as error:
+        error.close()
+        wait, code = error.headers.get("Retry-After") or "0", error.code
+        words = f"answered {code}" + "; redirects are not followed" * (code // 100 == 3)
+        may_retry = code in (408, 429) or code >= 500
+        raise SendError(words, (float(wait) if wait.isdecimal() else 0.0) if may_retry else None) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason: Any = getattr(error, "reason", error)
+        text = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None)
+        raise SendError(text or type(reason).__name__) from None
+
+
+def run_message(message: Delivery) -> str:
+    """Run a target's command once; return the outcome as text, or raise SendError."""
+    values = dict(zip(("title", "text", "link"), message_words(message)), kind=message.notice.kind)
+    values = {name: text.replace("<", "‹") for name, text in values.items()}  # notify-send knows tags
+    fill = functools.partial(re.sub, r"\{(title|text|kind|link)\}", lambda match: values[match[1]])
+    try:
+        null = subprocess.DEVNULL
+        command = list(map(fill, message.target.command))
+        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except (OSError, ValueError) as error:
+        raise SendError(f"cannot be run: {getattr(error, 'strerror', None) or error}", None) from None
+    try:
+        status = process.wait(NOTICE_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+    if status:
+        raise SendError(f"ended with status {status}")
+    return "ended with status 0"
+
+
+def attempt(message: Delivery) -> tuple[bool, str, float | None]:
+    """Send a message once; return (sent, outcome as text, pause before another attempt or None)."""
+    send = run_message if message.target.command else post_message
+    try:
+        return True, emit_event.within(NOTICE_DEADLINE_S + 1, lambda: send(message)), None
+    except (SendError, TimeoutError) as error:
+        return False, str(error), getattr(error, "pause_s", 0.0)
+    except Exception as error:  # unexpected: log and continue
+        log.exception("a notification could not be sent")
+        return False, type(error).__name__, None
+
+
+class Notifier:
+    """Sends what is due, one message at a time; while a target rests after a failure, others are served."""
+
+    def __init__(self, targets: Sequence[NotifyTarget], path: str, loop: EventLoop) -> None:
+        self.targets, self._path, self._loop = targets, path, loop
+        self.kinds = frozenset(kind for target in targets for kind in target.kinds)
+        self._results: dict[str, JsonObject] = {}  # target's id → {ok, at, words} of its last attempt
+        self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
+        self._queue: list[Delivery] = []
+        self._running: tuple[Delivery, concurrent.futures.Future[tuple[bool, str, float | None]]] | None = (
+            None
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
+        self._closing = False
+        sent: JsonObject = {}
+        with contextlib.suppress(Exception), open(path, "rb", opener=emit_event.open_own) as file:
+            read = emit_event.parse_event_line(file.read())
+            # Of another version, or no file: a message may then be sent twice.
+            sent = {
+                key: {"to": list(it["to"]), "notice": Notice(key, *it["notice"])[1:]}
+                for key, it in read.items()
+            }
+        self._book = NoticeBook(targets, sent)
+
+    def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
+        """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
+        time_ms = now_ms()
+        for session_id, notices in current.items():
+            self._book.update(session_id, [it for it in notices if it.kind in self.kinds], time_ms)
+        self._queue += self._book.due(time_ms, time.strftime("%H:%M"), is_seen)
+        self._send_next()
+
+    def test(self) -> concurrent.futures.Future[JsonObject]:
+        """Send a message to every target now; the result has {name, ok, words} of each."""
+        notice = Notice(uuid.uuid4().hex, "test", "", "it works", emit_event.this_machine(), "", 0)
+
+        def send() -> JsonObject:
+            outcomes = [(it, *attempt(Delivery(it, notice, False, 0))) for it in self.targets]
+            for target, is_sent, words, _ in outcomes:
+                self._note(target, is_sent, words)
+            results = [{"name": target.name, "ok": it, "words": words} for target, it, words, _ in outcomes]
+            return {"type": "notify_tested", "results": results}
+
+        return self._thread.submit(send)
+
+    def status(self) -> list[JsonObject]:
+        """Return the last result of each target: {name, ok, at, words}; ok is None before the first one."""
+        unused = {"ok": None, "at": None, "words": "nothing sent since the start"}
+        return [{"name": it.name, **self._results.get(it.id, unused)} for it in self.targets]
+
+    def close(self) -> None:
+        """Wait for the current attempt, and save its outcome."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
+        if self._running is not None:
+            self._finish()
+
+    def _send_next(self) -> None:
+        """Send the first message whose target does not rest; drop those that no longer hold or are old."""
+        if self._running is not None or self._closing:
+            return
+        waiting, self._queue = self._queue, []
+        for message in waiting:
+            if self._book.holds(message.notice.key) is message.over:
+                if message.over:
+                    self._book.record(message)
+            elif now_ms() - message.queued_at > NOTICE_QUEUE_MS:
+                self._note(message.target, False, f"not sent within {human_duration(NOTICE_QUEUE_MS)}")
+            elif self._running is None and self._rests.get(message.target.id, 0.0) <= time.monotonic():
+                self._running = message, self._thread.submit(attempt, message)
+                self._running[1].add_done_callback(lambda _: self._loop.call_soon(self._finish))
+            else:
+                self._queue.append(message)
+
+    def _finish(self) -> None:
+        """Take the outcome of the running attempt; save it, or try again later."""
+        if self._running is None:
+            return
+        (message, future), self._running = self._running, None
+        is_sent, words, pause_s = future.result()
+        if is_sent and not message.over:
+            self._book.record(message)
+        elif not is_sent and pause_s is not None and message.attempts < len(NOTICE_PAUSES_S):
+            pause_s = max(pause_s, NOTICE_PAUSES_S[message.attempts])
+            self._rests[message.target.id] = time.monotonic() + pause_s
+            self._queue.insert(0, message._replace(attempts=message.attempts + 1))
+            words += "; trying again"
+        self._note(message.target, is_sent, words)
+        book = NoticeBook((), copy.deepcopy(self._book.sent))
+        for it in self._queue:
+            if it.over:
+                book.record(it)
+        try:
+            emit_event.write_atomically(self._path, encode_json(book.sent))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error.strerror)
+        self._send_next()
+
+    def _note(self, target: NotifyTarget, is_sent: bool, words: str) -> None:
+        if self._results.get(target.id, {}).get("ok") is not is_sent:
+            log.log(logging.INFO if is_sent else logging.WARNING, "notify: %s: %s", target.name, words)
+        self._results[target.id] = {"ok": is_sent, "at": now_ms(), "words": words}
+
+
+# ---------------------------------------------------------------------------
 # The Monitor: what wires them
 #
 # hook → ingest → journal → acknowledgement → sessions → clients, one batch a turn of the loop. Every
@@ -5874,6 +7063,7 @@ LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
+ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
 class StartError(Exception):
@@ -5962,12 +7152,16 @@ class HookPort:
 
     def drop(self, sock: socket.socket) -> None:
         """Close a connection; a hook that waits for an acknowledgement then spools its event."""
+        self.release(sock)
+        sock.close()
+
+    def release(self, sock: socket.socket) -> None:
+        """Give up a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
         self.paused.discard(sock)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
-        sock.close()
 
     def restore(self) -> None:
         """Bind the socket and take the lock again when they were removed."""
@@ -6067,6 +7261,7 @@ class Ingest:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
         self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self.own_answers: set[str] = set()  # ids of events of answers that are being stored
         self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
@@ -6145,6 +7340,8 @@ class Ingest:
         machine_id = "unknown" if remote else self._machine_id
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
+        if event["eventType"] == "answer" and event["id"] not in self.own_answers:
+            event["eventType"] = "message"  # a program must not pretend that a person has answered
         if remote:
             event.pop("demo", None)  # other machines may not rename, hide or delete sessions here
             if "session_meta" in (event["eventType"], effective_type(event)):
@@ -6393,10 +7590,6 @@ class Retention:
         self._thread.shutdown(wait=True)
 
 
-class MessageError(Exception):
-    """A client's message that cannot be carried out; the text is the reason."""
-
-
 Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 
 
@@ -6409,7 +7602,7 @@ class MessageHandlers:
 
     QUESTIONS = frozenset(
         "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
-        "get_event_detail search reconnect_redis send_test_event".split()
+        "get_event_detail search reconnect_redis send_test_event set_visible notify_test".split()
     )
     # Action of the user on a session → data of the stored event
     META: dict[str, Callable[[Session, JsonObject], JsonObject]] = {
@@ -6435,7 +7628,7 @@ class MessageHandlers:
     }
     NEEDED = (  # type.field
         "unsubscribe.sessionIds get_events.sessionId get_event_detail.sessionId get_event_detail.eventId "
-        "rename_session.label".split()
+        "rename_session.label answer.sessionId answer.eventId".split()
     )
 
     def __init__(self, monitor: Monitor) -> None:
@@ -6445,6 +7638,7 @@ class MessageHandlers:
         """Send a new client the greeting."""
         settings, seq = self._monitor.settings, self._monitor.journal.seq
         about = {"version": __version__, "mode": settings["mode"], "machineId": settings.machine_id}
+        about["mayAnswer"] = client.pairing != ""
         self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
 
     def take(self, client: Client, text: str) -> None:
@@ -6459,7 +7653,7 @@ class MessageHandlers:
     def take_by_http(self, message: JsonObject) -> JsonObject:
         """Carry out one message for POST /api/message, in an HTTP thread; raise RequestError."""
         kind = emit_event.id_or(message.get("type"), "")
-        if kind in ("subscribe", "unsubscribe", "set_show_hidden", "get_sessions"):
+        if kind in ("subscribe", "unsubscribe", "set_show_hidden", "set_visible", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
         if self._monitor.loading is not None and kind not in self.QUESTIONS:
             raise RequestError(503, "stored sessions are still being read; try again in a moment")
@@ -6566,7 +7760,14 @@ class MessageHandlers:
         def read() -> JsonObject:
             line = self._monitor.journal.find(event_id, session_id, message.get("seq"))
             event = parse_stored(line) if line is not None else None
-            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+            offers = emit_event.objects_in(event["data"].get("permission_suggestions")) if event else []
+            ids = {"sessionId": session_id, "eventId": event_id}
+            return {
+                "type": "event_detail",
+                **ids,
+                "event": event,
+                "offers": list(map(suggestion_words, offers)),
+            }
 
         return self._monitor.reader.submit(read)
 
@@ -6585,8 +7786,23 @@ class MessageHandlers:
         self._monitor.redis.reconnect()
         return {"type": "status", **self._monitor.status.to_json()}
 
+    def _on_set_visible(self, client: Client, message: JsonObject) -> None:
+        client.visible = message.get("visible") is True
+        self._monitor.answers.look()
+
+    def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
+        if self._monitor.notifier is None:
+            raise MessageError('no target is configured: add "notify" to the configuration (.docs/config.md)')
+        return self._monitor.notifier.test()
+
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
+
+    def _on_answer(self, client: Client, message: JsonObject) -> Answer:
+        return self._monitor.answers.by_page(client, message)
+
+    def _on_end_pairing(self, client: Client, message: JsonObject) -> None:
+        self._monitor.answers.end_pairing(text_of(message.get("pairing")))
 
     def _act(self, client: Client, message: JsonObject) -> None:
         session = self._session(message)
@@ -6784,10 +8000,13 @@ class Status:
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
             "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
+            "answers": monitor.answers.status(),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
+            "limits": monitor.sessions.limits(now_ms()),
+            "notify": monitor.notifier.status() if monitor.notifier else [],
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         return {**status, "problems": status_problems(status, unsaved, self._foreign)}
@@ -6808,7 +8027,7 @@ class Status:
         for key, value in settings.values.items():
             section, _, name = key.rpartition(".")
             place = nested.setdefault(section, {}) if section else nested
-            place[name] = "(not shown)" if key in emit_event.SECRET_KEYS and value is not None else value
+            place[name] = "(not shown)" if key in emit_event.SECRET_KEYS and value else value
         nested["server"].update(port=self._monitor.port, wsPort=self._monitor.ws_port)
         return nested
 
@@ -6827,7 +8046,10 @@ def steady_part(status: JsonObject) -> list[object]:
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
-        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode")),
+        *(
+            status[name]
+            for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits", "answers")
+        ),
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
@@ -6856,6 +8078,10 @@ class Monitor:
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool: SpoolDrain | None = None
         self.redis: RedisLink | None = None
+        targets = settings.notify_targets
+        self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
+        self._notice_changes: set[str] = set()  # sessions that may have something else to say
+        self._short = ""  # content of the file `short`, for prompts
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
         self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
@@ -6868,6 +8094,7 @@ class Monitor:
             settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
         )
         self._processes = ProcessWatch(self.loop)
+        self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
         self._stopping = False
@@ -6898,11 +8125,16 @@ class Monitor:
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
         self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
+
+        def admit(request: Request, sock: socket.socket) -> str:
+            access.check(request, self.ws_port, lambda: same_user_on_loopback(sock))
+            return self.answers.pairing_of(request, sock)
+
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
             ws_socket,
-            admit=lambda it, sock: access.check(it, self.ws_port, lambda: same_user_on_loopback(sock)),
+            admit=admit,
             opened=handlers.greet,
             received=handlers.take,
             connection_limit=settings["limits.connections"],
@@ -6912,7 +8144,8 @@ class Monitor:
         page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
-        self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
+        limit = settings["limits.connections"]
+        self.http = HttpServer(http_socket, access, page, api, self.answers, limit)
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
@@ -6939,9 +8172,6 @@ class Monitor:
         """Store received events, close the clients, and make `run` return; for any thread."""
         self.loop.call_soon(self._begin_stop)
 
-    def _upgraded(self, sock: socket.socket, response: bytes) -> None:
-        self.loop.call_soon(functools.partial(self.clients.adopt, sock, response))
-
     def _begin_stop(self) -> None:
         if self._stopping:
             return
@@ -6957,6 +8187,11 @@ class Monitor:
         if self.redis:
             self.redis.close()
         self.http.stop()
+        self.answers.close()
+        if self.notifier:
+            self.notifier.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.settings.path("short"))
         self.reader.shutdown(wait=True)
         self.retention.close()
         self.ingest.close()
@@ -7025,6 +8260,9 @@ class Monitor:
             self.retention.begin()
             self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
+        if self.notifier:
+            self._notice_changes = set(self.sessions.sessions)
+            self.loop.call_every(NOTICE_INTERVAL_S, self._notify)
         for callback in self.deferred:
             self.loop.call_soon(callback)
         self.deferred.clear()
@@ -7074,7 +8312,8 @@ class Monitor:
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
                 self._hooks.drop(sender)
-        self._show(stored)
+        found = ((isinstance(line, bytes) and ASKING_LINE.match(line), sender) for line, sender in arrivals)
+        self._show(stored, {match[1].decode(): sender for match, sender in found if match})
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - LATE_MS
@@ -7120,11 +8359,14 @@ class Monitor:
 
         self.loop.call_soon(store)
 
-    def _show(self, stored: Sequence[StoredEvent]) -> None:
-        """Apply stored events to the sessions, and send them to the clients and to the index."""
+    def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:
+        """Apply stored events to the sessions, and send them to the clients and to the index.
+
+        `waiting`: event id → connection on which its hook waits for an answer.
+        """
         if self.journal.error != self.store_error:
             self._note_store_error()
-        if not stored:
+        if not stored and not waiting:
             return
         changed: list[Session] = []
         for entry in stored:
@@ -7132,6 +8374,8 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
+        if waiting or self.redis or self.answers.questions:
+            self.answers.take(stored, waiting)
         self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
@@ -7147,10 +8391,37 @@ class Monitor:
         """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
         ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
         self._dirty.update(ids)
+        self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
+
+    def release_hook(self, sock: socket.socket) -> None:
+        """Leave a hook's connection, whose events are acknowledged, to another part."""
+        self._hooks.release(sock)
+
+    def _notify(self) -> None:
+        """Give the notifier what now holds for the sessions that changed."""
+        if self.notifier is None:
+            return
+        current: dict[str, list[Notice]] = {}
+        for session in filter(None, map(self.sessions.sessions.get, self._notice_changes)):
+            row = self.sessions.to_json(session) if "limit" in self.notifier.kinds else {}
+            context = (row.get("context") or {}).get("percent")
+            current[session.session_id] = notices_of(session, context)
+        current |= {it: [] for it in self._notice_changes if it not in current}
+        self._notice_changes = set()
+        self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        self.answers.look()
+        if self.notifier and "limit" in self.notifier.kinds:
+            limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
+            self.notifier.look({"": limits}, is_seen=True)
+        words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
+        if words != self._short:
+            with contextlib.suppress(OSError):  # tried again
+                emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
+                self._short = words
         self.feed.send()
         self.clients.report_skipped()
         self._send_status()
@@ -7243,10 +8514,19 @@ class Monitor:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
             self.feed.sent.pop(session.session_id, None)
+            self._notice_changes.add(session.session_id)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
         self.feed.send()
+
+
+def short_words(states: Iterable[str]) -> str:
+    """Return how many sessions need a person, have failed, work or are quiet, as one short line."""
+    counts = collections.Counter(states)
+    names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
+    found = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
+    return " · ".join(found) or "all idle"
 
 
 def loading_words(progress: JsonObject) -> str:
@@ -7286,6 +8566,9 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
             facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
+    for target in status.get("notify", ()):
+        age = f", {human_duration(now_ms() - target['at'])} ago" if target["at"] else ""
+        rows.append({"name": "notify", "words": f"{target['name']}: {target['words']}{age}"})
     for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
         words = f"{machine['label']}: {machine['events']} events, last {age} ago"
@@ -7352,7 +8635,11 @@ def status_problems(
     ):
         if problem:
             add(kind, "warn", problem, None, advice)
-    return found + foreign_problems(foreign)
+    for refused in status["answers"]["refused"][-1:]:
+        count = len(status["answers"]["refused"])
+        advice = "If that was not you, look at what runs on this machine."
+        add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
+    return found + foreign_problems(foreign) + notify_problems(status["notify"])
 
 
 def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
@@ -7363,6 +8650,15 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
         {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
         for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
     ]
+
+
+def notify_problems(targets: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return the problems in the results of `Notifier.status`."""
+    texts = [
+        f"Notifications do not arrive: {it['name']}: {it['words']}" for it in targets if it["ok"] is False
+    ]
+    advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
+    return [{"kind": "notify", "level": "warn", "words": words, "advice": advice} for words in texts]
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
@@ -7756,6 +9052,13 @@ class ClientFile(NamedTuple):
                 yield from ((name, entry) for entry in group["hooks"])
 
 
+class StatusLine(NamedTuple):
+    """Our status line in a settings file; `wrapped`: the command that was there before, which it runs."""
+
+    command: str
+    wrapped: str | None
+
+
 class InstallPlan(NamedTuple):
     """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
 
@@ -7763,17 +9066,31 @@ class InstallPlan(NamedTuple):
     old_text: str
     new_text: str
     names: tuple[str, ...]
+    status_line: StatusLine | None = None
 
 
 def plan_install(
-    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+    home: str,
+    project: str | None,
+    version: Version | None,
+    without: Sequence[str] = (),
+    line: bool = False,
+    wait_s: int = 0,
 ) -> InstallPlan:
-    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError."""
+    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
+
+    `line`: register the status line too; one that is registered stays. `wait_s`: how long hooks wait for an
+    answer; 0: they do not.
+    """
+    if line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
+    python, script = base_interpreter(), hook_script(home)
+    line_around = functools.partial(status_line_command, python, script)
+    return _plan(project, hook_command(python, script), names, kept, line_around, line, wait_s)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
@@ -7814,15 +9131,26 @@ def plan_agent(home: str, agent: str, installs: bool = True) -> InstallPlan:
         return InstallPlan(path, old_text, new_text, tuple(names))
     old_text, settings = read_settings(path)
     try:
-        changed = merge_hooks(settings, command, names if installs else [], about.fields)
+        changed = merge_hooks(settings, command, names if installs else [], fields=about.fields)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
     return InstallPlan(path, old_text, new_text, tuple(names))
 
 
-def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
-    """Register `command` for `names`, and for those of `kept` for which our hook is registered."""
+def _plan(
+    project: str | None,
+    command: str,
+    names: list[str],
+    kept: list[str],
+    line: Callable[[str | None], str] | None = None,
+    with_status_line: bool = False,
+    wait_s: int = 0,
+) -> InstallPlan:
+    """Register `command` for `names`, and for those of `kept` for which our hook is registered.
+
+    `line` returns the command of the status line; None: it is removed.
+    """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -7831,11 +9159,13 @@ def _plan(project: str | None, command: str, names: list[str], kept: list[str]) 
         hooks = _checked_hooks(settings)
         registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
         names = names + [name for name in kept if name in registered and name not in names]
-        changed = merge_hooks(settings, command, names)
+        changed = merge_hooks(settings, command, names, wait_s)
+        if with_status_line or status_line_in(settings):
+            changed = merge_status_line(changed, line)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -7963,6 +9293,51 @@ def hook_script(home: str) -> str:
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
+def _quoted(path: str) -> str:
+    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    path = os.path.abspath(path)
+    if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
+        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
+
+
+def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
+    """Return the command for /bin/sh that runs `script` as the status line around another one.
+
+    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
+    """
+    python, path = _quoted(interpreter), _quoted(script)
+    first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
+    return (
+        f'set -- {first}; for p in {python} python3; do command -v "$p" >/dev/null && [ -f {path} ] &&'
+        f' exec "$p" -I -S {path} --status-line "$LC_CTYPE" "$@"; done; [ $# = 0 ] || exec /bin/sh -c "$1"'
+    )
+
+
+def status_line_in(settings: JsonObject) -> StatusLine | None:
+    """Return our status line in `settings`; None if there is none, or another one."""
+    command = _object(settings.get("statusLine")).get("command")
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = shlex.split(command) if isinstance(command, str) else []
+        is_ours = words[:2] == ["set", "--"] and "--status-line" in words
+        if is_ours and any(word.endswith("/hooks/emit_event.py") for word in words):
+            return StatusLine(str(command), words[2] if words[3] == ";" else None)
+    return None
+
+
+def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
+    entry, ours = settings.get("statusLine"), status_line_in(settings)
+    given = ours.wrapped if ours else _object(entry).get("command")
+    if "statusLine" not in settings:
+        entry = {"type": "command"}
+    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+    if line is None and given is None:
+        return {key: value for key, value in settings.items() if key != "statusLine"}
+    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+
+
 def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
@@ -7972,11 +9347,7 @@ def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
     Raises InstallError for a path that is not UTF-8.
     """
-    quoted = []
-    for path in map(os.path.abspath, (interpreter, script)):
-        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-            raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
-        quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
+    quoted = [_quoted(path) for path in (interpreter, script)]
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
@@ -7991,10 +9362,16 @@ import sys
 
 try:
     sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    if sys.argv[1:2] == ["--status-line"]:
+        import status_line
+
+        status_line.run_status_line(sys.argv[2:])
     import hot_path
 
     hot_path.run_hook()
 except BaseException:
+    if sys.argv[3:]:
+        posix.execv("/bin/sh", ["/bin/sh", "-c", sys.argv[3]])
     posix._exit(0)
 """
 
@@ -8003,21 +9380,26 @@ def install_hook_files(home: str) -> str:
     """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/emit_event.py the whole module for the rare paths.
+    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
+    the rare paths.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    modules = [os.path.join(library, name) for name in ("emit_event.py", "hot_path.py")]
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
-        hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(modules, (content, hot_path + b"\n")):
+        for path, text in zip(
+            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
+        ):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
@@ -8050,17 +9432,21 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
 
 
 def merge_hooks(
-    settings: JsonObject, command: str, names: list[str], fields: JsonObject | None = None
+    settings: JsonObject, command: str, names: list[str], wait_s: int = 0, fields: JsonObject | None = None
 ) -> JsonObject:
     """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
     Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
+    With `wait_s`, the hooks of questions wait so long for an answer.
     """
-    handler = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
+    recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
+    command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
+    answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
     for name in {**hooks, **dict.fromkeys(names)}:
         groups = hooks.get(name, [])
+        handler = answering if wait_s and name in emit_event.ANSWERED_HOOKS else recording
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is not ours
             changed[name] = kept
@@ -8098,7 +9484,7 @@ def _is_ours(entry: JsonObject) -> bool:
     choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
     choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
     return choices != [] and all(
-        (len(choice) == 4 or (len(choice) == 6 and choice[4] == "--agent"))
+        (choice[4:] in ([], ["--answer"]) or (len(choice) == 6 and choice[4] == "--agent"))
         and choice[1:3] == ["-I", "-S"]
         and choice[3].endswith("/hooks/emit_event.py")
         for choice in choices
@@ -8252,6 +9638,104 @@ def was_delivered(report: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Service: starts the monitor at login, and again after a crash
+#
+# Owns: the file of a systemd user unit or a launchd agent; the system's own commands do the rest.
+# ---------------------------------------------------------------------------
+
+SERVICE_NAME = "contextuate-monitor"
+SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACHINE_ID", "CLAUDE_CONFIG_DIR")
+
+
+def program_command() -> tuple[list[str], str]:
+    """Return the command that runs this program from its bytecode, without arguments, and its directory.
+
+    Compiling this file takes a moment, and 30 MB that stay in use.
+    """
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
+    return [sys.executable, *program], folder
+
+
+def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a systemd user unit that keeps a command running."""
+
+    def quoted(text: str) -> str:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+        return f'"{escaped}"'
+
+    lines = [
+        "[Unit]", "Description=Contextuate Monitor", "", "[Service]",
+        f"ExecStart={' '.join(quoted(part).replace('$', '$$') for part in command)}",
+        f"WorkingDirectory={folder.replace('%', '%%')}",
+        *(f"Environment={quoted(f'{name}={value}')}" for name, value in environment.items()),
+        "Restart=on-failure", "RestartSec=2",
+        "StandardOutput=null",  # it may contain the token
+        "", "[Install]", "WantedBy=default.target", "",
+    ]  # fmt: skip
+    return "\n".join(lines).encode()
+
+
+def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a launchd agent that keeps a command running."""
+    about: JsonObject = {"Label": SERVICE_NAME, "ProgramArguments": list(command), "WorkingDirectory": folder}
+    about |= {
+        "EnvironmentVariables": dict(environment),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+    }
+    return plistlib.dumps(about)
+
+
+class Service(NamedTuple):
+    """How a system keeps a program running, as commands."""
+
+    path: str  # of the file that describes the service
+    content: Callable[[Sequence[str], str, Mapping[str, str]], bytes]
+    probe: str  # succeeds where services of this user can run
+    check: str  # succeeds while this one runs
+    start: tuple[str, ...]  # with a new file
+    stop: str
+    restart: str
+
+
+def this_service() -> Service:
+    """Return how services run on this system."""
+    name = SERVICE_NAME
+    if sys.platform == "darwin":
+        path, run = os.path.expanduser(f"~/Library/LaunchAgents/{name}.plist"), "launchctl"
+        domain, place = f"gui/{os.getuid()}", f"gui/{os.getuid()}/{name}"
+        start, restart = (f"{run} bootstrap {domain} {shlex.quote(path)}",), f"{run} kickstart -k {place}"
+        checks = f"{run} print {domain}", f"{run} print {place}"
+        return Service(path, launchd_agent, *checks, start, f"{run} bootout {place}", restart)
+    path = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    run, path = "systemctl --user", f"{path}/systemd/user/{name}.service"
+    checks, restart = (f"{run} show-environment", f"{run} is-active {name}"), f"{run} restart {name}"
+    start = f"{run} daemon-reload", f"{run} enable {name}", restart
+    return Service(path, systemd_unit, *checks, start, f"{run} disable --now {name}", restart)
+
+
+def trouble_of(command: str) -> str | None:
+    """Run a command of the system; return None, or why it failed."""
+    try:
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command.split()[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
+    return (
+        None if done.returncode == 0 else one_line(done.stderr or done.stdout or f"status {done.returncode}")
+    )
+
+
+def run_steps(commands: Iterable[str]) -> None:
+    """Run commands of the system; raise CommandError for the first one that fails."""
+    for command in commands:
+        trouble = trouble_of(command)
+        if trouble is not None:
+            raise CommandError(f"`{command}` failed: {trouble}")
+
+
+# ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
 # Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
@@ -8298,7 +9782,7 @@ class Doctor:
         """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
         if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered]
+            checks += [self._claude, self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
             checks += [self._redis_py, self._redis, self._rights, self._publisher]
@@ -8379,12 +9863,19 @@ class Doctor:
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
             version = claude_version()
-            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), OPTIONAL_EVENTS)}
+            waits = (0, self._settings["answers.waitSeconds"])
+            plans = {
+                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s=wait_s)
+                for it, wait_s in itertools.product(((), OPTIONAL_EVENTS), waits)
+            }
             same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
             if same:
-                without, plan = same[0]
-                left_out = f", without {', '.join(without)}" if without else ""
-                yield _ok("registered", f"{len(plan.names)} events in {user}{left_out}")
+                (without, wait_s), plan = same[0]
+                words = f", without {', '.join(without)}" if without else ""
+                words += ", questions can be answered on the page" if wait_s else ""
+                yield _ok("registered", f"{len(plan.names)} events in {user}{words}")
+                if wait_s and self._settings["mode"] == "redis":
+                    yield from self._remote_answers()
             else:
                 yield _warn("registered", f"{user} is not as this version would register", advice)
         elif ours:
@@ -8410,6 +9901,46 @@ class Doctor:
         if plan.new_text != plan.old_text:
             return _warn("registered", f"{plan.path} is not as this version would register", advice)
         return _ok("registered", f"{len(plan.names)} events of {agent} in {plan.path}")
+
+    def _remote_answers(self) -> Findings:
+        if not emit_event.read_answer_key(self._settings.home):
+            yield _warn("answers", "there is no key, so no answer comes through Redis", "run: answers key")
+        elif not self._settings["answers.remote"]:
+            advice = "set it to true, or leave it: then questions are answered in the client only"
+            yield _warn(
+                "answers", "answers.remote is off, so this machine takes no answer from Redis", advice
+            )
+        else:
+            yield _ok("answers", "signed answers are taken from Redis")
+
+    def _status_line(self) -> Findings:
+        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
+        user, name = settings_path(None), "statusline"
+        ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
+        if ours is None:
+            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+            return
+        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
+        if shown != user:
+            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        given = encode_json(
+            {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
+        )
+        results = []
+        for command in filter(None, (ours.command, ours.wrapped)):
+            began, options = time.monotonic(), {"input": given + b"\n", "capture_output": True, "timeout": 10}
+            try:
+                done = subprocess.run(["/bin/sh", "-c", command], **options)  # type: ignore[call-overload]
+                output = done.stdout.decode("utf-8", "replace").strip()
+                results.append(
+                    (done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})")
+                )
+            except subprocess.TimeoutExpired:
+                results.append((-1, False, "nothing within 10 s"))
+        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
+        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
+        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
+        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -8448,7 +9979,7 @@ class Doctor:
             yield _fail("socket", f"{path} is not this user's", "set socketPath to a place of your own")
         else:
             yield _ok("socket", path)
-        good = {"store", "index"}
+        good = {"store", "index", "notify"}
         for problem in status.get("problems", ()):
             good.discard(problem["kind"])
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
@@ -9347,12 +10878,9 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    # A module is loaded from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
-    command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
+    command = [*program, "start", "--foreground", "--report-fd", str(writer)]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
     for name, value in options.items():
@@ -9492,16 +11020,60 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 
 def command_restart(args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    settings = settings_of(args)
+    settings, service = settings_of(args), this_service()
+    has_options = not args.host is args.port is args.ws_port is args.config is None
+    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+        run_steps([service.restart])
+        return 0
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
     return command_start(args)
 
 
+def command_service(args: argparse.Namespace) -> int:
+    """Start the monitor at login and after a crash, by systemd or launchd."""
+    settings, service = settings_of(args), this_service()
+    trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
+    if trouble is not None:
+        advice = "run `start` where your session begins instead"
+        raise CommandError(
+            f"neither systemd nor launchd runs services of this user here ({trouble}); {advice}"
+        )
+    if args.action == "status":
+        is_running = is_installed and trouble_of(service.check) is None
+        print("running" if is_running else "installed, not running" if is_installed else "not installed")
+        return 0 if is_running else 1
+    about = running_monitor(settings)
+    if is_installed:
+        run_steps([service.stop])
+    if args.action == "remove":
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(service.path)
+        print(f"{service.path} removed" if is_installed else "not installed")
+        return 0
+    if about is not None and running_monitor(settings) is not None:
+        stop_monitor(settings, about)
+    command, folder = program_command()
+    command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
+    given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
+    os.makedirs(os.path.dirname(service.path), exist_ok=True)
+    emit_event.write_atomically(service.path, service.content(command, folder, given))
+    run_steps(service.start)
+    print(f"{service.path} installed; the monitor starts with your login, and again after a crash")
+    return 0
+
+
 def command_status(args: argparse.Namespace) -> int:
     """Print the monitor's state, with exit status 1 when it does not run."""
     settings = settings_of(args)
+    if args.short:
+        runs = lock_holder(settings.path("monitor.pid")) is not None
+        with contextlib.suppress(OSError), open(settings.path("short"), encoding="utf-8") as file:
+            print(file.read().strip() if runs else "not running")
+            return 0 if runs else 1
+        print("starting" if runs else "not running")
+        return 1
     about = running_monitor(settings)
     if about is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
@@ -9537,6 +11109,9 @@ def command_url(args: argparse.Namespace) -> int:
 # What each key of emit_event.KEYS is for.
 KEY_MEANINGS = """
 mode                     how events reach the monitor: on this machine only, or through Redis
+answers.waitSeconds      how long a hook of `install --answers` waits for an answer from the page
+answers.backgroundSeconds  the same for subagents and MCP servers, whose dialog appears only afterwards
+answers.remote           take answers that come through Redis, signed with the key of `answers key`
 socketPath               Unix socket on which the monitor takes events from hooks
 server.host              address of the page and the WebSocket; `0.0.0.0` for all, then others need the token
 server.port              port of the page and the API
@@ -9572,6 +11147,7 @@ retention.days           age in whole days at which events are deleted; their re
 retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
 privacy.redact           replace what looks like a secret before an event is stored or sent
 privacy.level            `metadata`: store names, ids, times and durations only, no content
+notify                   where messages to people are sent; never shown
 prices                   prices of models, in place of the built-in ones
 """
 
@@ -9585,17 +11161,128 @@ def command_config(args: argparse.Namespace) -> int:
         for name, key in emit_event.KEYS.items():
             default = json.dumps(key.default)
             print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
+        print("\nEach target of `notify` is an object:", "", "| key | default | meaning | may be |", sep="\n")
+        print("|---|---|---|---|")
+        for name, (value, words, expected, _) in NOTIFY_KEYS.items():
+            print(f"| `{name}` | `{json.dumps(value)}` | {words} | {expected} |")
         return 0
     settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
     for name, key in emit_event.KEYS.items():
         default = json.dumps(key.default)
-        is_hidden = name in emit_event.SECRET_KEYS and settings[name] is not None
+        is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
         print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
         print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
+    print(
+        "\nA target of notify has:", *(f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items()), sep="\n    "
+    )
     return 0
+
+
+def command_answers(args: argparse.Namespace) -> int:
+    """Print a code that pairs a browser, so that it may answer, or the key for answers through Redis."""
+    settings = settings_of(args)
+    if args.what == "pair":
+        code = ask_to_answer(settings, {"do": "code"})["code"]
+        print(f"{code}   type it on the page within {CODE_LIFE_S // 60} minutes; it works once")
+        return 0
+    path = settings.path("answers.key")
+    if not emit_event.read_answer_key(settings.home):
+        emit_event.make_private_directory(settings.home)
+        emit_event.write_atomically(path, secrets.token_hex(32).encode() + b"\n")
+    print(emit_event.read_answer_key(settings.home).decode())
+    print_status(f"this is in {path}; copy that file to each machine that asks or answers, with mode 0600")
+    return 0
+
+
+def ask_to_answer(settings: Settings, request: JsonObject) -> JsonObject:
+    """Return the monitor's response to a request that only a person's terminal may make."""
+    refused = agent_above(os.getpid()) or ", ".join(AGENT_VARIABLES & os.environ.keys())
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        refused = refused or "a command that answers needs a terminal"
+    terminal = os.ttyname(0) if sys.stdin.isatty() else ""
+    about = {"refused": refused, "terminal": terminal}  # the monitor logs it, and looks for itself
+    return ask_monitor(settings, needed_monitor(settings), "/api/answer", {**request, **about})
+
+
+def command_answer(args: argparse.Namespace) -> int:
+    """Print what a session asks, and answer it."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    session_id = whole_session_id(settings, args.session) or ""
+    session = ask_monitor(settings, about, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
+    if not session["asks"]:
+        raise CommandError("this session asks nothing now")
+    asked = next((it for it in session["asks"] if it["answerable"]), session["asks"][0])
+    event = ask_monitor(settings, about, f"/api/events/{asked['eventId']}?session={session_id}")
+    if not args.answer:
+        print(*map(safe_line, question_lines(event)), sep="\n")
+        if not asked["answerable"]:
+            print_status("it can only be answered in the client: no hook of `install --answers` waits")
+        return 0
+    request = {
+        "sessionId": session_id,
+        "eventId": event["id"],
+        "answer": given_answer(event, args.answer[0], args.answer[1:]),
+    }
+    result = ask_to_answer(settings, request)
+    if result["outcome"] != "delivered":
+        raise CommandError(
+            f"{'too late' if result['outcome'] == 'late' else 'not delivered'}: {result['words']}"
+        )
+    print(answer_words(event, request["answer"]))
+    return 0
+
+
+def question_lines(event: JsonObject) -> Iterator[str]:
+    """Yield what an event asks, whole, and how to answer it, as lines."""
+    data, given = event["data"], _object(event["data"].get("toolInput"))
+    fields, answers = given, "allow, always NUMBER …, deny [WHY]"
+    if event["hookType"] == "Elicitation":
+        yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
+        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        answers = "accept NAME=VALUE …, decline, cancel"
+    elif data.get("toolName") == "AskUserQuestion":
+        for question in emit_event.objects_in(given.get("questions")):
+            yield text_of(question.get("question"))
+            for number, option in enumerate(emit_event.objects_in(question.get("options")), 1):
+                yield f"  {number}  {text_of(option.get('label'))}: {text_of(option.get('description'))}"
+        fields, answers = (
+            {},
+            "choose, then for each question a number, several (1,2) or own words; deny [WHY]",
+        )
+    else:
+        yield f"{text_of(data.get('toolName'))}:"
+    for name, value in fields.items():
+        yield from f"  {name}: {text_of(value)}".split("\n")
+    for number, it in enumerate(emit_event.objects_in(data.get("permission_suggestions")), 1):
+        yield f"always {number}: {suggestion_words(it)}"
+    yield f"answer with: {answers}"
+
+
+def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject:
+    """Return the answer that the words of a command give; raise CommandError."""
+    if do == "deny":
+        return {"do": do, "message": " ".join(words)} if words else {"do": do}
+    if do == "choose":
+        chosen = [it.split(",") if re.fullmatch(r"[\d,]+", it) else it for it in words]
+        numbers = [[int(it or 0) - 1 for it in word] if isinstance(word, list) else [word] for word in chosen]
+        return {"do": "answer", "answers": numbers}
+    if do == "always":
+        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
+    if do == "accept":
+        fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
+        content: JsonObject = {}
+        for name, _, value in (word.partition("=") for word in words):
+            with contextlib.suppress(ValueError):
+                is_text = _object(fields.get(name)).get("type") == "string"
+                content[name] = value if is_text else json.loads(value)
+        return {"do": do, "content": content}
+    if do in ("allow", "decline", "cancel") and not words:
+        return {"do": do}
+    raise CommandError(f"{do}: no answer; without one, this command prints how to answer")
 
 
 def command_install(args: argparse.Namespace) -> int:
@@ -9606,7 +11293,9 @@ def command_install(args: argparse.Namespace) -> int:
     if args.agent not in (None, "all"):
         return 0
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version, args.without or ())
+    wait_s = settings["answers.waitSeconds"] if args.answers else 0
+    without = args.without or ()
+    plan = plan_install(settings.home, args.project, version, without, args.status_line, wait_s)
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -9615,6 +11304,11 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"hook     {install_hook_files(settings.home)}")
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if plan.status_line:
+        wrapped = plan.status_line.wrapped
+        print(
+            f"status line registered, with {'a line of its own' if wrapped is None else 'yours: ' + wrapped}"
+        )
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
@@ -9675,6 +11369,15 @@ def show_plan(plan: InstallPlan) -> int:
     """Print what a plan would change."""
     print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
     return 0
+
+
+def command_notify_test(args: argparse.Namespace) -> int:
+    """Send a notification to every target now and print the outcome."""
+    settings = settings_of(args)
+    answer = ask_monitor(settings, needed_monitor(settings), "/api/message", {"type": "notify_test"})
+    for result in answer["results"]:
+        print(f"{'ok' if result['ok'] else 'fail':5}{result['name']}: {safe_line(result['words'])}")
+    return 0 if all(result["ok"] for result in answer["results"]) else 1
 
 
 def command_test_event(args: argparse.Namespace) -> int:
@@ -10019,12 +11722,20 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_start: _SERVING,
     command_stop: (),
     command_restart: _SERVING,
-    command_status: (_JSON,),
+    command_status: (_JSON, _switch("--short", "one line, for a prompt")),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
+    command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
+                             choices=("pair", "key")),),
+    command_answer: (
+        _option("session", "the session (the id's beginning is enough)", metavar="SESSION"),
+        _option("answer", "allow, always, deny …; without it, print what is asked", nargs="*",
+               metavar="ANSWER")),
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: (
         *_INSTALLING,
+        _switch("--answers", "let questions be answered on the page: their hooks wait for a decision"),
         _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
@@ -10039,8 +11750,10 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_import: (
         _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
     command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
+    command_service: (_option("action", "what to do", choices=("install", "remove", "status")),),
     command_doctor: (_JSON,),
     command_test_event: (),
+    command_notify_test: (),
     command_demo: (
         _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
         _switch("--remove", "delete the demo's sessions")),

@@ -4,6 +4,7 @@
 As a program it is a hook: Claude Code starts it for every event with one JSON object on standard input.
 It always exits with 0, writes nothing to standard output, and waits for the monitor's acknowledgement for at
 most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
+With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 
 With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
@@ -52,8 +53,10 @@ def run_hook() -> None:
         # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
-        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
-        if payload:
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
+        if payload and sys.argv[1:2] == ["--answer"]:
+            whole().deliver_and_wait(payload, notes)
+        elif payload:
             deliver(payload, notes)
         else:
             notes.append("nothing on standard input")
@@ -79,7 +82,7 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic).
 
     Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
     30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
@@ -110,20 +113,28 @@ def read_payload(fd: int, deadline: float) -> bytes:
         one_line = one_line and not chunk.endswith(b"\n")
     if size > PAYLOAD_LIMIT_BYTES:
         raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return b"".join(chunks).strip()
+    return b"".join(chunks)
 
 
-def deliver(payload: bytes, notes: "list[str]") -> None:
-    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`."""
+def deliver(
+    payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0, kept: "Any" = None
+) -> None:
+    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
+
+    `name`: "hook", or "statusLine" for the object of a status line. `wait_s`: for how long an answer is
+    awaited; `kept` then gets the event's id, and the open connection.
+    """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ, machine_key(home))
+    line = wrap(payload, environ, machine_key(home), name, wait_s)
+    if wait_s:
+        kept.append(line[7:43].decode())
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send_unless_slow(home, socket_path, line)
+        outcome = send_unless_slow(home, socket_path, line, kept)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -182,11 +193,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str) -> bytes:
-    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+def read_small(path: str, limit_bytes: int = 8192) -> bytes:
+    """Return the beginning of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, 8192)
+        content = posix.read(fd, limit_bytes)
         posix.close(fd)
         return content
     except OSError:
@@ -200,11 +211,13 @@ def machine_key(home: str) -> str:
     return f"{name}/{namespace}" if name and namespace else name
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
+def wrap(
+    payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook", wait_s: int = 0
+) -> bytes:
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "machineKey"?, "agent"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
-    "parentSessionId"?, "hook": <payload>}`; "agent" is the argument of `--agent`, the program of the payload.
+    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
+    "sessionId"?, "cwd"?, "parentSessionId"?, NAME: <payload>}`; "agent" is the argument of `--agent`.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -214,6 +227,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
         f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
         f'"machineId":{quote(machine or posix.uname().nodename)}'
     )
+    if wait_s:
+        head += f',"answerable":{wait_s}'
     if key:
         head += f',"machineKey":"{key}"'
     if sys.argv[1:2] == ["--agent"] and sys.argv[2:]:
@@ -236,7 +251,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
         except OSError:  # the directory has been removed
             pass
     # In JSON, a line end occurs only between tokens, so a space can replace it.
-    return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+    head += f',"{name}":'
+    return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
 def pid_namespace() -> int:
@@ -259,7 +275,7 @@ def quote(text: str) -> str:
     return encode_basestring_ascii(text)
 
 
-def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
+def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
     """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
 
     hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
@@ -273,7 +289,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
     if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
         return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
     deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
-    outcome = send(socket_path, line, deadline)
+    outcome = send(socket_path, line, deadline, kept)
     try:
         if outcome and time.monotonic() >= deadline:
             flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
@@ -287,7 +303,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
     return outcome
 
 
-def send(socket_path: str, line: bytes, deadline: float) -> str:
+def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> str:
     """Send `line` to the monitor and wait for its acknowledgement; return "" or why there was none."""
     import _socket
 
@@ -302,11 +318,16 @@ def send(socket_path: str, line: bytes, deadline: float) -> str:
         if left <= 0:
             return "no time left to wait for an acknowledgement"
         connection.settimeout(left)
-        return "" if connection.recv(1) == ACKNOWLEDGEMENT else "the monitor closed the connection"
+        if connection.recv(1) != ACKNOWLEDGEMENT:
+            return "the monitor closed the connection"
+        if kept:
+            kept.append(connection)
+        return ""
     except OSError as error:
         return f"{type(error).__name__} {error}"
     finally:
-        connection.close()
+        if not kept or kept[-1] is not connection:
+            connection.close()
 
 
 def peer_uid(connection: "Any") -> int:
@@ -445,10 +466,158 @@ def whole() -> "Any":
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--publish"]:
         whole().run_publisher(int(sys.argv[2]))
+    elif sys.argv[1:2] == ["--wait-at-redis"]:
+        whole().wait_at_redis(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ["--status-line"]:
+        whole().run_status_line(sys.argv[2:])
     else:
         run_hook()
 
 # --- end of the hot path ---
+
+# ---------------------------------------------------------------------------
+# Status line: hands on the figures that Claude Code gives to its status line, and shows the earlier line
+#
+# `install` writes this room to a module of its own, with all names of the hot path; the same rules apply.
+# Owns: gauges/ in our directory, with the figures that were handed on last.
+# ---------------------------------------------------------------------------
+
+GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
+PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
+
+
+def run_status_line(arguments: "list[str]") -> None:
+    """Hand on the object on standard input if a figure has changed; show a line; never returns.
+
+    `arguments`: the LC_CTYPE that the shell had, and the command of the status line that was there before, if
+    any: it replaces this process, so that its output, status and duration stay as they are.
+    """
+    payload, line = b"", ""
+    try:
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        line = note_gauges(payload.strip())
+    except BaseException as error:  # the line is shown whatever happens
+        reason = f"status line: {type(error).__name__}: {error}"
+        in_background(lambda: whole().log_failure(reason))
+    if not arguments[1:]:
+        posix.write(1, f"{line}\n".encode("utf-8", "replace"))
+        posix._exit(0)
+    import _signal
+
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
+        _signal.signal(number, _signal.SIG_DFL)
+    reading, writing = posix.pipe()
+
+    def feed() -> None:
+        posix.close(reading)  # so that a command that does not read ends this process
+        posix.write(writing, payload)
+
+    if len(payload) <= PIPE_BYTES:
+        posix.write(writing, payload)
+    else:
+        in_background(feed)
+    posix.dup2(reading, 0)
+    posix.close(writing)
+    environ = dict(posix.environ)
+    environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
+    if arguments[0]:
+        environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
+    posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
+
+
+def in_background(work: "Any", *arguments: "Any") -> None:
+    """Call `work` in a process that outlives this one and is no child of it."""
+    pid = posix.fork()
+    if pid:
+        posix.waitpid(pid, 0)
+        return
+    try:
+        posix.setsid()
+        if not posix.fork():
+            null = posix.open("/dev/null", posix.O_RDWR)
+            for fd in (0, 1, 2):  # the client waits for the end of the output
+                posix.dup2(null, fd)
+            work(*arguments)
+    except BaseException as error:
+        whole().log_failure(f"status line: {type(error).__name__}: {error}")
+    finally:
+        posix._exit(0)
+
+
+def note_gauges(payload: bytes) -> str:
+    """Hand on the object of a status line if its figures have changed; return a line with some of them."""
+    session, figures, line = figures_in(payload)
+    about = f"{quote(session[:128])} {figures}".encode()
+    home = places(posix.environ)[0]
+    kept = f"{home}/gauges/{session[-2:] if session[-2:].isalnum() else '--'}"
+    if figures.strip("0. ") and read_small(kept).partition(b" ")[2] != about:
+        in_background(hand_on_gauges, kept, about, payload)
+    return line
+
+
+def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
+    """Hand on the newest object of a session, every GAUGES_INTERVAL_S until there is no other one."""
+    waiting = kept + ".next"
+    try:  # a process waits to take it, unless it was killed
+        is_first = not 0 <= time.time() - posix.stat(waiting).st_mtime < 2 * GAUGES_INTERVAL_S
+    except OSError:
+        is_first = True
+        whole().make_private_directory(kept.rpartition("/")[0])
+    replace_small(waiting, about + b"\n" + payload)
+    while is_first:
+        last_ms = read_small(kept).partition(b" ")[0]
+        wait_s = GAUGES_INTERVAL_S + int(last_ms if last_ms.isdigit() else 0) / 1000 - time.time()
+        if 0 < wait_s <= GAUGES_INTERVAL_S:
+            time.sleep(wait_s)
+        about, _, payload = read_small(waiting, LINE_LIMIT_BYTES).partition(b"\n")
+        if not payload:
+            return
+        posix.unlink(waiting)
+        replace_small(kept, b"%d %b" % (time.time_ns() // 1_000_000, about))
+        deliver(payload, [], "statusLine")
+
+
+def replace_small(path: str, content: bytes) -> None:
+    """Write a file in one step."""
+    new = f"{path}.{posix.getpid()}"
+    fd = posix.open(new, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
+    posix.write(fd, content)
+    posix.close(fd)
+    posix.rename(new, path)
+
+
+def figures_in(payload: bytes) -> "tuple[str, str, str]":
+    """Return (session id, the figures that are compared, a line of our own) of a status line's object."""
+    import _json
+
+    class Options:  # of json.JSONDecoder
+        strict = False
+        object_hook = object_pairs_hook = None
+        parse_float, parse_int, parse_constant = float, int, str
+
+    options: Any = Options
+    given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
+
+    def at(*path: str) -> "Any":
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def shown(value: "Any", digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
+
+    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
+    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
+    for window in ("five_hour", "seven_day"):
+        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
+    session, name = at("session_id"), at("model", "display_name")
+    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+    line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
+    return session if isinstance(session, str) else "", " ".join(figures), line
+
+
+# --- end of the status line ---
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
@@ -462,6 +631,7 @@ import fcntl  # noqa: E402
 import functools  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
+import hmac  # noqa: E402
 import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
@@ -471,6 +641,7 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import stat  # noqa: E402
+import subprocess  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
@@ -480,6 +651,7 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 JsonObject = dict[str, Any]
 
 HOT_PATH_END = "# --- end of the hot path ---\n"
+STATUS_LINE_END = "# --- end of the status line ---\n"
 
 
 # ---------------------------------------------------------------------------
@@ -690,8 +862,7 @@ KEYS: dict[str, Key] = {
     "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
-    "persistence.type": Key("file", '"file" (events are kept in plain files; nothing else is offered)',
-                            ("file",).__contains__),
+    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
     "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
     "limits.connections": _integer(256, 1, 10_000),
     "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
@@ -699,14 +870,18 @@ KEYS: dict[str, Key] = {
     "sessions.endedHours": _integer(12, 1, 720),
     "retention.days": _integer(30, 1, 36_500, "for ever"),
     "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
+    "answers.waitSeconds": _integer(3600, 0, 86_400, about_low=" (off)"),
+    "answers.backgroundSeconds": _integer(20, 0, 300, about_low=" (off)"),
+    "answers.remote": _flag(False),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', ("full", "metadata").__contains__),
+    "notify": Key([], "a list of targets", lambda it: isinstance(it, list) and objects_in(it) == it),
     "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
                   '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
                   _prices),
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
-SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
+SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
 HOOK_CACHE_LINES = 8  # the newest first
@@ -752,7 +927,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
         raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
-    secrets = values["redis.password"], values["redis.sentinelPassword"], "@" in (values["redis.url"] or "")
+    secrets = [values[key] for key in SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")]
     if readable_by_others and any(secrets):
         warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     return values, warnings
@@ -1074,6 +1249,10 @@ _CAMEL_CASE = {
 _ID_LIMIT = 256  # characters
 
 
+# What an event keeps of a status line's object.
+GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
+
+
 class MalformedEvent(ValueError):
     """A line is not one JSON object."""
 
@@ -1120,8 +1299,11 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
-    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
+    is_wrapper = isinstance(given.get("id"), str) and not isinstance(event_type, str)
+    if isinstance(hook, dict) and is_wrapper:
         return _event_from_hook(hook, given, received_ms, machine_id)
+    if isinstance(given.get("statusLine"), dict) and is_wrapper:
+        return _event_from_status_line(given, received_ms, machine_id)
     if isinstance(given.get("hook_event_name"), str):
         return _event_from_hook(given, {}, received_ms, machine_id)
     if isinstance(event_type, str):
@@ -1171,6 +1353,19 @@ def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str
         hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
     agent = _string(wrapper.get("agent")) or agent_of(hook)
     return (like_claude(agent, hook), agent) if agent in AGENTS else (hook, "")
+
+
+def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
+    """Return the event of a status line: the client's own objects with the figures, under its names."""
+    line: JsonObject = wrapper["statusLine"]
+    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
+    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
+    data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
+    if isinstance(line.get("model"), dict):
+        data["model"] = line["model"].get("id")
+    if "effort" in line:
+        data["effort"] = line["effort"]
+    return _event(about, received_ms, machine_id, "", "status_line", data)
 
 
 def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -1236,12 +1431,11 @@ def _is_id(value: Any) -> bool:
 
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    **dict.fromkeys(
-        ("sessionId", "machineId", "machineKey", "agent", "agentId", "parentSessionId"), _is_id
-    ),
+    **dict.fromkeys(("sessionId", "machineId", "machineKey", "agent", "agentId", "parentSessionId"), _is_id),
     **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
+    "answerable": lambda value: type(value) is int and 0 < value <= 86_400,
     **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
     "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
@@ -1638,7 +1832,9 @@ _METADATA_KEYS = frozenset(
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
     "kind entrypoint version".split()
 )
-_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
+_METADATA_OBJECTS = frozenset(
+    ("usage", "agentMeta", "truncated", "gauges")
+)  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
@@ -2025,15 +2221,8 @@ USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 4
-_USAGE_FIELDS = (
-    "sessionId",
-    "machineId",
-    "machineKey",
-    "agent",
-    "workingDirectory",
-    "timestamp",
-)  # of its event
+USAGE_SCHEMA = 5
+_USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
 _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens".split()
@@ -2055,11 +2244,12 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": lambda value: type(value) is int,
 }
-# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
+# `model` and `context` are of the main agent's last message, `origin` is whose messages come first.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
+  chain TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
@@ -2274,7 +2464,8 @@ class UsageReader:
 
     The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
+    agent's last, "context": the tokens in its request, "partial": true when there were too many messages to
+    count}`, with counts by COUNT_NAMES.
 
     For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
     SQLite's lock excludes a second process.
@@ -2390,8 +2581,11 @@ class UsageReader:
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
-                    about_own = (own[-1].model, own[0].session_id, session)
+                    update = (
+                        "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
+                    )
+                    used = own[-1].counts
+                    about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
                 for entry in (it for it in found if not isinstance(it, dict)):
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
@@ -2565,8 +2759,9 @@ def _session_usage(database: Any, session: str) -> "JsonObject | None":
     if not models:
         return None
     usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
-    return {**usage, "model": model} if model else usage
+    find = "SELECT model, context FROM sessions WHERE name = ?"
+    model, context = database.execute(find, (session,)).fetchone()
+    return {**usage, "model": model, "context": context} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
@@ -3413,3 +3608,240 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
             known = state.get("state", "stopped").replace("stopped", "starting")
             return [f"{server}: no outcome after {wait_ms} ms: {state.get('reason') or known}"]
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------
+# Answers: a hook that waits for a person's decision, and what it prints
+#
+# An answer only chooses: tool input and permission suggestions are printed from the hook's own payload, so
+# nothing on the way can change what runs. Every failure prints nothing: the client's dialog stays.
+# ---------------------------------------------------------------------------
+
+ANSWERED_HOOKS = ("PermissionRequest", "Elicitation")
+ANSWER_LIMIT_BYTES = 256 << 10
+ANSWER_AGE_MS = 60_000  # older signed answers are dropped
+ANSWER_ROUND_S = 2
+DENIED_WORDS = "The user does not want this."
+_FORM_TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": NUMBERS, "array": (list,)}
+
+
+def precedes_dialog(asked: JsonObject) -> bool:
+    """True if the client shows its dialog only after the hook: of subagents, and of MCP servers."""
+    return asked.get("hook_event_name") == "Elicitation" or "agent_id" in asked
+
+
+def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
+    """Send one payload as `deliver` does, then wait for the answer and print it (with --answer)."""
+    home, config_path = places(posix.environ)
+    wait_s, is_redis = 0, False
+    kept: list[Any] = []  # the event's id, and the connection to the monitor
+    with contextlib.suppress(Exception):  # the event is delivered in any case
+        asked, values = parse_event_line(payload), load_config(config_path)[0]
+        is_redis = values["mode"] == "redis"
+        may_wait = not is_redis or (values["answers.remote"] and read_answer_key(home))
+        if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
+            wait_s = values["answers.backgroundSeconds" if precedes_dialog(asked) else "answers.waitSeconds"]
+    deliver(payload, notes, "hook", wait_s, kept)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, lambda *_: os._exit(0))
+    signal.alarm(wait_s + 5)
+    if kept and is_redis:  # in another interpreter: this one runs without site-packages
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "emit_event.py")
+        command = [publisher_python(home), "-E", script, "--wait-at-redis", kept[0], str(wait_s)]
+        subprocess.run(command, input=payload, stderr=subprocess.DEVNULL, check=False)
+    elif len(kept) > 1:
+        kept[1].settimeout(None)
+        with open(kept[1].fileno(), "rb", closefd=False) as lines:
+            line = lines.readline(ANSWER_LIMIT_BYTES)
+        if line.endswith(b"\n") and print_answer(asked, line):
+            kept[1].sendall(ACKNOWLEDGEMENT)
+
+
+def print_answer(asked: JsonObject, line: bytes) -> bool:
+    """Print an answer in the client's form; return False if it is not a valid one."""
+    output = None
+    with contextlib.suppress(ValueError, RecursionError):
+        output = client_answer(asked, json.loads(line.decode("utf-8")))
+    if output is not None:
+        output = {"hookEventName": asked["hook_event_name"], **output}
+        text = encode_json({"hookSpecificOutput": output}) + b"\n"
+        while text:
+            text = text[os.write(1, text) :]
+    return output is not None
+
+
+def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
+    """Return an answer to a payload in the client's form; None if it does not fit what was asked.
+
+    `answer`: {"do": "allow"}, {"do": "always", "suggestions": [number, …]}, {"do": "deny", "message"?: text},
+    {"do": "answer", "answers": [for each question a list of option numbers and texts]},
+    {"do": "accept", "content": {field: value}}, {"do": "decline"} or {"do": "cancel"}.
+    """
+    if not isinstance(answer, dict) or not isinstance(answer.get("do"), str):
+        return None
+    do, names, tool_input = answer["do"], answer.keys() - {"do"}, asked.get("tool_input")
+    if asked.get("hook_event_name") == "Elicitation":
+        fits = (
+            do == "accept"
+            and names == {"content"}
+            and fits_form(asked.get("requested_schema"), answer["content"])
+        )
+        if not fits and (do not in ("decline", "cancel") or names):
+            return None
+        return {"action": do, **({"content": answer["content"]} if fits else {})}
+    decision: JsonObject = {}
+    if asked.get("hook_event_name") != "PermissionRequest" or not isinstance(tool_input, dict):
+        return None
+    if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
+        decision = {"behavior": "deny", "message": answer.get("message", DENIED_WORDS)}
+    elif asked.get("tool_name") == "AskUserQuestion":  # allowed without answers, it would return none
+        chosen = _chosen(tool_input.get("questions"), answer.get("answers"))
+        if do == "answer" and names == {"answers"} and chosen:
+            decision = {"behavior": "allow", "updatedInput": {**tool_input, "answers": chosen}}
+    elif do == "allow" and not names:
+        is_plan = asked.get("tool_name") == "ExitPlanMode"  # ignored without an input
+        decision = {"behavior": "allow", **({"updatedInput": tool_input} if is_plan else {})}
+    elif do == "always" and names == {"suggestions"}:
+        wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
+        if wanted and wanted == objects_in(wanted):
+            decision = {"behavior": "allow", "updatedPermissions": wanted}
+    return {"decision": decision} if decision else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and len(value) <= 20_000
+
+
+def _items(offered: Any, numbers: Any) -> "list[Any]":
+    """Return the items with these numbers, each once; [] if there is not one for each number."""
+    if not isinstance(offered, list) or not isinstance(numbers, list):
+        return []
+    are_good = all(type(it) is int and 0 <= it < len(offered) for it in numbers)
+    return [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
+
+
+def _chosen(questions: Any, answers: Any) -> JsonObject:
+    """Return {question: label or own words, several as a list}; {} unless each question is answered."""
+    chosen: JsonObject = {}
+    if not isinstance(answers, list) or len(objects_in(questions)) != len(answers):
+        return {}
+    for question, picked in zip(objects_in(questions), answers):
+        labels = []
+        for it in picked if isinstance(picked, list) else ():
+            option = next(iter(objects_in(_items(question.get("options"), [it]))), {})
+            labels.append(it if isinstance(it, str) else option.get("label"))
+        is_several = question.get("multiSelect") is True
+        if (
+            not labels
+            or not all(map(_is_text, [*labels, question.get("question")]))
+            or (labels[1:] and not is_several)
+        ):
+            return {}
+        chosen[question["question"]] = labels if is_several else labels[0]
+    return chosen
+
+
+def fits_form(schema: Any, content: Any) -> bool:
+    """True if `content` has the fields that an elicitation's schema asks for, each of its type."""
+    schema = schema if isinstance(schema, dict) else {}
+    fields, required = schema.get("properties"), schema.get("required") or []
+    if not isinstance(content, dict) or not isinstance(fields, dict) or not isinstance(required, list):
+        return False
+    for name, value in content.items():
+        field = fields.get(name)
+        if not isinstance(field, dict) or type(value) not in _FORM_TYPES.get(str(field.get("type")), ()):
+            return False
+        texts = value if isinstance(value, list) else [value]
+        if (isinstance(value, list) and not all(map(_is_text, texts))) or value in (math.inf, -math.inf):
+            return False
+        if field.get("enum") and value not in field["enum"]:
+            return False
+    return all(isinstance(it, str) and it in content for it in required)
+
+
+# Through Redis: a list of signed answers for each question; the clock is that of Redis.
+
+
+def read_answer_key(home: str) -> bytes:
+    """Return the key that signs answers through Redis; b"" if there is none."""
+    key = read_small(home + "/answers.key").strip()
+    return key if re.fullmatch(rb"[0-9a-f]{64}", key) else b""
+
+
+def answer_place(values: "dict[str, Any]", kind: str, event_id: str = "") -> str:
+    """Return a key in Redis: of the list `answer`, of `answered` (by which one), or of `looking` (a page)."""
+    prefix = values["redis.channel"]
+    if values["redis.cluster"] and stream_name(values) and "{" not in prefix:
+        prefix = f"{{{stream_name(values)}}}"  # on the node that has the stream
+    return f"{prefix}:{kind}:{event_id}" if event_id else f"{prefix}:{kind}"
+
+
+def signature(key: bytes, *parts: Any) -> str:
+    """Return the HMAC-SHA256 of JSON values, in hex."""
+    return hmac.new(key, encode_json(parts), hashlib.sha256).hexdigest()
+
+
+def redis_ms(client: Any) -> int:
+    """Return the time of Redis's clock in ms."""
+    seconds, micros = client.time()
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def open_answer(key: bytes, event_id: str, value: bytes, at_ms: int) -> "tuple[str, bytes, str]":
+    """Return ("", answer, nonce) of a signed answer; else why it is dropped: unsigned, foreign or old."""
+    try:
+        given = parse_event_line(value)
+        answer, at, nonce, mac = (given[name] for name in ("answer", "at", "nonce", "mac"))
+        is_ours = hmac.compare_digest(
+            bytes.fromhex(mac), bytes.fromhex(signature(key, event_id, answer, at, nonce))
+        )
+    except (MalformedEvent, KeyError, TypeError, ValueError):
+        return "unsigned", b"", ""
+    is_old = is_ours and abs(at_ms - at) > ANSWER_AGE_MS
+    return ("foreign" if not is_ours else "old" if is_old else ""), encode_json(answer), nonce
+
+
+def wait_at_redis(event_id: str, wait_s: int) -> None:
+    """Wait for the signed answer to the payload on standard input, and print it (with --wait-at-redis)."""
+    home, config_path = places(posix.environ)
+    asked, values, key = (
+        parse_event_line(sys.stdin.buffer.read()),
+        load_config(config_path)[0],
+        read_answer_key(home),
+    )
+    parent, deadline, client = os.getppid(), time.monotonic() + wait_s, None
+    dropped: collections.Counter[str] = collections.Counter()
+    list_key = answer_place(values, "answer", event_id)
+
+    def round_of(client: Any) -> bool:
+        """Wait for one value; return True when the wait is over."""
+        if precedes_dialog(asked) and not client.exists(answer_place(values, "looking")):
+            return True
+        got = client.blpop([list_key], ANSWER_ROUND_S)
+        if got is None or got[1] == b"":  # answered at the terminal
+            return got is not None
+        why, answer, nonce = open_answer(key, event_id, got[1], redis_ms(client))
+        if why or not print_answer(asked, answer):
+            dropped[why or "unfit"] += 1
+            return False
+        taken = encode_json({"nonce": nonce, "mac": signature(key, event_id, "taken", nonce)})
+        client.set(answer_place(values, "answered", event_id), taken, px=ANSWER_AGE_MS)
+        return True
+
+    while time.monotonic() < deadline and os.getppid() == parent:
+        try:
+            client = client or within(2 * EXCHANGE_DEADLINE_S, functools.partial(redis_client, values))
+            if within(ANSWER_ROUND_S + EXCHANGE_DEADLINE_S, functools.partial(round_of, client)):
+                break
+        except ImportError:
+            break
+        except Exception:  # Redis restarts, for example
+            client = None
+            time.sleep(0.5)
+    if dropped:
+        words = ", ".join(f"{count} {why}" for why, count in dropped.items())
+        text = f"Answers through Redis were refused: {words}"
+        hook = {"session_id": asked.get("session_id"), "message": text}
+        append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
+        ensure_publisher(home)
+    os._exit(0)  # an abandoned exchange may still block its thread

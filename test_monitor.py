@@ -33,6 +33,7 @@ import glob
 import gzip
 import hashlib
 import http.client
+import http.server
 import inspect
 import io
 import itertools
@@ -42,6 +43,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import plistlib
 import pwd
 import queue
 import random
@@ -66,7 +68,7 @@ import time
 import types
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -90,6 +92,10 @@ import emit_event as ee
 # ---------------------------------------------------------------------------
 # Helpers and fixtures
 # ---------------------------------------------------------------------------
+
+# A busy machine is no failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 with contextlib.suppress(ValueError):  # not in the main thread
     # Where the tests run in the background SIGINT is ignored, and every process that they start inherits that.
@@ -144,6 +150,18 @@ def _recorded(name: str) -> tuple[str, ...]:
 def recorded(name: str) -> list[dict[str, Any]]:
     """Return a recording's payloads, parsed."""
     return [json.loads(line) for line in _recorded(name)]
+
+
+def status_line(session: str = "s1", five: Any = None, seven: Any = None, **changes: Any) -> dict[str, Any]:
+    """Return the recorded object of a status line; `five`, `seven`: (percent, time of reset in s) of the limits."""
+    with open(os.path.join(ROOT, ".ci/recorded/statusline.json"), encoding="utf-8") as file:
+        line: dict[str, Any] = {**json.load(file), "session_id": session}
+    for name, value in changes.items():
+        is_part = isinstance(value, dict) and isinstance(line.get(name), dict)
+        line[name] = {**line[name], **value} if is_part else value
+    windows = {"five_hour": five, "seven_day": seven}
+    limits = {name: dict(zip(("used_percentage", "resets_at"), it)) for name, it in windows.items() if it}
+    return {**line, "rate_limits": limits} if limits else line
 
 
 @dataclasses.dataclass
@@ -793,6 +811,91 @@ def test_the_whole_file_is_a_hook_too(monitor, shared):
     assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
 
 
+def status_line_call(command: str, line: Any, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
+    """Run a status line as Claude Code does; return (standard output, standard error, exit status)."""
+    given = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+    done = run_hook(command, given, environment)
+    return done.stdout, done.stderr, done.returncode
+
+
+# What a status line may do: fail, colours, several lines, nothing, read its input or not, end by a signal, …
+STATUS_LINES = [
+    "printf '\\033[31mred\\033[0m\\nsecond'; echo oh >&2; exit 3", "true", "", "cat", "wc -c", "cat | tail -c 3; exit 1",
+    "kill -9 $$", "it='\"#$'; echo \"$it\" ✓ $1 # no comment", "echo a\nexit 7", "yes | head -n 1", ";", "/gone/line",
+    "locale; env | grep ^LC_", "exec 1>&-",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_CTYPE": "C.UTF-8"}, {"LC_ALL": "C"}], ids=str)
+def test_an_earlier_status_line_is_shown_unchanged(hook_installed, monitor, locale):
+    script = hook_installed.directory + "/emit_event.py"
+    kept = {k: v for k, v in monitor.environment.items() if not k.startswith(("LC_", "LANG"))}
+    large = status_line(padding="x" * 300_000)
+    for wrapped, line in itertools.product(STATUS_LINES, (status_line(), large, b"no object\n", b"")):
+        ours, gone = (
+            cm.status_line_command(PYTHON, it, wrapped) for it in (script, "/gone/hooks/emit_event.py")
+        )
+        results = [status_line_call(it, line, {**kept, **locale}) for it in (wrapped, ours, gone)]
+        assert results[0] == results[1] == results[2], wrapped
+    own = cm.status_line_command(PYTHON, script, None)
+    assert status_line_call(own, status_line(), kept)[::2] == ("Opus 5.5 · 4 % · $0.30\n".encode(), 0)
+    assert status_line_call(own, b"[]", kept)[::2] == (b"\n", 0)
+
+
+def test_a_status_line_survives_a_broken_installation_and_can_be_ended(hook_installed, monitor):
+    shutil.copytree(hook_installed.directory, monitor.home + "/hooks")
+    script = monitor.home + "/hooks/emit_event.py"
+    hanging = cm.status_line_command(PYTHON, script, "echo $$; exec sleep 60")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["/bin/sh", "-c", hanging], env=monitor.environment, **pipes) as process:
+        process.stdin.write(json.dumps(status_line()).encode() + b"\n")
+        process.stdin.close()
+        assert int(process.stdout.readline()) == process.pid, "the client ends the line itself"
+        process.kill()
+    ours = cm.status_line_command(PYTHON, script, "cat; exit 3")
+    for name in ("lib/status_line.py", "lib"):
+        shutil.rmtree(monitor.home + "/hooks/lib/__pycache__", ignore_errors=True)
+        ee.set_aside(f"{monitor.home}/hooks/{name}")
+        assert status_line_call(ours, b"{}\n", monitor.environment) == (b"{}\n", b"", 3)
+    for home in ("/dev/null/home", "/proc/1/x"):  # nothing can be kept there
+        shown = status_line_call(cm.status_line_command(PYTHON, hook_installed.directory + "/emit_event.py", "cat"),
+                                 b"{}\n", {**monitor.environment, "CONTEXTUATE_HOME": home})  # fmt: skip
+        assert shown == (b"{}\n", b"", 0)
+
+
+def test_figures_are_handed_on_when_they_change_and_not_too_often(hook_installed, monitor):
+    copy = monitor.home + "/copy"
+    shutil.copytree(hook_installed.directory, copy)
+    hook_replace(copy + "/lib/status_line.py", "GAUGES_INTERVAL_S = 5.0", "GAUGES_INTERVAL_S = 2.0")
+    command = cm.status_line_command(PYTHON, copy + "/emit_event.py", None)
+
+    def show(cost: Any, session: str = "s1", context: Any = 4, **more: Any) -> None:
+        changes = {"cost": {"total_cost_usd": cost}, "context_window": {"used_percentage": context}}
+        status_line_call(command, status_line(session, **changes, **more), monitor.environment)
+
+    def handed() -> list[tuple[str, Any]]:
+        lines = [it["statusLine"] for it in hook_spooled(monitor.home)]
+        return [(it["session_id"], it["cost"]["total_cost_usd"]) for it in lines]
+
+    show(0, context=None)
+    show(0.301)
+    eventually(lambda: handed() == [("s1", 0.301)], 15, "the first figures at once, but no zeros")
+    show(0.304)  # the same cent
+    show(0.4)
+    show(0.5, "another")
+    eventually(lambda: ("another", 0.5) in handed(), 15, "each session has its own pace")
+    show(0.6)
+    eventually(lambda: ("s1", 0.6) in handed(), 15, "the newest figures, later")
+    show(0.6, context=5)
+    eventually(lambda: len(handed()) == 4, 15, "a percent of the context")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    eventually(lambda: len(handed()) == 5, 15, "a limit")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    times = [it["timestamp"] for it in hook_spooled(monitor.home) if it["statusLine"]["session_id"] == "s1"]
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 1900
+    assert [cost for session, cost in handed() if session == "s1"] == [0.301, 0.6, 0.6, 0.6]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_sigterm_at_any_moment_stops_no_hook_that_has_begun(hook_installed, running):
     def has_begun(pid: int) -> bool:  # to ignore the signal
@@ -1041,7 +1144,7 @@ def hook_relaxed(value: Any, rng: random.Random) -> str:
     return gap() + ("{%s}" if isinstance(value, dict) else "[%s]") % inside + gap()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_json, st.randoms(use_true_random=False))
 def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
@@ -1085,12 +1188,16 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
     "limits.connections": ([0, 10_001, "1", True, None], 10_000),
     "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
+    "answers.waitSeconds": ([-1, 86_401, "5", None], 0),
+    "answers.backgroundSeconds": ([-1, 301, 1.5, True], 0),
+    "answers.remote": ([1, "true", None], True),
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
     "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
+    "notify": ([1, "x", {}, None, [1]], [{"url": "https://ntfy.example/topic"}]),
     "prices": (
         [7, None, {"": HOOK_PRICE}, *({"opus": odd} for odd in HOOK_ODD_PRICES)],
         {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
@@ -1132,6 +1239,12 @@ HOOK_CONFIG_WARNINGS = [
         for key in ("caFile", "certFile", "keyFile")
     ),
     ("redis.password", "p", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
+    (
+        "notify",
+        [{"url": "https://ntfy.example/t"}],
+        0o644,
+        "holds a password that others can read; run: chmod 600 {path}",
+    ),
     ("redis.url", "redis://u:p@h", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
     ("redis.password", "p", 0o600, None),
     ("server.port", 1, 0o644, None),
@@ -1373,7 +1486,7 @@ def hook_all_values(value: Any) -> list[str]:
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_anything)
 def test_any_object_becomes_an_event_with_every_value(given_object):
     event = ee.build_event(json.loads(json.dumps(given_object)), NOW_MS, "m")
@@ -1460,7 +1573,7 @@ def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
     assert not ee.is_json_object(line)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(max_size=12) | st.integers(0xD800, 0xDFFF).map(chr))
 def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
@@ -1531,6 +1644,16 @@ def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
     shown = {name: event.get(name, event["data"].get(name)) for name in wanted}
     assert shown == {**wanted, **({"agentType": 7} if "odd parent" in rule else {})}
     cm.Sessions().apply(event)
+
+
+@pytest.mark.parametrize("level", ["full", "metadata"])
+def test_an_event_that_names_its_program_keeps_that_name(level: str) -> None:
+    hook = {"hook": payload("Stop"), "id": "e1", "agent": "codex"}
+    for sent in (hook, {"eventType": "turn_end", "sessionId": "s1", "agent": "codex"}):
+        event = protected(ee.build_event(sent, NOW_MS, "box"), ee.Privacy(metadata_only=level == "metadata"))
+        assert event["agent"] == cm.event_row(event)["agent"] == "codex"
+    event = ee.build_event({"eventType": "turn_end", "agent": ["codex"]}, NOW_MS, "box")
+    assert "agent" not in event and event["data"]["agent"] == ["codex"]
 
 
 # ---------------------------------------------------------------------------
@@ -1883,7 +2006,7 @@ def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
         assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([*HOOK_REPEATED[:11], *hook_hints(), *"= : \" ' \n a1b2c3d4 \\".split(" "), " "]),
              min_size=1, max_size=6),
@@ -1910,7 +2033,7 @@ hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, ma
 hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
     shown = ee.redact_text(before + left + token + right + after)
@@ -1918,7 +2041,7 @@ def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, righ
     assert ee.redact_text(shown) == shown
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
     privacy = ee.Privacy(redact, metadata_only, 1024)
@@ -2088,7 +2211,7 @@ NESTED = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(NESTED)
 def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
     event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
@@ -2192,6 +2315,10 @@ def test_the_spool_is_bounded_and_counts_what_it_drops(tmp_path, monkeypatch):
     assert kept == list(range(400 - len(kept), 400)), "the oldest go first"
     events, size = ee.take_dropped(directory)
     assert events == 400 - len(kept) and size > events * 480
+    # A reader that was killed left its file: both are counted.
+    for name, lost in (("taken", 3), ("log", 5)):
+        (tmp_path / "spool" / f"dropped.{name}").write_text(f'{{"events":{lost},"bytes":{lost}}}\n')
+    assert [ee.take_dropped(directory) for _ in range(3)] == [(3, 3), (5, 5), (0, 0)]
 
 
 def test_a_writer_that_was_held_up_does_not_reopen_a_taken_segment(tmp_path, monkeypatch):
@@ -2459,7 +2586,7 @@ journal_operations = st.one_of(
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
@@ -2869,7 +2996,7 @@ def install_of(command: str, **group: Any) -> dict[str, Any]:
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(install_settings, install_versions, install_versions)
 def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, version, later):
     names, before = cm.event_names(version), json.dumps(given_settings)
@@ -3161,12 +3288,14 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
     library = home / "hooks/lib"
-    files = [script, library / "emit_event.py", library / "hot_path.py"]
-    launcher, whole, hot_path = map(install_text, files)
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    files = [script, *(library / name for name in names)]
+    launcher, whole, hot_path, status_line = map(install_text, files)
     assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
-    assert whole.startswith(hot_path + ee.HOT_PATH_END)
+    line = status_line.partition("\n")[2]
+    assert whole.startswith(hot_path + ee.HOT_PATH_END + line + ee.STATUS_LINE_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
-    assert compiled == {"emit_event", "hot_path"}
+    assert compiled == {"emit_event", "hot_path", "status_line"}
     assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
     assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
@@ -3175,6 +3304,47 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
         assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
         shutil.rmtree(library / "__pycache__", ignore_errors=True)  # it works without, too
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
+
+
+STATUS_LINE_SETTINGS = [
+    {}, {"statusLine": {"type": "command", "command": ""}},
+    *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
+    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}},
+]  # fmt: skip
+
+
+def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    for before in STATUS_LINE_SETTINGS:
+        text = json.dumps(before, indent=1)
+        path.write_text(text)
+        plan = cm.plan_install("/a'b \"$x", None, (2, 1, 332), (), True)
+        changed = json.loads(plan.new_text)
+        wrapped = before.get("statusLine", {}).get("command")
+        assert plan.status_line == (changed["statusLine"]["command"], wrapped)
+        rest = {**before.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
+        assert changed["statusLine"] == rest and list(changed["statusLine"])[: len(rest)] == list(rest)
+        path.write_text(plan.new_text)
+        assert cm.plan_install("/a'b \"$x", None, (2, 1, 332)).new_text == plan.new_text, "it stays"
+        moved = cm.plan_install("/other", None, (2, 1, 332)).status_line
+        assert moved and moved.wrapped == wrapped and "/other/hooks" in moved.command
+        back = cm.plan_uninstall(None).new_text
+        assert json.loads(back) == before and list(json.loads(back)) == list(before)
+
+
+@pytest.mark.parametrize(
+    "given", [None, "x", 1, [], {}, {"type": "static"}, {"type": "command", "command": 1}]
+)
+def test_a_status_line_of_another_form_is_refused_and_left_alone(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings.json").write_text(json.dumps({"statusLine": given}))
+    with pytest.raises(cm.InstallError, match="statusLine: expected a command"):
+        cm.plan_install("/home", None, None, (), True)
+    assert json.loads(cm.plan_install("/home", None, None).new_text)["statusLine"] == given
+    assert cm.plan_uninstall(None).new_text == json.dumps({"statusLine": given})
+    with pytest.raises(cm.InstallError, match="without --project"):
+        cm.plan_install("/home", str(tmp_path), None, (), True)
 
 
 def test_the_installed_copy_can_install_itself_but_no_part_of_it(tmp_path, monkeypatch):
@@ -3507,7 +3677,7 @@ protocol_cuts = st.lists(st.tuples(st.integers(0, 1 << 20), protocol_controls), 
     st.lists(st.tuples(protocol_messages, protocol_cuts), max_size=5),
     st.lists(st.integers(1, 70000), min_size=1),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, sizes):
     wire, expected = b"", []
     for message, cuts in conversation:
@@ -3535,7 +3705,7 @@ def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, s
     ),
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     whole = cm.FrameParser().feed(data)
     assert protocol_feed(data, sizes) == whole
@@ -3762,7 +3932,13 @@ def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[
 def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     client = spoken.websocket(None)
     assert not client.others
-    about = {"mode": "local", "machineId": "testbox", "version": cm.__version__, "wsProtocol": 1}
+    about = {
+        "mode": "local",
+        "machineId": "testbox",
+        "version": cm.__version__,
+        "wsProtocol": 1,
+        "mayAnswer": False,
+    }
     assert client.hello == {"type": "hello", "seq": spoken.get("/api/status")["seq"], **about}
 
 
@@ -4607,6 +4783,54 @@ def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row
         assert status == 200 or json.loads(body)["error"]
 
 
+def test_a_refused_page_names_the_line_that_allows_its_host(monitor: RunningMonitor) -> None:
+    monitor.serve()
+    for name in ("evil<b>", "", "x" * 30 + "\u00e9"):
+        status, _, body = protocol_exchange(monitor.port, protocol_get(name, "Accept: text/html"))
+        assert status in (400, 421) and b"allowedHosts" not in body
+    request = protocol_get("Box.local:8000", "Accept: text/html,*/*", path="/")
+    status, headers, body = protocol_exchange(monitor.port, request)
+    assert status == 421 and ("content-type", "text/plain; charset=utf-8") in headers
+    line = re.search(r"write (.*) into ~/.contextuate/monitor.config.json and run `restart`", body.decode())
+    assert line and json.loads(line[1]) == {"server": {"allowedHosts": ["box.local"]}}
+    monitor.stop()
+    monitor.write_config(json.loads(line[1]))
+    monitor.serve()
+    request = protocol_get("Box.local:8000", "Origin: https://box.local:8000", path="/")
+    assert protocol_exchange(monitor.port, request)[0] == 200
+
+
+def test_upgrades_cost_no_thread_and_half_a_one_holds_up_nothing(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"connections": 2000}})
+    monitor.serve()
+    monitor.websocket().close()
+
+    def cost() -> tuple[int, int]:
+        with open(f"/proc/{monitor.pid}/status", encoding="ascii") as file:
+            about = dict(line.split(":", 1) for line in file)
+        return int(about["Threads"]), int(about["VmRSS"].split()[0])
+
+    upgrade = protocol_upgrade(f"127.0.0.1:{monitor.port}", path="/ws")
+    threads, _ = cost()
+    with contextlib.ExitStack() as held:
+        costs = []
+        for port, path in ((monitor.port, "/ws"), (monitor.ws_port, "/")):
+            before = cost()[1]
+            for _ in range(300):
+                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path)))
+            eventually(lambda: cost()[0] <= threads + 1, what="the end of the threads of HTTP")
+            costs.append(cost()[1] - before)
+        assert costs[0] < costs[1] + 3000, "kB"
+        for _ in range(100):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", monitor.port)))
+            sock.sendall(upgrade[: len(upgrade) // 2])
+        began = time.monotonic()
+        held.enter_context(contextlib.closing(ProtocolPeer(monitor.port, path="/ws")))
+        monitor.emit(payload("Stop"))
+        assert monitor.get("/health")["status"] == "ok" and time.monotonic() - began < 5
+        assert sock.recv(1) == b"", "closed after its deadline"
+
+
 def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     client = spoken.websocket(sessionIds=["posted"])
     body = json.dumps(payload("UserPromptSubmit", "posted", prompt="over HTTP"), indent=2).encode()
@@ -4719,10 +4943,10 @@ def test_with_auth_token_every_request_needs_it(guarded):
 def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
     monitor, token = guarded
     status, headers, body = monitor.request(f"/?token={token}")
-    assert (status, headers["location"], token.encode() in body) == (303, "/", False)
+    assert (status, headers["location"], token.encode() in body) == (303, "./", False)
     name, *attributes = [part.strip() for part in headers["set-cookie"].split(";")]
-    assert {"httponly", "samesite=strict", "path=/"} <= {attribute.lower() for attribute in attributes}
-    assert not [attribute for attribute in attributes if attribute.lower().startswith("domain")]
+    assert {"httponly", "samesite=strict"} <= {attribute.lower() for attribute in attributes}
+    assert not [attribute for attribute in attributes if attribute.lower().startswith(("domain", "path"))]
     assert monitor.request("/", headers={"Cookie": name})[0] == 200
     assert monitor.request("/api/status", headers={"Cookie": f"other=1; {name}"})[0] == 200
     for wrong in ("/?token=", "/?token=x", f"/?token={token}x", f"/?token={token[:-1]}", "/?token=%ff%00"):
@@ -5321,7 +5545,12 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
 
 def session_matter(shown: dict[str, Any]) -> dict[str, Any]:
     """Return what an event without consequence leaves as it was."""
-    without: dict[str, Any] = {**shown, "lastEventTime": 0, "counts": {**shown["counts"], "events": 0}}
+    without: dict[str, Any] = {
+        **shown,
+        "lastEventTime": 0,
+        "asks": [],
+        "counts": {**shown["counts"], "events": 0},
+    }
     return {**without, "agents": [{**agent, "counts": {}} for agent in shown["agents"]]}
 
 
@@ -6058,7 +6287,7 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(
@@ -6123,7 +6352,7 @@ SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
 SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(st.data(), st.sampled_from(SESSION_NAMED), SESSION_GAPS, SESSION_DELAYS)
 def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps, delays):
     events = session_events(name)
@@ -6133,7 +6362,7 @@ def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps,
     assert session_essence(session_replay(arrived)) == session_essence(in_order)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
     st.lists(st.integers(0, 40), min_size=40, max_size=40),
@@ -6206,7 +6435,7 @@ def session_overtakes(events: list[dict[str, Any]], cut: int) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.floats(0, 1))
 @example(658860103, 0.40625)  # a start overtakes, across the cut, the end of the session before it
 def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
@@ -6439,6 +6668,148 @@ def test_sessions_to_which_nothing_is_due_are_not_looked_at(state: str, monkeypa
         book.tick(1_201_000 + second * 1000, 1_201_000 + second * 1000)
         book.check_processes(0, lambda *about: looked.append(about) or True, 1_201_000, True)
     assert not looked
+
+
+class GaugeCase:
+    """Sessions that get hooks and status lines of machines, in process."""
+
+    def __init__(self) -> None:
+        self.sessions, self.numbers = cm.Sessions(own_machine="k1"), itertools.count(1)
+
+    def apply(self, given: dict[str, Any], at: int, machine: str = "k1") -> cm.Session:
+        number = next(self.numbers)
+        wrapper = {"id": f"gauge-{number}", "timestamp": at, "machineId": machine, "machineKey": machine}
+        event = ee.build_event({**wrapper, **given}, at, machine)
+        return self.sessions.apply({**event, "seq": number, "received": at})
+
+    def hook(
+        self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any
+    ) -> None:
+        self.apply({"hook": payload(name, session, **more)}, at, machine)
+
+    def line(self, at: int = NOW_MS, machine: str = "k1", **changes: Any) -> cm.Session:
+        return self.apply({"statusLine": status_line(**changes)}, at, machine)
+
+    def shown(self, session: str = "s1") -> dict[str, Any]:
+        return self.sessions.to_json(self.sessions.sessions[session])
+
+
+GAUGE_FIELDS = ("context", "costUsd", "costSource", "linesAdded", "linesRemoved", "cacheExpiresAt", "effort")
+
+
+def test_a_status_line_gives_figures_and_is_no_activity() -> None:
+    case = GaugeCase()
+    case.line()
+    assert not case.sessions.sessions, "figures make no session"
+    case.hook("SessionStart")
+    case.hook("UserPromptSubmit", prompt="hi", effort={"level": "low"})
+    assert [case.shown()[name] for name in GAUGE_FIELDS] == [None] * 6 + ["low"]
+    case.sessions.tick(NOW_MS + 300_000)
+    before = case.shown()
+    case.line(NOW_MS + 400_000)
+    after = case.shown()
+    context = {"percent": 4, "used": 36561, "size": 1_000_000}
+    expected = [context, 0.30407, "client", 0, 0, 1_795_647_322_000, "medium"]
+    assert [after.pop(name) for name in GAUGE_FIELDS] == expected
+    assert after.pop("model") == "claude-opus-5-5" and before.pop("model") is None
+    assert after == {name: it for name, it in before.items() if name not in GAUGE_FIELDS}, "quiet as before"
+    case.hook("PermissionRequest", NOW_MS + 500_000, tool_name="Bash", tool_input={"command": "make"})
+    case.line(NOW_MS + 600_000, cost={"total_cost_usd": 1})
+    case.line(NOW_MS + 550_000, cost={"total_cost_usd": 0.9})  # late
+    assert (case.shown()["state"], case.shown()["costUsd"]) == ("waiting", 1)
+    case.hook("SessionEnd", NOW_MS + 700_000, reason="other")
+    case.line(NOW_MS + 800_000)
+    assert case.shown()["state"] == "ended"
+
+
+GAUGES_HOSTILE = [
+    -1, -0.001, math.nan, math.inf, 10**300, 1e300, "4", "NaN", True, False, None, {}, {"a": [4]}, [4], "x" * 10**5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", GAUGES_HOSTILE, ids=lambda it: repr(it)[:20])
+def test_hostile_figures_show_nothing(value):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    window = {"used_percentage": value, "resets_at": value}
+    figures = {
+        "context_window": {**window, "total_input_tokens": value, "context_window_size": value},
+        "cost": {"total_cost_usd": value, "total_lines_added": value, "total_lines_removed": value},
+        "rate_limits": {"five_hour": window, "seven_day": {**window, "used_percentage": 5}},
+        "prompt_cache": {"expires_at": value}, "effort": {"level": value if type(value) is not str else 1},
+    }  # fmt: skip
+    nothing = [{"percent": None, "used": None, "size": None}, *[None] * 6]
+    for sent in (figures, dict.fromkeys(figures, value), {"gauges": value}):
+        for event in ({"statusLine": {**sent, "session_id": "s1"}},
+                      {"eventType": "status_line", "sessionId": "s1", "data": {"gauges": sent}}):  # fmt: skip
+            case.apply(event, NOW_MS)
+            shown = case.shown()
+            assert [shown[name] or None for name in GAUGE_FIELDS] == nothing
+    assert case.sessions.limits(NOW_MS) == [] and json.loads(ee.encode_json(shown)) == shown
+    line = ee.encode_json({**figures, "session_id": value, "model": {"display_name": value}})
+    assert ee.figures_in(line)[1].split() == ["5"] and "\n" not in ee.figures_in(line)[2]
+
+
+def test_machines_with_the_same_resets_are_one_account() -> None:
+    case, five, seven = GaugeCase(), NOW_MS // 1000 + 3 * 3600, NOW_MS // 1000 + 4 * 86400
+    hour = 3_600_000
+    for machine, session in (("k1", "s1"), ("k2", "s2"), ("k3", "s3")):
+        case.hook("SessionStart", NOW_MS - hour, machine, session)
+
+    def line(machine: str, session: str, minutes: float, cost: float, *limits: Any) -> None:
+        at, (used_five, used_seven) = NOW_MS + round(minutes * 60_000), limits[:2]
+        reset_five, reset_seven = limits[2:] or (five, seven)
+        windows = {"five": (used_five, reset_five), "seven": (used_seven, reset_seven)}
+        case.line(at, machine, session=session, cost={"total_cost_usd": cost}, **windows)
+
+    line("k1", "s1", -60, 1.0, 30, 20)
+    line("k2", "s2", -30, 2.0, 45, 21, five + 20, seven)  # a reset may differ by seconds
+    line("k1", "s1", 0, 4.0, 60, 22)
+    line("k2", "s2", 0, 2.0, 40, 21)  # an idle client repeats what it knew
+    line("k3", "s3", 0, 5.0, 10, 11, five, seven + 7200)  # the same five hours, by chance
+    (one, other) = case.sessions.limits(NOW_MS)
+    assert one["machines"] == ["k1", "k2"] and other["machines"] == ["k3"]
+    assert (one["fiveHour"]["percent"], one["sevenDay"]["percent"]) == (60, 22)
+    assert one["fiveHour"]["forecast"] == NOW_MS + hour * 40 // 30, "30 % in the last hour, 40 % left"
+    assert one["sevenDay"]["forecast"] == NOW_MS + hour * 78 // 2
+    shares = [(it["sessionId"], it["percent"]) for it in one["fiveHour"]["shares"]]
+    assert shares == [("s1", 40.0), ("s2", 20.0)] and other["fiveHour"]["forecast"] is None
+    again = cm.Sessions(own_machine="k1")
+    again.restore([(name, case.sessions.snapshot(name)) for name in ("", *case.sessions.sessions)])
+    assert again.limits(NOW_MS) == [one, other] and case.sessions.limits(NOW_MS + 8 * 24 * hour) == []
+    line("k2", "s2", 181, 3.0, 2, 23, five + 5 * 3600, seven)  # the next five hours
+    later = case.sessions.limits(NOW_MS + 181 * 60_000)[-1]
+    assert later["machines"] == ["k1", "k2"] and later["fiveHour"]["percent"] == 2
+    assert later["fiveHour"]["shares"] == [{"sessionId": "s2", "percent": 2.0}]
+    line("k1", "s1", 0, 9.0, 70, 22)  # of the window that is over, late
+    assert case.sessions.limits(NOW_MS + 181 * 60_000)[-1]["fiveHour"]["percent"] == 2
+    with_week = NOW_MS // 1000 + 11 * 86400
+    line("k2", "s2", 5 * 1440, 4.0, 1, 1, NOW_MS // 1000 + 5 * 86400 + 60, with_week)  # the next week
+    line("k1", "s1", 5 * 1440, 9.0, 1, 2, NOW_MS // 1000 + 5 * 86400 + 60, with_week)
+    (account,) = [it for it in case.sessions.limits(NOW_MS + 5 * DAY_MS) if "k1" in it["machines"]]
+    assert account["machines"] == ["k1", "k2"] and account["sevenDay"]["percent"] == 2
+
+
+# Model, tokens of the last request → percent, size of what a session without a status line shows
+@pytest.mark.parametrize(
+    ("model", "used", "percent", "size"),
+    [
+        ("claude-opus-5-5", 250_000, 25, 1_000_000), ("claude-sonnet-4-5", 100_000, 50, 200_000),
+        ("claude-sonnet-4-5[1m]", 100_000, 10, 1_000_000), ("claude-haiku-4-5-20251001", 300_000, 30, 1_000_000),
+        ("claude-opus-4-6", 199_000, 100, 200_000), ("claude-opus-4-8", 199_000, 20, 1_000_000),
+        ("strange", 5, None, None), ("claude-opus-5-5", 0, None, None), ("claude-opus-5-5", "7", None, None),
+    ],
+)  # fmt: skip
+def test_without_a_status_line_the_context_is_estimated(model, used, percent, size):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    usage = {"models": {model: {"input": 1_000_000}}, "agents": {}, "model": model, "context": used}
+    case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": usage}}, NOW_MS)
+    shown = case.shown()
+    known = {"percent": percent, "used": used, "size": size, "estimated": True}
+    assert shown["context"] == (known if type(used) is int and used else None)
+    expected = (None, None) if model == "strange" else (shown["estimatedCostUsd"], "estimate")
+    assert (shown["costUsd"], shown["costSource"]) == expected
 
 
 # ---------------------------------------------------------------------------
@@ -6752,7 +7123,7 @@ def test_what_was_read_is_not_read_again(transcript, preads):
     cuts=st.lists(st.integers(0, 8000), max_size=8),
     forget=st.integers(0, 8),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
     noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
     whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
@@ -6774,7 +7145,7 @@ def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forge
 
 
 @given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
     data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
     whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
@@ -7713,6 +8084,15 @@ def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     assert changes(watcher, 4000, 4300) == [("exited", None, 4300)]
 
 
+def test_a_flood_of_configuration_directories_is_not_watched(tmp_path, watcher):
+    for number in range(300):
+        place = tmp_path / str(number)
+        place.mkdir()
+        registry_file(place, sessionId=f"s{number}", status="busy", statusUpdatedAt=500)
+        watcher.learn({"data": {"transcriptPath": f"{place}/projects/p/x.jsonl"}})
+    assert 200 < len(changes(watcher, 1000, 3000, 3300)) < 257
+
+
 def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
     registry_file(tmp_path, status="busy", statusUpdatedAt=500)
     other = ee.RegistryWatcher("box")
@@ -8035,6 +8415,316 @@ def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch,
     (tmp_path / "config.toml").write_text("hooks = []\n")
     with pytest.raises(cm.InstallError, match="one list"):
         cm.plan_agent(str(tmp_path), "kimi")
+
+
+# ---------------------------------------------------------------------------
+# Notifications: what is due to whom; sent once, to servers that fail in every way
+# ---------------------------------------------------------------------------
+
+
+class NoticeServer:
+    """An HTTP server that receives notifications; `manners`: path → what it answers, one after the other.
+
+    A manner is a status, "429 SECONDS" with Retry-After, "301 ADDRESS", or "slow", which never ends its answer.
+    """
+
+    def __init__(
+        self, manners: dict[str, list[str]] | None = None, tls: RedisCertificates | None = None
+    ) -> None:
+        self.received: list[tuple[float, str, dict[str, str], str]] = []  # (time.time(), path, headers, body)
+        self.manners, self.ended = manners or {}, threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                headers = {name.lower(): it for name, it in self.headers.items()}
+                outer.received.append((time.time(), self.path, headers, body))
+                left = outer.manners.get(self.path) or ["200"]
+                status, _, more = (left.pop(0) if len(left) > 1 else left[0]).partition(" ")
+                while status == "slow" and not outer.ended.wait(0.1):
+                    self.wfile.write(b"H")
+                if status != "slow":
+                    self.send_response(int(status))
+                    self.send_header("Location" if status == "301" else "Retry-After", more)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(f"{tls.directory}/server.crt", f"{tls.directory}/server.key")
+            self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        self.url = f"http{'s' * bool(tls)}://localhost:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def titles(self, path: str = "/topic") -> list[str]:
+        """Return the titles that came on a path, with what ntfy is told to replace."""
+        found = [headers["title"] for _, came_to, headers, _ in self.received if came_to == path]
+        return [base64.b64decode(it.split("?")[3]).decode() for it in found]
+
+    def remove(self) -> None:
+        self.ended.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def notice_target(**given: Any) -> cm.NotifyTarget:
+    return cm.NotifyTarget(1, {"url": "http://127.0.0.1:9/topic", "afterSeconds": 0, **given})
+
+
+def notice_of(kind: str = "permission", label: str = "shop", detail: str = "", since: int = 0) -> cm.Notice:
+    return cm.Notice("k1", kind, "s1", label, "box", detail, since)
+
+
+NOTICE_WRONG = {
+    'expected either "url" or "command"': [{}, {"url": "http://a/b", "command": ["x"]}],
+    "url: expected an http or https URL": [{"url": it} for it in ("", "ntfy.sh/x", "file:///x", "http://", 1, "http://a:x")],
+    "format: expected": [{"url": "http://a/b", "format": "mail"}],
+    "command: expected a list of texts": [{"command": it} for it in ([], "notify-send", ["a", 1], [""])],
+    "when: expected a list of permission": [{"url": "http://a/b", "when": it} for it in ("all", ["sometimes"], [1])],
+    "afterSeconds: expected": [{"url": "http://a/b", "afterSeconds": it} for it in (-1, True, "30", 1e9)],
+    "quietHours: expected": [{"url": "http://a/b", "quietHours": it} for it in ("22-7", "24:00-07:00", 22, "22:00-07:60")],
+    "link: expected": [{"url": "http://a/b", "link": "javascript:alert(1)"}],
+    "sound: unknown key": [{"url": "http://a/b", "sound": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "given"), [(it, row) for it, rows in NOTICE_WRONG.items() for row in rows])
+def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(
+    tmp_path: Any, words: str, given: Any
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"notify": [{"url": "https://ntfy.example/geheim"}, given]}))
+    with pytest.raises(cm.ConfigError) as caught:
+        cm.load_settings(str(path))
+    assert f"{path}: notify: target 2: {words}" in str(caught.value) and "geheim" not in str(caught.value)
+
+
+# What happens (as in the stories of sessions) → the notices: kind and detail
+NOTICE_STORIES = {
+    "call t1 Bash make; ask Bash make": "permission Bash: make",
+    "call t1 AskUserQuestion Which one?; ask AskUserQuestion Which one?": "question AskUserQuestion: Which one?",
+    "call t1 ExitPlanMode 1. Build; ask ExitPlanMode 1. Build": "plan ExitPlanMode: 1. Build",
+    "stop; idle": "input Claude is waiting for your input",
+    "notify agent_needs_input Choose a mode": "dialog Choose a mode",
+    "call t1 Bash make; call t2 Bash ls; ask Bash make; ask Bash ls": "permission Bash: make|permission Bash: ls",
+    "error rate_limit": "failed rate_limit",
+    "5x fails Bash no": "stuck Bash failed 5 times the same way: no",
+    "end logout": "ended logout",
+    "call t1 Bash make": "", "stop": "", "call t1 Bash make; ask Bash make; hide": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "expected"), NOTICE_STORIES.items())
+def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expected: str) -> None:
+    story = SessionStory()
+    story.play(f"start startup; prompt; {steps}")
+    found = cm.notices_of(story.book.sessions["s1"], None)
+    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected
+    assert len({it.key for it in found}) == len(found)
+    again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
+    assert again[: len(found)] == found, "the same after a restart"
+    assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
+
+
+def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
+    windows = {"fiveHour": {"percent": 80.0, "resetsAt": 5}, "sevenDay": {"percent": 79.9, "resetsAt": 9}}
+    (notice,) = cm.limit_notices([{"machines": ["a", "b"], **windows}, {"machines": ["c"]}], "box")
+    assert (notice.kind, notice.label, notice.detail) == ("limit", "account, 5 hours", "80 % used")
+
+
+def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
+    target = notice_target(afterSeconds=30, quietHours="22:00-07:00", when=["permission"])
+    other = cm.NotifyTarget(
+        2, {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
+    )
+    book, day, night = cm.NoticeBook([target, other], {}), "12:00", "23:00"
+    at = NOW_MS
+
+    def due(after_s: float, clock: str = day, is_seen: bool = False) -> list[tuple[int, bool]]:
+        found = book.due(at + int(after_s * 1000), clock, is_seen)
+        return [([target, other].index(it.target), it.over) for it in found if not book.record(it) or True]
+
+    book.update("s1", [notice_of(since=at)], at)
+    assert due(0.9) == [] and due(1) == [(1, False)] and due(29.9) == []
+    assert due(31, night) == due(31, is_seen=True) == [], "quiet hours, and a page that someone sees"
+    assert due(31) == [(0, False)] and due(3000) == []
+    book.update("s1", [], at)
+    assert due(3001, night) == [(0, True)], "only ntfy can replace a message"
+    book = cm.NoticeBook([target, other], {})
+    book.update("s1", [notice_of("dialog", since=at)], at)
+    assert due(60) == [(1, False)], "kinds that were not asked for"
+    book.update("s2", [notice_of(since=at - cm.NOTICE_AGE_MS - 1)._replace(key="k2")], at)
+    book.update("s3", [notice_of("ended", since=at - cm.NOTICE_QUEUE_MS - 1)._replace(key="k3")], at)
+    assert due(100) == [], "too old to be news"
+
+
+def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> None:
+    book = cm.NoticeBook([notice_target()], {})
+    first = notice_of("dialog", since=NOW_MS)._replace(by_client=True)
+    book.update("s1", [first], NOW_MS)
+    (message,) = book.due(NOW_MS + 2000, "12:00", False)
+    book.record(message)
+    second = notice_of(since=NOW_MS + 15_000, detail="make")._replace(key="k2")
+    for _ in range(2):
+        book.update("s1", [second], NOW_MS + 15_000)
+        assert book.due(NOW_MS + 60_000, "12:00", False) == []
+    book.update("s1", [], NOW_MS)
+    (over,) = book.due(NOW_MS + 60_000, "12:00", False)
+    assert (over.over, over.notice.key) == (True, "k1")
+
+
+NOTICE_HOSTILE = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
+
+
+@pytest.mark.parametrize("form", ["ntfy", "slack", "json", "command"])
+def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_path: Any) -> None:
+    path, notice = tmp_path / "out", notice_of(label=NOTICE_HOSTILE, detail=f"Bash: {NOTICE_HOSTILE}")
+    script = ["sh", "-c", 'printf "%s|%s" "$1" "$2" > "$0"', str(path), "{title}", "{text}"]
+    given = {"command": script} if form == "command" else {"url": "http://u:p%40@a/b#c", "format": form}
+    for content in (False, True):
+        target = cm.NotifyTarget(1, {**given, "content": content, "link": "https://m.example/x/"})
+        message = cm.Delivery(target, notice, False, 0)
+        if form == "command":
+            assert cm.attempt(message)[:2] == (True, "ended with status 0")
+            whole = path.read_text()
+        else:
+            request = cm.http_request(message)
+            assert (request.full_url, request.headers["Authorization"]) == ("http://a/b", "Basic dTpwQA==")
+            whole = request.data.decode()
+            assert request.headers.get("Click", "https://m.example/x/#s=s1") == "https://m.example/x/#s=s1"
+            if form == "ntfy":
+                whole = base64.b64decode(request.headers["Title"].split("?")[3]).decode() + "|" + whole
+            else:
+                body = json.loads(whole)
+                assert "https://m.example/x/#s=s1" in (body.get("link") or body["text"])
+                whole = body.get("title", "") + body["text"].replace("\n", "")
+        whole = whole.replace("@\u200bhere [a]\u200b(", "") if form == "slack" else whole
+        assert whole.isprintable() and whole.startswith("Needs your permission: ") and "AKIA" not in whole
+        assert ("Bash" in whole) is content
+        assert form not in ("slack", "command") or not re.search("<|@here" if form == "slack" else "<", whole)
+
+
+@pytest.mark.parametrize(
+    ("manner", "words", "pause_s"),
+    [
+        ("204", "answered 204", None), ("500", "answered 500", 0), ("429 7", "answered 429", 7),
+        ("503 soon", "answered 503", 0), ("404", "answered 404", None), ("403", "answered 403", None),
+        ("301 /other", "answered 301; redirects are not followed", None), ("slow", "no whole answer", 0),
+        ("refused", "Connection refused", 0), ("wrong certificate", "issuer certificate", 0),
+        ("right certificate", "answered 200", None), ("gone.invalid", "", 0),
+    ],
+)  # fmt: skip
+def test_every_failure_of_a_server_has_its_outcome(
+    make: Any, monkeypatch: Any, manner: str, words: str, pause_s: float | None
+) -> None:
+    monkeypatch.setattr(cm, "NOTICE_DEADLINE_S", 0.5)
+    certificates = make(RedisCertificates) if "certificate" in manner else None
+    server = make(
+        NoticeServer,
+        {"/topic": [manner if manner[0].isdigit() else manner[:4]]} if not certificates else {},
+        certificates,
+    )
+    if manner == "right certificate":
+        monkeypatch.setenv("SSL_CERT_FILE", f"{certificates.directory}/ca.crt")
+    url = {"refused": "http://127.0.0.1:1", "gone.invalid": "http://gone.invalid"}.get(manner, server.url)
+    is_sent, outcome, pause = cm.attempt(
+        cm.Delivery(notice_target(url=f"{url}/topic"), notice_of(), False, 0)
+    )
+    assert is_sent is ("answered 20" in outcome) and words in outcome and "topic" not in outcome
+    assert pause == pause_s
+    assert len(server.received) == (url == server.url and manner != "wrong certificate")
+
+
+def test_a_message_is_tried_three_times_while_other_targets_are_served(
+    make: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(cm, "NOTICE_PAUSES_S", (0.1, 0.2))
+    server = make(NoticeServer, {"/topic": ["500"], "/late": ["500", "200"]})
+    targets = [notice_target(url=f"{server.url}/{path}") for path in ("topic", "late")]
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    (tmp_path / "n").write_text('{"k1": {"to": 1}}')  # of another version
+    notifier = cm.Notifier(targets, str(tmp_path / "n"), types.SimpleNamespace(call_soon=calls.put))  # type: ignore[arg-type]
+
+    def look(*notices: cm.Notice) -> list[str]:
+        with contextlib.suppress(queue.Empty):
+            calls.get(timeout=0.02)()
+        notifier.look({"s1": list(notices)}, is_seen=False)
+        return [path for _, path, _, _ in server.received]
+
+    first = notice_of(since=cm.now_ms() - 5000)
+    eventually(lambda: sorted(look(first)) == ["/late"] * 2 + ["/topic"] * 3, what="three attempts")
+    for number in range(50):
+        assert len(look(first)) == 5, number
+    eventually(
+        lambda: len(look()) == 6 and server.received[-1][1] == "/late", what="the end, where it was sent"
+    )
+    notifier.close()
+    assert json.loads((tmp_path / "n").read_text()) in ({}, {"k1": {"to": [], "notice": list(first[1:])}})
+
+
+def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
+    """Return the hooks of a session that asks for a permission."""
+    call = {"tool_name": "Bash", "tool_input": {"command": command}}
+    asks = payload("PermissionRequest", session, **call)
+    return [payload("UserPromptSubmit", session, prompt=f"Work on {session}"),
+            payload("PreToolUse", session, tool_use_id=f"t-{session}", **call), asks]  # fmt: skip
+
+
+def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(
+    make: Any, monitor: RunningMonitor
+) -> None:
+    server = make(NoticeServer, {"/topic": ["429 3", "200"], "/dead": ["500"]})
+    secret = f"{server.url}/topic"
+    targets = [
+        {"url": f"{server.url}/dead", "afterSeconds": 1},
+        {"url": secret, "afterSeconds": 1, "content": True},
+    ]
+    monitor.write_config({"notify": targets})
+    monitor.serve().emit(*itertools.chain(*(notice_asks(f"s{number}") for number in range(60))))
+    eventually(lambda: len(server.titles()) > 20, 30, "the first messages")
+    monitor.stop()
+    began = server.received[-1][0]
+    monitor.serve()
+    expected = {f"Needs your permission: Work on s{number}" for number in range(60)}
+    eventually(lambda: set(server.titles()) == expected, 30, "a message for each session")
+    eventually(lambda: monitor.get("/api/status")["notify"][0]["ok"] is False, what="the failing target")
+    status = monitor.get("/api/status")
+    monitor.kill()
+    monitor.serve()
+    call = payload("PostToolUse", "s7", tool_name="Bash", tool_use_id="t-s7", tool_input={"command": "make"})
+    monitor.emit(*notice_asks("s60"), call)
+    over = "Over: needs your permission: Work on s7"
+    eventually(
+        lambda: {over, "Needs your permission: Work on s60"} <= set(server.titles()), 30, "the end of a wait"
+    )
+    assert collections.Counter(server.titles())[over] == 1 and began
+    counts = collections.Counter(server.titles())
+    assert sorted(counts.values())[-2:] == [1, 2], "one was tried again"
+    sequences = {headers["x-sequence-id"] for _, path, headers, _ in server.received if path == "/topic"}
+    assert len(sequences) == 61
+    assert all(
+        body == "On testbox: Bash: make" for _, path, _, body in server.received[:60] if path == "/topic"
+    )
+    assert status["notify"][0]["words"].startswith("answered 500")
+    assert any(it["kind"] == "notify" and "target 1 (ntfy)" in it["words"] for it in status["problems"])
+    done = monitor.command("notify-test", check=False)
+    assert done.returncode == 1 and "ok   target 2 (ntfy): answered 200" in done.stdout
+    shown = [monitor.command(it, check=False).stdout for it in ("status", "doctor", "config", "export")]
+    assert all("target 1 (ntfy): answered 500" in it for it in shown[:2])
+    log = pathlib.Path(monitor.home, "monitor.log").read_text()
+    places = [
+        *shown,
+        done.stdout,
+        log,
+        json.dumps(monitor.get("/api/config")),
+        json.dumps(monitor.get("/api/status")),
+    ]
+    assert "target 2 (ntfy)" in log and not [it for it in places if secret[-12:] in it or "/topic" in it]
 
 
 # ---------------------------------------------------------------------------
@@ -8886,6 +9576,91 @@ def test_machines_are_forgotten_after_the_retention() -> None:
     assert (list(ingest.machines), book.skew_ms("old"), book.skew_ms("new")) == (["new"], None, 0)
 
 
+# -- the service ---------------------------------------------------------------
+
+# In namespaces of its own: a systemd of this user, then `sh -c "$1"` with the command line of the program in $P.
+SERVICE_WORLD = """mount -t tmpfs none /run; mkdir -p /run/systemd/system /run/user/0; export XDG_RUNTIME_DIR=/run/user/0
+/usr/lib/systemd/systemd --user >"$HOME/systemd.log" 2>&1 & until systemctl --user show-environment >/dev/null 2>&1
+do sleep 0.1; done; sh -c "$1"; status=$?; kill $!; wait; exit $status"""
+needs_systemd = pytest.mark.skipif(
+    os.geteuid() != 0 or not UNSHARE or not os.path.exists("/usr/lib/systemd/systemd"),
+    reason="systemd is missing",
+)
+
+
+@needs_systemd
+def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMonitor) -> None:
+    def run(script: str) -> str:
+        environment = {
+            **monitor.environment,
+            "HOME": monitor.home,
+            "P": f"{sys.executable} -m contextuate_monitor",
+        }
+        world = [
+            str(UNSHARE),
+            *"--mount --pid --fork --kill-child --mount-proc sh -c".split(),
+            SERVICE_WORLD,
+            "sh",
+        ]
+        done = subprocess.run(
+            [*world, script],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    waits = (
+        "until $P status --short | grep -q idle; do sleep 0.1; done; cat $CONTEXTUATE_HOME/monitor.pid; echo;"
+    )
+    said = run(f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
+               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
+               "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+    lines = [line for line in said.splitlines() if not line.startswith("ls:")]
+    assert [line for line in lines if not line.isdigit()] == [
+        "not installed", lines[1], "running", f"stopped (pid {lines[5]})", "installed, not running", lines[8], "not installed",
+    ]  # fmt: skip
+    assert "contextuate-monitor.service installed" in lines[1] and lines[8].endswith("removed")
+    assert len({it for it in lines if it.isdigit()}) == 3, "a process for each start"
+
+
+def test_a_service_is_refused_where_neither_systemd_nor_launchd_runs(monitor: RunningMonitor) -> None:
+    for action in ("install", "remove", "status"):
+        done = subprocess.run([sys.executable, "-m", "contextuate_monitor", "service", action], cwd=ROOT, text=True,
+                              env={**monitor.environment, "PATH": monitor.home}, capture_output=True, check=False)  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "neither systemd nor launchd runs services of this user here" in done.stderr
+
+
+def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
+    folder = tmp_path / "a b%n<&>"
+    folder.mkdir()
+    command, environment = (
+        [sys.executable, "-m", 'x "$HOME" %n \\'],
+        {"CONTEXTUATE_HOME": str(folder) + ' "%h" $x'},
+    )
+    agent = plistlib.loads(cm.launchd_agent(command, str(folder), environment))
+    assert (agent["ProgramArguments"], agent["EnvironmentVariables"]) == (command, environment)
+    assert (agent["WorkingDirectory"], agent["KeepAlive"], agent["RunAtLoad"]) == (
+        str(folder),
+        {"SuccessfulExit": False},
+        True,
+    )
+    unit = cm.systemd_unit(command, str(folder), environment).decode()
+    assert 'ExecStart="' in unit and ' "x \\"$$HOME\\" %%n \\\\"\n' in unit and "b%%n<&>\n" in unit
+    assert f'Environment="CONTEXTUATE_HOME={str(folder).replace("%", "%%")} \\"%%h\\" $x"\n' in unit
+    (tmp_path / "x.service").write_text(unit)
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "--user", "verify", str(tmp_path / "x.service")],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 # ---------------------------------------------------------------------------
 # Doctor: each broken link is named, with what to do
 # ---------------------------------------------------------------------------
@@ -9000,6 +9775,19 @@ def doctor_command(change: Any) -> Any:
     return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
 
 
+def doctor_line(command: str | None, change: Any = lambda monitor: None) -> Any:
+    """Return a function that installs with a status line around `command`, and then changes something."""
+
+    def install(monitor: RunningMonitor) -> None:
+        os.makedirs(monitor.claude_home, exist_ok=True)
+        line = {"statusLine": {"type": "command", "command": command}} if command is not None else {}
+        ee.write_atomically(monitor.claude_home + "/settings.json", json.dumps(line).encode())
+        in_process(monitor, "install", "--status-line")
+        change(monitor)
+
+    return install
+
+
 # What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
 DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "no hook": (lambda monitor: None, 1, "hook fail", "install"),
@@ -9024,6 +9812,12 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
         1, "probe fail", "can't open file '/gone/hooks/emit_event.py'",
     ),
     "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
+    "a status line": (doctor_line("echo hi; exit 3"), 0, "statusline ok", "prints 'hi'"),
+    "a status line of its own": (doctor_line(None), 0, "statusline ok", "prints 'Test'"),
+    "a status line whose hook is broken": (
+        doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
+        1, "statusline fail", "install --status-line",
+    ),
     "an environment in the settings": (
         doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
         1, "hook warn", "the hook reads /gone/other.json",
@@ -10315,6 +11109,31 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
         eventually(lambda machine=machine: "third" in machine.sessions(), 60)
 
 
+def test_two_machines_of_one_account_share_its_limits(make: Any) -> None:
+    server = make(RedisServer)
+    machines = [make(RedisMachine, config=server.settings(), machine_id=name) for name in ("left", "right")]
+    machines[0].serve().wait_until("connected")
+    five, seven = (int(time.time()) + hours * 3600 for hours in (3, 60))
+    for machine, percent in zip(machines, (41, 42.5)):
+        in_process(machine, "install", "--status-line")
+        command = json.loads(install_text(machine.claude_home + "/settings.json"))["statusLine"]["command"]
+        machine.say("start", machine.machine_id)
+        line = status_line(machine.machine_id, five=(percent, five), seven=(7, seven))
+        assert status_line_call(command, line, machine.environment)[::2] == (
+            "Opus 5.5 · 4 % · $0.30\n".encode(),
+            0,
+        )
+
+    def limits() -> list[dict[str, Any]]:
+        return [it for it in machines[0].get("/api/status")["limits"] if len(it["machines"]) == 2]
+
+    (account,) = eventually(limits, 30, "one account of two machines")
+    assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
+    keys = {machine["machineKey"] for machine in machines[0].get("/api/status")["machines"]}
+    assert set(account["machines"]) == keys and len(keys) == 2
+    assert {it["costSource"] for it in machines[0].get("/api/sessions")["sessions"]} == {"client"}
+
+
 # ---------------------------------------------------------------------------
 # Containers: an agent in a container reports to the monitor of its host
 # ---------------------------------------------------------------------------
@@ -10666,7 +11485,10 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
         fuzzing = kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)
-        results = asyncio.run(asyncio.wait_for(fuzzing, 300))
+        with concurrent.futures.ThreadPoolExecutor(
+            1
+        ) as pool:  # this thread may have the browser's event loop
+            results = pool.submit(asyncio.run, asyncio.wait_for(fuzzing, 300)).result()
     except kosoku.FailureError as failure:
         results = failure.results
     return {result.case_id: result for result in results}
@@ -11054,7 +11876,7 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(safe_mutants(SAFE_HEADS))
 def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
     for port in (spoken.port, spoken.ws_port):
@@ -11840,6 +12662,15 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
         eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
         tab.page.evaluate("document.activeElement.blur()")
         eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
+    hook = {"id": str(uuid.uuid4()), "agent": "qwen", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
+    tab.monitor.emit(hook)
+    for session, count in (("c", 1), ("q", 0)):
+        tab.page.click(f"[data-session-id={session}]", button="right")
+        entry = tab.page.locator("[role=menuitem]", has_text="Copy")
+        eventually(
+            lambda count=count, entry=entry: entry.count() == 1 + count, what="how to resume, if known"
+        )
+        tab.page.keyboard.press("Escape")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -12118,6 +12949,42 @@ def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
 
 
+def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
+    tab.emit("prompt one", session="full")
+    tab.emit("prompt two", session="half")
+    now = int(time.time())
+    # session, percent of the context, percent of the limits
+    for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
+        line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
+                           context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
+        tab.monitor.emit(
+            {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox", "statusLine": line}
+        )
+    usage = {
+        "models": {"claude-opus-4-5": {"input": 1_000_000}},
+        "agents": {},
+        "model": "claude-opus-4-5",
+        "context": 130_000,
+    }
+    tab.emit("prompt three", session="guess")
+    tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
+    bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
+    shown = f"Object.fromEntries({bars}.filter(([, it]) => !it.hidden).map(([id, it]) => [id, it.firstChild.style.width]))"
+    eventually(lambda: tab.page.evaluate(shown) == {"full": "83%", "guess": "65%"}, 15, "bars from 60 % on")
+    tab.page.locator("[data-session-id=full]").click()
+    tab.shows("panehead-facts", "83 % context", "$0.30", "+12 −0", "medium effort")
+    assert "~" not in tab.text("panehead-facts")
+    tab.page.locator("[data-session-id=guess]").click()
+    tab.shows("panehead-facts", "~65 % context", "~$5.00")
+    tab.shows("limits", "5 h 62 %", "7 d 80 %")
+    tab.page.locator("[data-testid=limits]").click()
+    tab.shows("menu", "Five hours: 62 %", "Seven days: 80 %", "Not full before its reset")
+    assert tab.page.evaluate("document.querySelector('.limits .high').textContent") == "7 d 80 %"
+    tab.press("Escape")
+    tab.hides("menu")
+    assert not [row for row in tab.rows() if "status" in row["text"]], "a status line is no row"
+
+
 MARKDOWN = """# What I did
 
 Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
@@ -12244,25 +13111,64 @@ def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: Brows
     tab.shows("status", "Machines")
 
 
-def forward(listener: socket.socket, port: int) -> None:
-    def pump(source: socket.socket, target: socket.socket) -> None:
+def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
+    def pump(source: socket.socket, target: socket.socket, is_request: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                target.sendall(data)
+                target.sendall(data.replace(old, new) if is_request else data)
             target.shutdown(socket.SHUT_WR)
 
     while True:
         here, there = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
-        for ends in ((here, there), (there, here)):
+        for ends in ((here, there, True), (there, here, False)):
             threading.Thread(target=pump, args=ends, daemon=True).start()
 
 
-def test_a_tunnel_of_one_port_to_any_other_is_enough(running: RunningMonitor, open_tab: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, running.port):
-        running.about["port"] = listener.getsockname()[1]
-        tab = open_tab(running)
+@pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
+def test_a_tunnel_of_one_port_to_any_other_is_enough(
+    prefix: str, monitor: RunningMonitor, open_tab: Any
+) -> None:
+    monitor.write_config({"server": {"auth": "token"}})
+    port, token = monitor.serve().port, monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
+    cut = f" /{prefix}".encode() if prefix else b" /"
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, port, cut, b" /"):
+        monitor.about["port"] = listener.getsockname()[1]
+        tab = open_tab(monitor, prefix + token)
         tab.emit("prompt go; call make")
         tab.row_with("make")  # the WebSocket's own port refuses this Origin
+        assert tab.page.url.partition("#")[0] == monitor.url.replace("127.0.0.1", "localhost") + prefix
+        tab.page.click("[data-testid=view-stats]")
+        tab.shows("sheet", "Bash")
+        monitor.about["port"] = port
+
+
+def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMonitor, open_tab: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        hosts = (f"Host: localhost:{port}".encode(), f"Host: localhost:{running.port}".encode())
+        with serving(forward, listener, running.port, *hosts):
+            running.about["port"] = port
+            tab = open_tab(running)
+            tab.shows(
+                "banner",
+                "Access denied: requests from other sites are refused; a proxy must pass the Host header",
+            )
+            tab.said.clear()  # what the browser says of the refusals
+
+
+def test_a_visible_page_keeps_notifications_back(make: Any, monitor: RunningMonitor, open_tab: Any) -> None:
+    server = make(NoticeServer)
+    target = {"url": f"{server.url}/topic", "afterSeconds": 1}
+    monitor.write_config({"notify": [target, {**target, "url": f"{server.url}/always", "unlessSeen": False}]})
+    tab = open_tab(monitor.serve(), script="document.seen = 'visible';"
+                   "Object.defineProperty(document, 'visibilityState', {get: () => document.seen})")  # fmt: skip
+    tab.emit("prompt go; call make; ask make")
+    eventually(lambda: server.titles("/always"), what="the message to those who want all")
+    tab.page.click("[data-testid=view-status]")
+    tab.shows("status", "target 1 (ntfy): nothing sent since the start", "target 2 (ntfy): answered 200")
+    assert server.titles() == []
+    tab.page.evaluate("document.seen = 'hidden'; document.dispatchEvent(new Event('visibilitychange'))")
+    eventually(server.titles, what="the message once the page is hidden")
 
 
 def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_tab: Any) -> None:
@@ -12653,6 +13559,595 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
 
 
 # ---------------------------------------------------------------------------
+# Answers: a person answers on the page or in a terminal; an agent does not
+#
+# The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
+# ---------------------------------------------------------------------------
+
+ANSWER_RULE = {
+    "type": "addRules",
+    "rules": [{"toolName": "Bash", "ruleContent": "make:*"}],
+    "behavior": "allow",
+}
+ANSWER_SUGGESTIONS = [
+    {**ANSWER_RULE, "destination": "session"},
+    {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
+]
+ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "description": "grass"}]
+ANSWER_QUESTIONS = [
+    {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
+]  # fmt: skip
+ANSWER_FIELDS = {
+    "name": {"type": "string"},
+    "age": {"type": "integer"},
+    "size": {"type": "string", "enum": ["S", "M"]},
+}
+ANSWER_INPUTS = {
+    "Bash": {"command": "make"}, "AskUserQuestion": {"questions": ANSWER_QUESTIONS}, "ExitPlanMode": {"plan": "# Do it"},
+}  # fmt: skip
+ANSWER_ASKED = {
+    **{
+        tool: payload("PermissionRequest", tool_name=tool, tool_input=given, permission_suggestions=ANSWER_SUGGESTIONS)
+        for tool, given in ANSWER_INPUTS.items()
+    },
+    "form": payload("Elicitation", mcp_server_name="demo", message="Who?",
+                    requested_schema={"type": "object", "properties": ANSWER_FIELDS, "required": ["name"]}),
+}  # fmt: skip
+# What is asked, the answer → the decision (of a form: all but the event's name); None: nothing is printed.
+ANSWERS: list[tuple[str, Any, Any]] = [
+    ("Bash", {"do": "allow"}, {"behavior": "allow"}),
+    ("Bash", {"do": "always", "suggestions": [1]}, {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}),
+    ("Bash", {"do": "deny"}, {"behavior": "deny", "message": ee.DENIED_WORDS}),
+    ("Bash", {"do": "deny", "message": "Not \ud83d\n on Fridays"}, {"behavior": "deny", "message": "Not \ud83d\n on Fridays"}),
+    ("AskUserQuestion", {"do": "answer", "answers": [[1], [0, "mine"]]},
+     {"behavior": "allow", "updatedInput": {"questions": ANSWER_QUESTIONS,
+                                            "answers": {"Colour?": "Green", "Which?": ["Blue", "mine"]}}}),
+    ("ExitPlanMode", {"do": "allow"}, {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
+    ("ExitPlanMode", {"do": "deny", "message": "Add tests"}, {"behavior": "deny", "message": "Add tests"}),
+    ("form", {"do": "accept", "content": {"name": "Ada", "size": "M"}},
+     {"action": "accept", "content": {"name": "Ada", "size": "M"}}),
+    ("form", {"do": "decline"}, {"action": "decline"}),
+    *[("Bash", it, None) for it in (
+        None, [], 1, "allow", {}, {"do": None}, {"do": "allowed"}, {"do": "allow", "updatedInput": {"command": "rm"}},
+        {"do": "always"}, {"do": "always", "suggestions": [2]}, {"do": "always", "suggestions": [-1]},
+        {"do": "always", "suggestions": []}, {"do": "always", "suggestions": [True]}, {"do": "always", "suggestions": [ANSWER_RULE]},
+        {"do": "deny", "message": ""}, {"do": "deny", "message": {}}, {"do": "answer", "answers": []}, {"do": "decline"},
+        {"behavior": "allow"}, {"hookSpecificOutput": {"decision": {"behavior": "allow"}}},
+    )],
+    *[("AskUserQuestion", it, None) for it in (
+        {"do": "allow"}, {"do": "always", "suggestions": [0]}, {"do": "answer", "answers": [[0]]},
+        {"do": "answer", "answers": [[0, 1], [0]]}, {"do": "answer", "answers": [[0], []]}, {"do": "answer", "answers": [["  "], [0]]},
+        {"do": "answer", "answers": [[2], [0]]},
+    )],
+    *[("form", it, None) for it in (
+        {"do": "allow"}, {"do": "accept"}, {"do": "accept", "content": {"size": "M"}},
+        {"do": "accept", "content": {"name": 1}}, {"do": "accept", "content": {"name": "A", "age": "1"}},
+        {"do": "accept", "content": {"name": "A", "age": True}}, {"do": "accept", "content": {"name": "A", "size": "L"}},
+        {"do": "accept", "content": {"name": "A", "more": 1}}, {"do": "decline", "content": {}},
+    )],
+]  # fmt: skip
+
+
+def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
+    """Return what the hook prints for a line on its connection."""
+    reader, writer = os.pipe()
+    saved = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        ee.print_answer(asked, line)
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(writer)
+    with open(reader, "rb") as file:
+        return file.read()
+
+
+def test_an_answer_is_printed_in_the_clients_form_or_not_at_all():
+    for kind, answer, decision in ANSWERS:
+        printed = answer_printed(ANSWER_ASKED[kind], json.dumps(answer).encode() + b"\n")
+        output = {"decision": decision} if decision and "behavior" in decision else decision
+        wanted = {"hookEventName": ANSWER_ASKED[kind]["hook_event_name"], **output} if decision else None
+        assert (json.loads(printed)["hookSpecificOutput"] if printed else None) == wanted, (kind, answer)
+
+
+@given(st.sampled_from(list(ANSWER_ASKED.values())), st.binary(max_size=60) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
+        ["allow", "deny", "always", "answer", "accept", "decline"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["do", "message", "suggestions", "answers", "content", "name"]), inner, max_size=3),
+).map(lambda it: json.dumps(it).encode()))  # fmt: skip
+def test_whatever_comes_back_gives_nothing_or_one_decision(asked, line):
+    output = None
+    with contextlib.suppress(ValueError, RecursionError):
+        output = ee.client_answer(asked, json.loads(line.decode("utf-8")))
+    if output is not None:
+        assert json.loads(ee.encode_json(output)), "it can be printed"
+        assert output.get("action") in ("accept", "decline", "cancel") or output["decision"]["behavior"] in (
+            "allow",
+            "deny",
+        )
+
+
+@dataclasses.dataclass
+class Asking:
+    """A monitor with `install --answers`, the agents that ask, and a paired page."""
+
+    monitor: RunningMonitor
+
+    def __post_init__(self) -> None:
+        in_process(self.monitor, "install", "--answers")
+        hooks = json.loads(install_text(self.monitor.claude_home + "/settings.json"))["hooks"]
+        # The client's version is not known here, so its own hook is derived from one that every version has.
+        self.command = str(hooks["PreToolUse"][0]["hooks"][0]["command"]).replace(" || ", " --answer || ", 1)
+        self.client = subprocess.Popen(["sleep", "600"])
+
+    def hook(self, asked: dict[str, Any], command: str = "") -> subprocess.Popen[bytes]:
+        """Start the hook on a payload, as the client does, and do not wait."""
+        hook = subprocess.Popen(
+            ["/bin/sh", "-c", command or self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}, start_new_session=True,
+        )  # fmt: skip
+        assert hook.stdin
+        with hook.stdin:
+            hook.stdin.write(json.dumps(asked).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
+        return hook
+
+    def ask(
+        self, kind: str = "Bash", session: str = "s1", **more: Any
+    ) -> tuple[subprocess.Popen[bytes], str]:
+        """Ask in a session; return the hook that waits, and the id of its event."""
+        hook = self.hook({**ANSWER_ASKED[kind], "session_id": session, **more})
+        return hook, eventually(lambda: self.open_ids(session), what="a question that can be answered")[0]
+
+    def open_ids(self, session: str = "s1") -> list[str]:
+        asks = self.monitor.sessions_so_far().get(session, {"asks": []})["asks"]
+        return [it["eventId"] for it in asks if it["answerable"]]
+
+    def on_terminal(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> str:
+        """Run a command in a terminal of its own; return what it prints."""
+        ours, theirs = os.openpty()
+        command = [*prefix, sys.executable, os.path.join(ROOT, "contextuate_monitor.py"), *arguments]
+        process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs,
+            env={**self.monitor.environment, **environment},
+        )  # fmt: skip
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 4096):
+                said += piece
+        process.wait(20)
+        os.close(ours)
+        return said.decode()
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], Any]:
+        headers = headers or {"Origin": self.monitor.url.rstrip("/")}
+        status, found, answer = self.monitor.request(path, "POST", json.dumps(body), headers)
+        return status, found, json.loads(answer)
+
+    def code(self) -> str:
+        return self.on_terminal("answers", "pair").split()[0]
+
+    def pair(self) -> str:
+        """Pair; return the cookie."""
+        status, headers, _ = self.post("/pair", {"code": self.code()})
+        assert status == 200 and "HttpOnly; SameSite=Strict" in headers["set-cookie"]
+        return headers["set-cookie"].partition(";")[0]
+
+    def page(self, cookie: str = "", port: int = 0, source: str = "127.0.0.1") -> TestClient:
+        """Connect a page with a cookie, on either port, from an address of this machine."""
+        port = port or self.monitor.port
+        sock = socket.create_connection(("127.0.0.1", port), 10, (source, 0))
+        page = TestClient(websockets.sync.client.connect(
+            f"ws://127.0.0.1:{port}/ws", sock=sock, additional_headers={"Cookie": cookie}, compression=None,
+        ))  # fmt: skip
+        page.hello = page.next("hello")
+        page.ask("subscribed", type="subscribe", view="full")
+        page.send(type="set_visible", visible=True)
+        return page
+
+    def answer(self, page: TestClient, event_id: str, answer: Any, session: str = "s1") -> Any:
+        """Answer from a page; return the outcome, or the error."""
+        page.send(type="answer", sessionId=session, eventId=event_id, answer=answer, requestId=event_id)
+        wanted = {"answered", "error"}
+        message = eventually(
+            lambda: next((it for it in page.others if it["type"] in wanted), None) or _more(page)
+        )
+        page.others.remove(message)
+        return message.get("outcome") or message["message"]
+
+
+def _more(page: TestClient) -> None:
+    with contextlib.suppress(TimeoutError):
+        page.others.append(json.loads(page.connection.recv(timeout=0.2)))
+
+
+@pytest.fixture
+def asking(running: RunningMonitor) -> Iterator[Asking]:
+    made = Asking(running)
+    yield made
+    made.client.kill()
+    made.client.wait()
+
+
+def test_a_paired_page_answers_and_the_hook_prints_it(asking):
+    page = asking.page(asking.pair())
+    assert page.hello["mayAnswer"]
+    for number, (kind, answer, decision) in enumerate(it for it in ANSWERS if it[2]):
+        hook, event_id = asking.ask(kind, f"s{number}")
+        began = time.monotonic()
+        outcome = asking.answer(page, event_id, answer, f"s{number}")
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        assert (outcome, hook.returncode) == ("delivered", 0) and time.monotonic() - began < 5
+        assert printed.pop("hookEventName") and printed in (decision, {"decision": decision})
+        row = page.next("event")["event"]
+        while row["data"].get("to") != event_id:
+            row = page.next("event")["event"]
+        assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
+        assert "127.0.0.1" in row["data"]["by"]
+        assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
+    hook, event_id = asking.ask("Bash", "broken")
+    for answer in (it[1] for it in ANSWERS if it[0] == "Bash" and it[2] is None):
+        assert "does not fit" in asking.answer(page, event_id, answer, "broken")
+    assert hook.poll() is None
+    hook.kill()
+
+
+ANSWER_RUBBISH = {
+    "nothing": b"", "an empty line": b"\n", "no end": b'{"do": "allow"}', "more": b'{"do": "allow"}x\n',
+    "random bytes": random.Random(1).randbytes(10_000) + b"\n", "deep": b"[" * 100_000 + b"\n",
+    "not UTF-8": b'{"do": "deny", "message": "\xff"}\n', "too long": b"x" * 300_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(ANSWER_RUBBISH))
+def test_a_hook_prints_nothing_for_what_is_no_answer(hook_alone, monitor, what):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(monitor.socket_path)
+        listener.listen(1)
+        command = hook_alone.installed.command.replace(" || ", " --answer || ", 1)
+        hook = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                env=monitor.environment)  # fmt: skip
+        with hook.stdin:
+            hook.stdin.write(json.dumps(ANSWER_ASKED["Bash"]).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
+        connection, _ = listener.accept()
+        with connection:
+            assert b'"answerable":3600' in connection.recv(1 << 16)
+            connection.sendall(ee.ACKNOWLEDGEMENT)
+            with contextlib.suppress(OSError):
+                connection.sendall(ANSWER_RUBBISH[what])
+            connection.shutdown(socket.SHUT_WR)
+            assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
+
+
+def answer_status(asking: Any, *statuses: str) -> None:
+    """Let the client's registry report these statuses."""
+    for status in statuses:
+        about = {"machineId": "testbox", "timestamp": ee.now_ms() + 5, "pid": asking.client.pid}
+        asking.monitor.emit({
+            "eventType": "client_status", "sessionId": "s1", "data": {"status": status, "previous": "busy"}, **about,
+        })  # fmt: skip
+
+
+ANSWER_ENDS = {
+    "Esc in the terminal": lambda it: answer_status(it, "waiting", "idle"),
+    "a prompt": lambda it: it.monitor.emit(payload("UserPromptSubmit", prompt="go on")),
+    "the client exits": lambda it: (it.client.kill(), it.client.wait()),
+    "the monitor is killed": lambda it: it.monitor.kill(),
+    "the monitor stops": lambda it: it.monitor.stop(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", list(ANSWER_ENDS))
+def test_a_hook_ends_silently_when_the_wait_is_over(asking, end):
+    hook, event_id = asking.ask()
+    ANSWER_ENDS[end](asking)
+    assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
+    if "monitor" not in end:
+        assert asking.open_ids() == []
+        assert asking.answer(asking.page(asking.pair()), event_id, {"do": "allow"}) == "late"
+
+
+def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
+    hook, event_id = asking.ask()
+    outcomes: dict[str, str] = {}
+
+    def give(page: TestClient, do: str) -> None:
+        outcomes[asking.answer(page, event_id, {"do": do})] = do
+
+    def go_on() -> None:
+        eventually(lambda: outcomes, what="the one that is too late")
+        os.killpg(hook.pid, signal.SIGCONT)
+
+    pages = [asking.page(asking.pair()) for _ in range(2)]
+    os.killpg(hook.pid, signal.SIGSTOP)
+    at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
+    assert sorted(outcomes) == ["delivered", "late"]
+    decision = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
+    assert decision["behavior"] == outcomes["delivered"]
+
+
+def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
+    asked = {"agent_id": "a1", "agent_type": "Explore"}
+    hook = asking.hook({**ANSWER_ASKED["Bash"], **asked})
+    assert hook.communicate(timeout=10)[0] == b"", "nobody is looking"
+    page = asking.page(asking.pair())
+    hook, _ = asking.ask("form", "s2", **asked)
+    page.send(type="set_visible", visible=False)
+    assert hook.communicate(timeout=10)[0] == b"", "the page is hidden"
+
+
+def test_pairing_needs_the_code_of_a_terminal(asking):
+    code = asking.code()
+    wrong = f"{(int(code) + 1) % 10**8:08}"
+    for tried, status in ((wrong, 403), (code, 200), (code, 403)):
+        assert asking.post("/pair", {"code": tried})[0] == status, "once"
+    code = asking.code()
+    assert [asking.post("/pair", {"code": it})[0] for it in (wrong, wrong, wrong, code)] == [403] * 4
+    assert asking.post("/pair", {"code": asking.code()}, Origin="http://evil.example")[0] == 403
+    assert stat.S_IMODE(os.stat(asking.monitor.home + "/pairings.json").st_mode) == 0o600
+    cookie = asking.pair()
+    hook, event_id = asking.ask()
+    elsewhere = asking.page(cookie, source="127.0.0.2")
+    assert not elsewhere.hello["mayAnswer"] and "not paired" in asking.answer(
+        elsewhere, event_id, {"do": "allow"}
+    )
+    page = asking.page(cookie, asking.monitor.ws_port)
+    assert page.hello["mayAnswer"]
+    refused = asking.monitor.get("/api/status")["answers"]["refused"]
+    assert any("127.0.0.2" in it["words"] for it in refused)
+    for pairing in asking.monitor.get("/api/status")["answers"]["pairings"]:
+        page.send(type="end_pairing", pairing=pairing["id"])
+    eventually(lambda: asking.monitor.get("/api/status")["answers"]["pairings"] == [])
+    assert not asking.page(cookie).hello["mayAnswer"] and hook.poll() is None
+    hook.kill()
+
+
+def test_a_code_is_valid_for_two_minutes(monkeypatch):
+    monkeypatch.setattr(cm, "_process_fields", lambda pid: ("test", ["S", "0", "0", "0", "34816"]))
+    with protocol_inside() as inside:
+        place = RunningMonitor.__new__(RunningMonitor)
+        place.about = {"port": inside.port}
+        origin = {"Origin": f"http://127.0.0.1:{inside.port}"}
+        token = {"Authorization": f"Bearer {cm.read_token(inside.settings.path('token'))}"}
+        for life_s, status in ((-1, 403), (cm.CODE_LIFE_S, 200)):
+            monkeypatch.setattr(cm, "CODE_LIFE_S", life_s)
+            code = json.loads(place.request("/api/answer", "POST", '{"do": "code"}', token)[2])["code"]
+            assert place.request("/pair", "POST", json.dumps({"code": code}), origin)[0] == status
+
+
+# Ways of an agent to its own question: a shell command. It may read every file, and runs what it likes.
+ANSWER_ATTEMPTS = {
+    "the command": "$MONITOR answer s1 allow",
+    "the command, in a terminal": "script -qec '$MONITOR answer s1 allow' /dev/null",
+    "pairing": "$MONITOR answers pair", "pairing, in a terminal": "script -qec '$MONITOR answers pair' /dev/null",
+    "detached": "setsid nohup $MONITOR answer s1 allow", "the parent is gone": "(setsid nohup $MONITOR answers pair &) ; sleep 1",
+    "without its environment": "env -i CONTEXTUATE_HOME=$CONTEXTUATE_HOME PATH=$PATH script -qec '$MONITOR answers pair' /dev/null",
+    "HTTP": "curl -s -H \"$TOKEN\" -d \"{\\\"do\\\": \\\"code\\\"}\" $URL/api/answer",
+    "a message by HTTP": "curl -s -H \"$TOKEN\" -d \"$MESSAGE\" $URL/api/message",
+    "a stolen cookie": "$PYTHON -c \"$SOCKET\" $WS/ws; $PYTHON -c \"$SOCKET\" $WS2/",
+    "a made-up event": "$PYTHON -c \"$EVENT\"",
+}  # fmt: skip
+ANSWER_SOCKET = """
+import json, os, sys, websockets.sync.client as client
+with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
+    page.send(os.environ["MESSAGE"])
+    for text in page:
+        if json.loads(text)["type"] in ("error", "answered"): sys.exit(print(text))"""
+ANSWER_EVENT = """
+import json, os, socket
+sock = socket.socket(socket.AF_UNIX); sock.connect(os.environ["HOOKS"])
+data = {"to": os.environ["ID"], "outcome": "delivered", "by": "you", "message": "Allowed once"}
+sock.sendall(json.dumps({"eventType": "answer", "sessionId": "s1", "data": data}).encode() + b"\\n"); sock.recv(1)"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up on Linux")
+def test_an_agent_does_not_answer_itself(asking):
+    monitor = asking.monitor
+    cookie = asking.pair()
+    hook, event_id = asking.ask()
+    message = json.dumps(
+        {"type": "answer", "sessionId": "s1", "eventId": event_id, "answer": {"do": "allow"}}
+    )
+    known = {
+        **monitor.environment, "CLAUDECODE": "1", "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
+        "MONITOR": f"{sys.executable} {ROOT}/contextuate_monitor.py", "HOOKS": monitor.socket_path, "ID": event_id,
+        "WS": monitor.url.rstrip("/").replace("http", "ws"), "WS2": f"ws://127.0.0.1:{monitor.ws_port}",
+        "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
+        "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
+    }  # fmt: skip
+    for name, attempt in ANSWER_ATTEMPTS.items():
+        before = len(monitor.get("/api/status")["answers"]["refused"])
+        attempt = attempt.replace("$MONITOR", known["MONITOR"])
+        said = subprocess.run(
+            ["bash", "-c", attempt + "; true"], env=known, capture_output=True, text=True, timeout=60
+        )
+        assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
+        assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
+        if name != "a made-up event":
+            eventually(
+                lambda before=before: len(monitor.get("/api/status")["answers"]["refused"]) > before,
+                what=name,
+            )
+    assert not any(it["eventType"] == "answer" for it in monitor.stored_events())
+    problems = monitor.get("/api/status")["problems"]
+    assert any(it["kind"] == "answers" and "refused" in it["words"] for it in problems)
+    assert "refused: an agent must not answer" in install_text(monitor.home + "/monitor.log")
+    assert "Allowed once" in asking.on_terminal("answer", "s1", "allow"), "a person's terminal may"
+    assert json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"] == {
+        "behavior": "allow"
+    }
+
+
+ANSWER_WORDS = [
+    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}, "command: make"),
+    ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
+    ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
+    ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
+]  # fmt: skip
+
+
+def test_the_command_shows_what_is_asked_and_answers_it(asking):
+    page = asking.page(asking.pair())  # for the form, which waits only for a page
+    for number, (kind, words, decision, shown) in enumerate(ANSWER_WORDS):
+        hook, _ = asking.ask(kind, f"s{number}")
+        assert shown in asking.on_terminal("answer", f"s{number}")
+        assert "no answer" in asking.on_terminal("answer", f"s{number}", "perhaps")
+        said = asking.on_terminal("answer", f"s{number}", *words.split())
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        chosen = printed.get("decision", {}).get("updatedInput", {}).get("answers")
+        assert printed.pop("hookEventName") and (printed in (decision, {"decision": decision}) or chosen), (
+            said
+        )
+        assert chosen in (None, {"Colour?": "Green", "Which?": ["Blue", "Green"]})
+        assert "asks nothing" in asking.on_terminal("answer", f"s{number}")
+    page.close()
+
+
+def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch):
+    monkeypatch.setattr(cm, "claude_version", lambda: (2, 1, 332))
+    options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
+    for arguments in ((), ("--answers",), ("--answers",), ()):
+        assert in_process(monitor, "install", *arguments).returncode == 0
+        hooks = json.loads(install_text(monitor.claude_home + "/settings.json"))["hooks"]
+        entries = {name: groups[0]["hooks"] for name, groups in hooks.items()}
+        assert all(len(entry) == 1 for entry in entries.values())
+        answering = [name for name, entry in entries.items() if "--answer" in entry[0]["command"]]
+        assert (len(answering), entries["Elicitation"][0]["timeout"]) == options[arguments]
+        assert set(answering) <= set(ee.ANSWERED_HOOKS)
+    in_process(monitor, "install", "--answers")
+    in_process(monitor, "uninstall")
+    assert "hooks" not in json.loads(install_text(monitor.claude_home + "/settings.json"))
+
+
+def test_answers_through_redis_are_signed_fresh_and_wanted():
+    with redis_parts() as make:
+        server = make(RedisServer)
+        remote = server.settings() | {"answers": {"remote": True}}
+        one, two = (make(RedisMachine, config=remote, machine_id=name) for name in ("one", "two"))
+        key = cm.secrets.token_hex(32).encode()
+        for machine in (one, two):
+            machine.serve()
+            machine.wait_until("connected")
+            ee.write_atomically(machine.home + "/answers.key", key + b"\n")
+        asking, other = Asking(one), Asking(two)
+        os.makedirs(one.home + "/hooks", exist_ok=True)
+        ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
+        page = other.page(other.pair())
+        try:
+            hook = asking.hook(ANSWER_ASKED["Bash"])
+            event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
+            place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
+            allow = {"do": "allow"}
+            for at, signed_id, by in (
+                (now, event_id, b"0" * 64),
+                (now, "another", key),
+                (now - 300_000, event_id, key),
+            ):
+                mac = ee.signature(by, signed_id, allow, at, "n")
+                server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
+            server.cli("RPUSH", place, json.dumps({"answer": allow}))
+            server.cli("RPUSH", place, "x")
+            eventually(lambda: server.cli("LLEN", place) == "0", 20)
+            server.stop()
+            server.start()
+            two.wait_until("connected")
+            assert hook.poll() is None
+            began = time.monotonic()
+            outcome = eventually(
+                lambda: (it := other.answer(page, event_id, {"do": "deny"})) != "failed" and it, 30
+            )
+            assert outcome == "delivered", time.monotonic() - began
+            printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
+            assert printed["behavior"] == "deny"
+            refused = eventually(
+                lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])], 30
+            )
+            assert "2 foreign, 1 old, 2 unsigned" in refused[0]["data"]["message"]
+            one.write_config({"answers": {"remote": False}})
+            assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
+        finally:
+            for each in (asking, other):
+                each.client.kill()
+                each.client.wait()
+
+
+@needs_browser
+def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(asking, open_tab):
+    tab = open_tab(asking.monitor, "#s=s1")
+    first, _ = asking.ask("Bash", command_note="x", tool_input={"command": "make\nrm -r x", "timeout": 5})
+    tab.shows("ask", "Allow Bash?", "make rm -r x", "timeout 5", "may look, and not answer")
+    assert "Allow once" not in tab.text("ask")
+    tab.page.click("text=Pair this browser")
+    tab.page.fill("dialog input", asking.code())
+    tab.page.click("dialog .first")
+    tab.shows(
+        "ask",
+        "Allow once",
+        "Always: allow Bash(make:*) in this session",
+        "Always: switch to the mode acceptEdits",
+    )
+    tab.page.focus("#grid")
+    tab.press("a d")
+    assert first.poll() is None, "keys count only in the strip"
+    tab.page.focus("#ask")
+    tab.press("A")
+    assert json.loads(first.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"][
+        "updatedPermissions"
+    ]
+    tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
+    tab.row_with(
+        "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
+    )
+    for kind, session, act, decision in (
+        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"), ANSWERS[5][2]),
+        ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
+                                           (("Green", 0), ("Blue", 1), ("Answer", 0))], None),
+        ("form", "s4", lambda: [tab.page.fill(".fields input[type=text]", "Ada"), tab.page.click("[data-act=a]")],
+         {"action": "accept", "content": {"name": "Ada"}}),
+        ("Bash", "s5", lambda: [tab.page.click("[data-act=r]"), tab.page.fill(".why input", "No"), tab.press("Enter")],
+         {"behavior": "deny", "message": "No"}),
+    ):  # fmt: skip
+        hook, _ = asking.ask(kind, session)
+        tab.page.click(f"[data-session-id={session}]")
+        tab.page.wait_for_selector("#ask [data-act]")
+        act()
+        printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
+        del printed["hookEventName"]
+        if decision is None:
+            assert printed["decision"]["updatedInput"]["answers"] == {"Colour?": "Green", "Which?": ["Blue"]}
+        else:
+            assert printed in (decision, {"decision": decision})
+    hook, _ = asking.ask(
+        "Bash", "s6", tool_name="Write", tool_input={"file_path": "/x", "content": "row\n" * 3000}
+    )
+    tab.page.click("[data-session-id=s6]")
+    tab.shows("ask", "Show all of it before you allow it")
+    assert tab.page.is_disabled("[data-act=a]")
+    while tab.page.query_selector("#ask .showmore:not([hidden])"):
+        tab.page.click("#ask .showmore:not([hidden])")
+    tab.until("!document.querySelector('[data-act=a]').disabled")
+    asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
+    tab.shows("ask", "answered in the terminal")
+    hook.communicate(timeout=20)
+    tab.page.click("[data-testid=view-status]")
+    tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
+    tab.page.set_viewport_size({"width": 360, "height": 740})
+    asking.ask("Bash", "s7")
+    tab.load("#s=s7")
+    tab.page.wait_for_selector("[data-act=a]")
+    boxes = tab.page.evaluate(
+        "[...document.querySelectorAll('#ask .push')].map((it) => it.getBoundingClientRect().toJSON())"
+    )
+    seen = [box for box in boxes if box["width"]]
+    assert seen and all(it["height"] >= 40 and it["left"] >= 0 and it["right"] <= 360 for it in seen)
+    tab.page.click("[data-act=d]")
+
+
+# ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
 # What the index answers is compared with reading every file, which is slow and plain.
@@ -12795,7 +14290,7 @@ index_texts = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(index_texts, st.data())
 def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], data: Any) -> None:
     with contextlib.closing(IndexCase()) as case:
@@ -13318,6 +14813,28 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
     assert costs["strange-model"] is None and costs["claude-opus-4-5"] == cm.PriceList().estimate(opus)
     later = indexed.history.statistics(NOW_MS + DAY_MS - 3_600_000, 1 << 53, "a", 0)
     assert later["totals"]["tokenUsage"]["totalInput"] == 1050
+
+
+def test_the_clients_own_cost_counts_before_an_estimate(indexed: IndexCase) -> None:
+    def line(number: int, session: str, usd: Any) -> dict[str, Any]:
+        data = {"gauges": {"cost": {"total_cost_usd": usd}}}
+        return {**index_prompt(number, "", session), "eventType": "status_line", "hookType": "", "data": data}
+
+    day = DAY_MS // 1000
+    million = {"claude_opus_4_5": (1_000_000, 0)}  # 5 USD and a little
+    indexed.add(
+        index_usage(0, "a", **million), line(1, "a", 3.25), line(2, "a", 3.5), line(day, "a", 4.5),
+        index_usage(3, "b", **million), line(4, "b", -1), line(5, "b", math.nan), line(6, "c", 1),
+    )  # fmt: skip
+    figures = indexed.ready().figures()
+    part = cm.PriceList().estimate(cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(1_000_000, 0, 7)}))
+    assert part and figures["totals"]["costUsd"] == pytest.approx(4.5 + 1 + part)
+    assert figures["totals"]["estimatedPartUsd"] == part
+    costs = {row["sessionId"]: (row["costUsd"], row["estimatedPartUsd"]) for row in figures["sessions"]}
+    assert costs == {"a": (4.5, 0), "b": (part, part), "c": (1, 0)} or "c" not in costs
+    assert [row["costUsd"] for row in figures["days"]] == [pytest.approx(3.5 + 1 + part), 1.0]
+    assert [row["model"] for row in figures["models"]] == ["claude-opus-4-5"]
+    assert figures["totals"]["events"] == 2 and len(indexed.search()) == 2, "a status line is no event"
 
 
 def test_token_totals_that_come_as_events_are_no_events_of_their_session(indexed: IndexCase) -> None:
@@ -14543,9 +16060,15 @@ def test_json_in_the_documents_is_what_the_program_takes_or_gives(text: str, tmp
         sessions = cm.Sessions()
         hooks = [payload("PreToolUse", **call), payload("SubagentStart", agent_id="a1", agent_type="Explore")]
         totals = {"eventType": "usage", "sessionId": "s1", "data": {"usage": {"models": {}, "agents": {}}}}
-        for event in (*hooks, payload("PermissionRequest", **call), totals):
+        line = {"id": "line", "statusLine": status_line()}
+        for event in (*hooks, payload("PermissionRequest", **call), totals, line):
             session = sessions.apply(ee.build_event(event, NOW_MS, "laptop"))
         assert doc_shape(json.loads(text)) == doc_shape(sessions.to_json(session))
+    elif '"fiveHour"' in text:
+        case = GaugeCase()
+        case.hook("SessionStart")
+        case.line(five=(5, NOW_MS // 1000 + 3600), seven=(6, NOW_MS // 1000 + DAY_MS // 1000))
+        assert doc_shape(json.loads(text)) == doc_shape(case.sessions.limits(NOW_MS))
     elif '"seq"' in text:
         event = json.loads(text)
         assert event.pop("seq") and event.pop("received")

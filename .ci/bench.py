@@ -243,7 +243,9 @@ def spawn(command: list[str], given: bytes, environment: dict[str, str]) -> int:
     reader, writer = os.pipe()
     os.write(writer, given)
     os.close(writer)
-    pid = os.posix_spawn(command[0], command, environment, file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)])
+    quiet = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+    actions = [(os.POSIX_SPAWN_DUP2, reader, 0), quiet]
+    pid = os.posix_spawn(command[0], command, environment, file_actions=actions)
     os.close(reader)
     return pid
 
@@ -327,6 +329,33 @@ def bench_hook(sizes: Sizes) -> Iterator[Measured]:
 
 
 @benchmark(
+    "status-line",
+    "status line, nothing changed | ms | bare interpreter | <= 1.3",
+    "status line around another one, nothing changed | ms | bare interpreter and that one | <= 1.3",
+    "status line, how much later than the one it wraps, p95, figures changed | ms | 50 | <= 1",
+)
+def bench_status_line(sizes: Sizes) -> Iterator[Measured]:
+    """Time the status line, after its figures were handed on, and when all of them change each time."""
+    with new_monitor() as monitor:
+        ours, wrapped = [*hook_of(monitor), "--status-line", ""], "echo shown"
+        monitor.start()
+
+        def timed(command: list[str], number: int = 0) -> float:
+            line = json.dumps(tests.status_line(cost={"total_cost_usd": 1 + number})).encode() + b"\n"
+            return timed_process(command, line, monitor.environment)
+
+        alone, around = ["/bin/sh", "-c", wrapped], [*ours, wrapped]
+        timed(ours)
+        tests.eventually(lambda: glob.glob(monitor.home + "/gauges/s1"), 15, "figures that were handed on")
+        rounds = range(WARM_UP_PAIRS + sizes.hook_pairs)
+        yield paired([(timed(ours), timed(BARE_INTERPRETER)) for _ in rounds][WARM_UP_PAIRS:])
+        pairs = [(timed(around), timed(BARE_INTERPRETER) + timed(alone)) for _ in rounds]
+        yield paired(pairs[WARM_UP_PAIRS:])
+        later = [timed(around, number) - timed(alone) for number in rounds]
+        yield Measured(percentile(later, 95))
+
+
+@benchmark(
     "hook-redis",
     "hook, Redis mode, publisher runs | ms | bare interpreter | <= 1.4",
     "hook, Redis mode, publisher is started | ms | bare interpreter | <= 1.4",
@@ -363,7 +392,10 @@ def timed_hook(
 
     def timed(command: list[str]) -> float:
         before_each()
-        return timed_process(command, HOOK_INPUT, monitor.environment)
+        call = HOOK_INPUT.replace(
+            b'"toolu_', b'"toolu_%d' % time.monotonic_ns()
+        )  # the same call again is no event
+        return timed_process(command, call, monitor.environment)
 
     rounds = [(timed(command), timed(BARE_INTERPRETER)) for _ in range(WARM_UP_PAIRS + pairs)]
     return paired(rounds[WARM_UP_PAIRS:])
@@ -795,7 +827,7 @@ def serve_broadcast(listener: socket.socket, orders: socket.socket) -> None:
             waiting = 0
 
     clients = cm.WebSocketServer(
-        loop, listener, admit=lambda request, sock: None, opened=opened, received=lambda client, text: None,
+        loop, listener, admit=lambda request, sock: "", opened=opened, received=lambda client, text: None,
         connection_limit=2000, queue_limit_bytes=1 << 20,
     )  # fmt: skip
     loop.on_turn_end = end_turn
