@@ -1179,6 +1179,7 @@ RULES = {
     "tool_error": Rule("working", "call", "input"),
     "permission_request": Rule("working", "", "input"),
     "permission_denied": Rule("working", "call", "input"),
+    "permission_result": Rule("working", "", "input"),  # more in `_end_waits`
     "elicitation": Rule("working", "", "input"),
     "elicitation_result": Rule("working", "", "input"),
     "pre_compact": Rule("working", "", "input"),
@@ -1408,6 +1409,7 @@ class Session:
     pinned: bool = False
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
+    agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
@@ -1474,7 +1476,8 @@ _MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(fiel
 
 # Text and targets
 _TARGET_KEYS = (
-    "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "description",
+    "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "question",
+    "description",
     "skill", "plan", "prompt", "name",
 )  # fmt: skip
 
@@ -1598,25 +1601,29 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
 
 
 class UnnamedCalls:
-    """Pairs calls of clients before 2.0.43, which have no ids: a result ends the newest open call of the same
-    agent and tool.
+    """Pairs calls without ids, as of clients before 2.0.43, Gemini and Copilot: a result ends the newest open
+    call of the same agent and tool, of several one with the same input.
     """
 
     def __init__(self) -> None:
-        self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
+        # (session, agent, tool) → (use id, hash of the input)
+        self.open: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
 
     def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
         """Return the facts of an event; a result without an id gets that of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
-        use_ids = self.open.setdefault(key, [])
+        calls = self.open.setdefault(key, [])
+        digest = zlib.crc32(encode_json(facts[0].tool_input))
         if facts[0].outcome is Outcome.OPEN:
-            use_ids.append(facts[0].use_id)
-            del use_ids[:-100]
-        elif use_ids:
-            facts = (facts[0]._replace(use_id=use_ids.pop()),)
-        if not use_ids:
+            calls.append((facts[0].use_id, digest))
+            del calls[:-100]
+        elif calls:
+            call = next((it for it in reversed(calls) if it[1] == digest), calls[-1])
+            calls.remove(call)
+            facts = (facts[0]._replace(use_id=call[0]),)
+        if not calls:
             del self.open[key]
         return facts
 
@@ -1686,6 +1693,9 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
     if kind == "pre_compact" and event["data"].get("trigger") == "manual" and _client_status(session)[0]:
         kind = "message"  # the client reports whether it has anything to compact
+    if kind == "turn_end" and event["data"].get("mayBeSubagent"):
+        runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
+        kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1764,6 +1774,7 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
+    session.agent = event.get("agent", session.agent)
     session.counts["events"] += kind != "replaced" and event["eventType"] != "client_status"  # no hook's
     session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
@@ -2076,7 +2087,8 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
 
 
 def _description(tool_input: Any) -> str:
-    return one_line(text_of(tool_input.get("description"))) if isinstance(tool_input, dict) else ""
+    about = tool_input if isinstance(tool_input, dict) else {}
+    return one_line(text_of(about.get("description") or about.get("message")))
 
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
@@ -2283,6 +2295,7 @@ _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
 _NOTICE_KINDS = {
     "permission_prompt": "permission", "worker_permission_prompt": "permission", "idle_prompt": "input",
+    "prompt_shown": "prompt",  # at once after every turn: nothing waits
     "elicitation_dialog": "question", "elicitation_url_dialog": "question", "agent_needs_input": "dialog",
 }  # fmt: skip
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
@@ -2292,17 +2305,22 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     """End the waits that an event ends; one without a call is tied to its call when that begins."""
     kept, kind = [], step.kind
     begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
-    server = text_of(step.event["data"].get("mcp_server_name"))
-    answered = step.event["data"].get("to") if step.event["data"].get("outcome") == "delivered" else None
+    data = step.event["data"]
+    server = text_of(data.get("mcp_server_name"))
+    answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
         is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
         is_answer = kind == "elicitation_result" and wait.kind == "question"
+        is_decided = (
+            kind == "permission_result" and data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
+        )
         if (
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
             or (is_own and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
             or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
+            or (is_own and is_decided)
             or (is_own and is_answer and (not server or wait.tool in (None, server)))
             or (kind == "answer" and wait.event_id == answered)
         ):
@@ -2310,6 +2328,8 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
         asked = session.open_calls.get(wait.tool_use_id or "")
         is_open = asked is None or asked.agent_id != wait.agent_id  # the request overtook its call
         if is_own and begun and is_open and (begun.tool_name, begun.target) == wait[1:3]:
+            if data.get("isPermitted"):
+                continue
             wait = wait._replace(tool_use_id=begun.tool_use_id)
         kept.append(wait)
     session.waits = kept
@@ -2326,11 +2346,13 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         precedes_dialog = "answerable" in event and (kind == "elicitation" or "agentId" in event)
         held_until = at + event["answerable"] * 1000 if precedes_dialog else 0
         wait = wait._replace(event_id=event["id"], held_until=held_until)
-    if wait.kind == "input":
+    if wait.kind in ("input", "prompt"):
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
+        if wait.kind == "prompt":
+            return
     elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
     for number, other in enumerate(session.waits):
@@ -2571,8 +2593,8 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind in FIGURE_KINDS:
-                return session
+            if kind in FIGURE_KINDS or (kind == "session_end" and "agent" in event):
+                return session  # Codex ends windows that never had a prompt
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
@@ -2785,13 +2807,15 @@ class Sessions:
             # Silence starts at the time of the last event, even if it arrived late.
             quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
             machine = self._machines.get(session.machine_key)
+            machine = None if session.agent else machine  # many end without a word, and none has a process
             ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
             if self._is_watched(session):
                 ended_at = _NEVER
             is_long = session.clock < busy_at <= time_ms
             session.clock = busy_at if is_long else session.clock
             if time_ms >= ended_at:
-                why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
+                source = session.agent or session.machine_id
+                why = f"no event from {source} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
                 continue
@@ -3099,7 +3123,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "effort": "effort",
+    "demo": "demo", "agent": "agent", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -6885,10 +6909,8 @@ class Notifier:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         self._closing = False
         sent = read_state(path).get("sent")
-        is_ours = isinstance(sent, dict) and all(
-            isinstance(it, dict) and len(it) == 2 for it in sent.values()
-        )
-        self._book = NoticeBook(targets, sent if is_ours else {})
+        known = sent.items() if isinstance(sent, dict) else ()
+        self._book = NoticeBook(targets, {key: it for key, it in known if isinstance(it, dict)})
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
@@ -8874,9 +8896,10 @@ class EventSender:
 
 
 # ---------------------------------------------------------------------------
-# Hook installation: our hook in Claude Code's settings
+# Hook installation: our hook in Claude Code's settings and in those of other programs
 #
-# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
+# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json and in the files of
+# AGENT_HOOKS, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
 # running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
@@ -8909,6 +8932,53 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
 
 OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
+
+
+# Claude Code's names of the events that a turn consists of; Gemini has its own.
+_TURN_EVENTS = "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Stop"
+
+
+class AgentHooks(NamedTuple):
+    """Where and how another program registers hooks. Not registered: events that hold up every request."""
+
+    file: str  # in its directory
+    events: str
+    fields: JsonObject  # of each entry, besides the command
+    advice: str = "Restart its open sessions: they run the hook from then on."
+
+
+AGENT_HOOKS = {
+    # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
+    "codex": AgentHooks(
+        "hooks.json",
+        f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
+        {"type": "command"},
+        "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
+    ),
+    "gemini": AgentHooks(
+        "settings.json",
+        "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
+        {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
+    ),
+    "copilot": AgentHooks(
+        "hooks/contextuate.json",
+        f"{_TURN_EVENTS} PostToolUseFailure Notification SubagentStart SubagentStop PreCompact ErrorOccurred",
+        {"type": "command", "timeoutSec": HOOK_TIMEOUT_S},
+    ),
+    "qwen": AgentHooks(
+        "settings.json",
+        f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
+        " SubagentStart SubagentStop PreCompact PostCompact",
+        {"type": "command", "timeout": HOOK_TIMEOUT_S},
+    ),
+    "kimi": AgentHooks(
+        "config.toml",
+        f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionResult Interrupt"
+        " SubagentStart SubagentStop PreCompact PostCompact",
+        {"timeout": HOOK_TIMEOUT_S},
+    ),
+}
+_TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
 
 
 class InstallError(Exception):
@@ -8974,6 +9044,46 @@ def plan_install(
 def plan_uninstall(project: str | None) -> InstallPlan:
     """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
     return _plan(project, "", [], [])
+
+
+def agents_here() -> list[str]:
+    """Return the other programs that are installed, or have a directory."""
+    return [
+        name for name in AGENT_HOOKS if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))
+    ]
+
+
+def plan_agent(home: str, agent: str, installs: bool = True) -> InstallPlan:
+    """Plan to register our hook in another program's file, or to remove it; raise InstallError."""
+    about, names = AGENT_HOOKS[agent], AGENT_HOOKS[agent].events.split()
+    path = os.path.abspath(os.path.join(emit_event.agent_directory(agent), about.file))
+    command = hook_command(base_interpreter(), hook_script(home), agent) if installs else ""
+    if agent == "copilot":  # a file of our own
+        old_text = read_text(path)
+        hooks = {name: [{**about.fields, "bash": command}] for name in names}
+        new_text = render_settings({"version": 1, "hooks": hooks}, "") if installs else ""
+        return InstallPlan(path, old_text, new_text, tuple(names))
+    if agent == "kimi":
+        old_text = read_text(path)
+        others = _TOML_BLOCK.sub("", old_text)
+        if installs and re.search(r"^\s*hooks\s*=", others, re.M):
+            raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+        entries = (
+            f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
+            + "".join(f"{key} = {value}\n" for key, value in about.fields.items())
+            for name in names
+        )
+        block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
+        before = others if others.endswith("\n") or not others else others + "\n"
+        new_text = before + ("\n" if before else "") + block if installs else others
+        return InstallPlan(path, old_text, new_text, tuple(names))
+    old_text, settings = read_settings(path)
+    try:
+        changed = merge_hooks(settings, command, names if installs else [], fields=about.fields)
+        new_text = old_text if changed == settings else render_settings(changed, old_text)
+    except InstallError as error:
+        raise InstallError(f"{path}: {error}") from None
+    return InstallPlan(path, old_text, new_text, tuple(names))
 
 
 def _plan(
@@ -9176,8 +9286,10 @@ def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | 
     return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
 
 
-def hook_command(interpreter: str, script: str) -> str:
+def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
+
+    `agent`: the program of AGENT_HOOKS that runs it.
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
@@ -9187,7 +9299,8 @@ def hook_command(interpreter: str, script: str) -> str:
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
-    return f"{quoted[0]} -I -S {quoted[1]} || python3 -I -S {second} || :"
+    option = f" --agent {agent}" if agent else ""
+    return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
 
 
 # What Claude Code runs once it is installed; any failure is silent, as in run_hook.
@@ -9266,13 +9379,15 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-def merge_hooks(settings: JsonObject, command: str, names: list[str], wait_s: int = 0) -> JsonObject:
+def merge_hooks(
+    settings: JsonObject, command: str, names: list[str], wait_s: int = 0, fields: JsonObject | None = None
+) -> JsonObject:
     """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
     Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
     With `wait_s`, the hooks of questions wait so long for an answer.
     """
-    recording = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+    recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
@@ -9317,7 +9432,7 @@ def _is_ours(entry: JsonObject) -> bool:
     choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
     choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
     return choices != [] and all(
-        choice[4:] in ([], ["--answer"])
+        (choice[4:] in ([], ["--answer"]) or (len(choice) == 6 and choice[4] == "--agent"))
         and choice[1:3] == ["-I", "-S"]
         and choice[3].endswith("/hooks/emit_event.py")
         for choice in choices
@@ -9343,11 +9458,8 @@ def _expected(kind: type, value: Any, place: str) -> Any:
     return value
 
 
-def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
-
-    Raises InstallError for anything but one JSON object without duplicate keys.
-    """
+def read_text(path: str) -> str:
+    """Return the text of a settings file, "" if it is missing; raise InstallError."""
     content = b""
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -9355,21 +9467,31 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
                 raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
             with open(path, "rb") as file:
                 content = file.read()
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        trouble = f"line {line_number} is not UTF-8"
+    except OSError as error:
+        _raise_install_error(f"{path} cannot be read", error)
+    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
+
+
+def read_settings(path: str) -> tuple[str, JsonObject]:
+    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
+
+    Raises InstallError for anything but one JSON object without duplicate keys.
+    """
+    text = read_text(path)
+    try:
         bare = text.removeprefix("\ufeff")
         settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
         if isinstance(settings, dict):
             return text, settings
         trouble = "expected one JSON object"
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        trouble = f"line {line_number} is not UTF-8"
     except json.JSONDecodeError as error:
         trouble = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
     except (ValueError, RecursionError) as error:
         trouble = str(error)
-    except OSError as error:
-        _raise_install_error(f"{path} cannot be read", error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
@@ -9412,7 +9534,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
     Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
     save. Mode and owner stay.
     """
-    if read_settings(path)[0] != old_text:
+    if read_text(path) != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
@@ -9708,6 +9830,20 @@ class Doctor:
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
+        yield from map(self._agent, agents_here())
+
+    def _agent(self, agent: str) -> Finding:
+        advice = f"run: contextuate_monitor.py install --agent {agent}"
+        try:
+            plan = plan_agent(self._settings.home, agent)
+            is_registered = plan_agent(self._settings.home, agent, installs=False).new_text != plan.old_text
+        except InstallError as error:
+            return _warn("registered", str(error), "correct it")
+        if not is_registered:
+            return _ok("registered", f"{agent} is here without our hook; to add it, {advice}")
+        if plan.new_text != plan.old_text:
+            return _warn("registered", f"{plan.path} is not as this version would register", advice)
+        return _ok("registered", f"{len(plan.names)} events of {agent} in {plan.path}")
 
     def _remote_answers(self) -> Findings:
         if not emit_event.read_answer_key(self._settings.home):
@@ -11077,6 +11213,10 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
+    for agent in agents_of(args):
+        _change_agent(settings, agent, args.dry_run, installs=True)
+    if args.agent not in (None, "all"):
+        return 0
     version = claude_version()
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
     without = args.without or ()
@@ -11107,6 +11247,10 @@ def command_install(args: argparse.Namespace) -> int:
 def command_uninstall(args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
     settings = settings_of(args)
+    for agent in agents_of(args):
+        _change_agent(settings, agent, args.dry_run, installs=False)
+    if args.agent not in (None, "all"):
+        return 0
     plan = plan_uninstall(args.project)
     if args.dry_run:
         return show_plan(plan)
@@ -11117,6 +11261,31 @@ def command_uninstall(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
     print(f"Events and configuration stay in {settings.home}; remove that directory to delete everything.")
     return 0
+
+
+def agents_of(args: argparse.Namespace) -> list[str]:
+    """Return the other programs that `--agent` names; raise InstallError."""
+    if args.agent and args.project is not None:
+        raise InstallError("--project is for Claude Code only; leave out --agent or --project")
+    return agents_here() if args.agent == "all" else [args.agent] if args.agent else []
+
+
+def _change_agent(settings: Settings, agent: str, dry_run: bool, installs: bool) -> None:
+    plan = plan_agent(settings.home, agent, installs)
+    if dry_run:
+        show_plan(plan)
+        return
+    if installs:
+        install_hook_files(settings.home)
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    changes = plan.new_text != plan.old_text
+    if changes and not plan.new_text.strip():
+        os.unlink(plan.path)  # the file had our hooks only
+    removed = "hook removed" if changes else "the hook is not registered"
+    done = f"{len(plan.names)} events registered" if installs else removed
+    print(f"{agent:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
+    if installs:
+        print(AGENT_HOOKS[agent].advice)
 
 
 def show_plan(plan: InstallPlan) -> int:
@@ -11451,6 +11620,8 @@ _SERVING = (
     _option("--report-fd", argparse.SUPPRESS, type=int),
 )
 _INSTALLING = (
+    _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
+            choices=(*AGENT_HOOKS, "all")),
     _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),

@@ -210,8 +210,8 @@ def wrap(
 ) -> bytes:
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?,
-    "cwd"?, "parentSessionId"?, NAME: <payload>}`
+    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
+    "sessionId"?, "cwd"?, "parentSessionId"?, NAME: <payload>}`; "agent" is the argument of `--agent`.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -225,6 +225,8 @@ def wrap(
         head += f',"answerable":{wait_s}'
     if key:
         head += f',"machineKey":"{key}"'
+    if sys.argv[1:2] == ["--agent"] and sys.argv[2:]:
+        head += f',"agent":{quote(sys.argv[2])}'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
         head += f',"pid":{int(pid)}'
@@ -975,6 +977,206 @@ def make_machine_key(home: str) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Agents: the hooks of other programs, as Claude Code would send them
+#
+# One entry of AGENTS for each program. Everything behind this room knows our events only. It has no memory: a
+# payload becomes one payload. A name that Claude Code's hooks do not have, such as SubagentPrompt, changes no
+# state. Two fields are ours: `isPermitted` (any permission for this call was given before) and
+# `mayBeSubagent` (this Stop is perhaps a subagent's).
+# Measured with Codex 0.169, Gemini CLI 0.61, Copilot CLI 1.0.102, Qwen Code 0.24 and Kimi Code 2.1; what each
+# cannot report is in `.docs/agents.md`.
+# ---------------------------------------------------------------------------
+
+
+class AgentFormat(NamedTuple):
+    """How the payloads, transcripts and directories of a program differ from Claude Code's."""
+
+    directory: str  # in the home directory
+    variable: str = ""  # of the environment: another directory
+    events: "dict[str, str]" = {}  # its name → Claude Code's
+    fields: "dict[str, str]" = {}
+    tools: "dict[str, str]" = {}
+    adapt: "Callable[[str, JsonObject], str]" = lambda name, hook: (
+        name
+    )  # changes the payload, returns the name
+    transcript: str = ""  # below `directory`, where no payload contains it
+    usage: "tuple[str, str, str]" = ("", "", "")  # type of a line with tokens, the object, the key
+    counts: str = ""  # names in this object: input, output, read from cache, written to it
+
+
+def adapt_codex(name: str, hook: JsonObject) -> str:
+    """Find the agent that a call launched; the task of a subagent is no person's prompt."""
+    response = hook.get("tool_response")
+    if name == "PostToolUse" and hook.get("tool_name") == "Agent" and isinstance(response, str):
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # no JSON object
+            launched = json.loads(response)
+            about = {"agentId": launched["agent_id"], "status": "async_launched"}
+            hook["tool_response"] = {**launched, **about}
+    return "SubagentPrompt" if name == "UserPromptSubmit" and "agent_id" in hook else name
+
+
+_EXIT_CODE = re.compile(r"^Exit Code: [1-9]\d*$|completed with exit code [1-9]\d*>\s*\Z", re.M)
+_TASK_ID = re.compile(r"^task_id: (\S+)", re.M)
+
+
+def adapt_gemini(name: str, hook: JsonObject) -> str:
+    """Take the text of a result, and find failures and Esc in it."""
+    if name == "Stop":
+        hook.pop("prompt", None)  # of the turn that ends
+    if hook.get("notification_type") == "ToolPermission":
+        hook["notification_type"] = "permission_prompt"
+    response = hook.get("tool_response")
+    if name != "PostToolUse" or not isinstance(response, dict):
+        return name
+    content, shown, error = (response.get(it) for it in ("llmContent", "returnDisplay", "error"))
+    text = content if isinstance(content, str) else _text_of_parts(content)
+    hook["tool_response"] = text or response
+    if isinstance(shown, str) and "cancelled by user" in shown:
+        return "Interrupt"  # and there is no AfterAgent
+    if isinstance(error, dict):
+        hook["error"] = error.get("message")
+    elif hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
+        hook["error"] = text
+    launched = _TASK_ID.search(text) if hook.get("tool_name") == "Agent" else None
+    if launched and isinstance(shown, dict) and shown.get("executionMode") == "background":
+        hook["tool_response"] = {"agentId": launched[1], "status": "async_launched", "text": text}
+    return "PostToolUseFailure" if "error" in hook else name
+
+
+def adapt_qwen(name: str, hook: JsonObject) -> str:
+    """Mark calls as permitted, for PreToolUse follows the permission; rename what a person did not do."""
+    if name == "UserPromptSubmit" and hook.get("prompt") == "":
+        return "ToolsReturned"
+    if name == "Notification" and hook.get("notification_type") == "idle_prompt":
+        if "agent_id" in hook:
+            return "SubagentNotice"
+        hook["notification_type"] = "prompt_shown"
+    if name == "PreToolUse":
+        hook["isPermitted"] = True
+    return adapt_gemini(name, hook)
+
+
+def adapt_copilot(name: str, hook: JsonObject) -> str:
+    """Name the events that have no name, and put a subagent's events under its session."""
+    if not name:
+        # A PermissionRequest comes for every call; only the Notification means that a dialog is open.
+        name = "SubagentStart" if "agentName" in hook else "PermissionCheck"
+    if hook.get("agent_id") and hook.get("agent_id") == hook.get("session_id"):
+        hook["session_id"] = hook.get("parent_agent_id")
+        name = {"UserPromptSubmit": "SubagentPrompt", "Stop": "SubagentTurn"}.get(name, name)
+    result, error = hook.get("tool_response"), hook.get("error")
+    if isinstance(result, dict) and isinstance(result.get("text_result_for_llm"), str):
+        hook["tool_response"] = text = result["text_result_for_llm"]
+        if name == "PostToolUse" and hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
+            name, hook["error"] = "PostToolUseFailure", text
+    if name == "ErrorOccurred" and isinstance(error, dict) and hook.get("error_context") == "model_call":
+        name, hook["error"], hook["error_details"] = "StopFailure", "error", error.get("message")
+    return name
+
+
+def adapt_kimi(name: str, hook: JsonObject) -> str:
+    """Unpack prompts and errors; subagents have a name and no id."""
+    prompt, error = hook.get("prompt"), hook.get("error")
+    if isinstance(prompt, list):
+        hook["prompt"] = _text_of_parts(prompt)
+    if isinstance(error, dict):
+        hook["error"] = error.get("message")
+    if hook.get("agent_id") == "main":
+        del hook["agent_id"]
+    if name in ("SubagentStart", "SubagentStop"):
+        hook["agent_id"] = hook["agent_type"] = hook.get("agent_name")
+    if name == "Stop":
+        hook["mayBeSubagent"] = True
+    return name
+
+
+_GEMINI_TOOLS = {
+    "run_shell_command": "Bash", "read_file": "Read", "write_file": "Write", "replace": "Edit",
+    "edit": "Edit", "glob": "Glob", "list_directory": "LS", "search_file_content": "Grep",
+    "grep_search": "Grep", "web_fetch": "WebFetch", "google_web_search": "WebSearch",
+    "web_search": "WebSearch", "ask_user": "AskUserQuestion", "ask_user_question": "AskUserQuestion",
+    "invoke_agent": "Agent", "agent": "Agent", "task": "Agent", "todo_write": "TodoWrite",
+    "write_todos": "TodoWrite",
+}  # fmt: skip
+AGENTS = {
+    "codex": AgentFormat(
+        ".codex", "CODEX_HOME",
+        tools={"request_user_input": "AskUserQuestion", "spawn_agent": "Agent"},
+        adapt=adapt_codex, usage=("token_usage_record", "usage", "response_id"),
+        counts="input_tokens output_tokens cached_input_tokens cache_write_input_tokens",
+    ),
+    "gemini": AgentFormat(
+        ".gemini",
+        events={
+            "BeforeAgent": "UserPromptSubmit", "BeforeTool": "PreToolUse", "AfterTool": "PostToolUse",
+            "AfterAgent": "Stop",
+        },
+        fields={"prompt_response": "last_assistant_message"},
+        tools=_GEMINI_TOOLS, adapt=adapt_gemini,
+        usage=("gemini", "tokens", "id"), counts="input output cached -",
+    ),
+    "copilot": AgentFormat(
+        ".copilot", "COPILOT_HOME",
+        fields={"tool_result": "tool_response"},
+        adapt=adapt_copilot, transcript="session-state/{}/events.jsonl",
+        usage=("session.usage_record", "usage", "apiCallId"),
+        counts="inputTokens outputTokens cacheReadTokens cacheWriteTokens",
+    ),
+    "qwen": AgentFormat(
+        ".qwen",
+        tools=_GEMINI_TOOLS, adapt=adapt_qwen,
+        usage=("assistant", "usageMetadata", "uuid"),
+        counts="promptTokenCount candidatesTokenCount cachedContentTokenCount -",
+    ),
+    "kimi": AgentFormat(
+        ".kimi-code", "KIMI_CODE_HOME",
+        fields={"tool_call_id": "tool_use_id", "error_type": "error", "error_message": "error_details"},
+        adapt=adapt_kimi, transcript="sessions/*/{}/agents/*/wire.jsonl",
+        usage=("usage.record", "usage", ""), counts="inputOther output inputCacheRead inputCacheCreation",
+    ),
+}  # fmt: skip
+_OWN_DIRECTORY = re.compile(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/")
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _text_of_parts(parts: Any) -> str:
+    return "\n".join(part["text"] for part in objects_in(parts) if isinstance(part.get("text"), str))
+
+
+def agent_of(hook: JsonObject) -> str:
+    """Return the program that a payload itself proves; "": Claude Code or unknown."""
+    if hook.get("client_type") == "kimi_code_cli":
+        return "kimi"
+    if hook.get("hookName") == "permissionRequest" or "initial_prompt" in hook:
+        return "copilot"  # it runs the hooks of a project's `.claude/settings.json`
+    match = _OWN_DIRECTORY.search(str(hook.get("transcript_path")))
+    return match[1] if match else ""
+
+
+def agent_directory(name: str) -> str:
+    """Return the directory of a program's settings and sessions, as its variable or by default."""
+    about = AGENTS[name]
+    return os.environ.get(about.variable) or os.path.expanduser(f"~/{about.directory}")
+
+
+def like_claude(agent: str, given: JsonObject) -> JsonObject:
+    """Return a payload of a program's hook in the form of Claude Code's."""
+    about = AGENTS[agent]
+    hook = {about.fields.get(field, field): value for field, value in given.items()}
+    name, tool = (_string(hook.get(field)) for field in ("hook_event_name", "tool_name"))
+    if tool in about.tools:
+        hook["tool_name"] = about.tools[tool]
+    hook["hook_event_name"] = about.adapt(about.events.get(name, name), hook)
+    session_id = _string(hook.get("session_id"))
+    if about.transcript and re.fullmatch(r"[\w-]+", session_id):
+        hook["transcript_path"] = f"{agent_directory(agent)}/{about.transcript.format(session_id)}"
+    return hook
+
+
+# ---------------------------------------------------------------------------
 # Event model: from anything that is one JSON object to one event
 #
 # Knows: payload fields and event fields. Does no I/O.
@@ -989,6 +1191,7 @@ EVENT_TYPES = {
     "Elicitation": "elicitation", "ElicitationResult": "elicitation_result",
     "PreCompact": "pre_compact", "PostCompact": "post_compact",
     "TaskCreated": "task_created", "TaskCompleted": "task_completed", "Monitor": "session_meta",
+    "Interrupt": "interrupted", "PermissionResult": "permission_result",  # other programs' hooks
 }  # fmt: skip
 
 # Payload field → name in `data`. Of two fields with one name the first wins, the other keeps its own.
@@ -1090,9 +1293,8 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     data: JsonObject = {}
-    if "hook_event_name" not in hook or "session_id" not in hook:
-        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
-        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
+    hook, agent = _known_form(hook, wrapper)
+    wrapper = {**wrapper, "agent": agent} if agent else wrapper
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
@@ -1120,6 +1322,15 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
             _keep(data, "hook_event_name", hook_type)
         hook_type = ""
     return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+
+
+def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str]":
+    """Return (a payload with Claude Code's names, the program that sent it or "")."""
+    if "hook_event_name" not in hook or "session_id" not in hook:
+        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
+        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
+    agent = _string(wrapper.get("agent")) or agent_of(hook)
+    return (like_claude(agent, hook), agent) if agent in AGENTS else (hook, "")
 
 
 def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -1983,8 +2194,8 @@ USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 6
-_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
+USAGE_SCHEMA = 7
+_USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
 _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens".split()
@@ -1993,6 +2204,10 @@ _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInp
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
 _MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
+_AGENT_MARKS = (
+    b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
+    b' "permission.completed" "cancelled"'
+).split()
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -2061,9 +2276,11 @@ class TranscriptParser:
     Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
-    def __init__(self, agent_id: str = "") -> None:
+    def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self.consumed = 0  # bytes; the next reader begins there
         self._agent_id = agent_id
+        self._program = program  # of AGENTS; "": Claude Code
+        self._model = model  # of the last line that names one, where the lines with tokens do not
         self._rest = bytearray()  # of a line that is not complete
 
     def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
@@ -2078,11 +2295,14 @@ class TranscriptParser:
         return [usage for line in lines for usage in self._usage_of(line)]
 
     def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState | JsonObject]":
-        if not any(mark in line for mark in _MARKS):
+        if not any(mark in line for mark in (_AGENT_MARKS if self._program else _MARKS)):
             return
         try:
             entry = parse_event_line(line)
         except MalformedEvent:
+            return
+        if self._program:
+            yield from self._of_program(AGENTS[self._program], entry, line)
             return
         shown, time_ms = _evidence_in(entry, self._agent_id), iso_time_ms(entry.get("timestamp"))
         if shown and time_ms:
@@ -2110,6 +2330,52 @@ class TranscriptParser:
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
         yield MessageUsage(key, agent_id, model, counts, session_id)
+
+    def _of_program(self, about: AgentFormat, entry: JsonObject, line: bytes) -> "Iterator[Any]":
+        """Yield what a line of another program's transcript shows."""
+        wrapped = entry.get("payload", entry.get("data"))
+        inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
+        shown, kind = _agent_evidence(self._program, entry, inner), entry.get("type")
+        time_ms = iso_time_ms(shown.pop("at", entry.get("timestamp")))
+        if shown and time_ms and not self._agent_id and "agentId" not in entry:
+            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
+        if kind == "turn_context":
+            self._model = id_or(inner.get("model"), self._model)
+        type_name, place, key_name = about.usage
+        usage = inner.get(place)
+        if kind != type_name or not isinstance(usage, dict):
+            return
+        count_names = [*about.counts.split(), "-"]
+        sent, received, read, written, _ = _counts_of(usage, count_names)
+        if self._program != "kimi":  # the others' input includes what the cache had
+            sent = max(0, sent - read - written)
+        if self._program == "gemini":
+            received += _counts_of(usage, ["thoughts", "-"])[0]
+        thread = inner.get("thread_id") if inner.get("thread_id") != inner.get("session_id") else None
+        agent_id = id_or(entry.get("agentId", thread), self._agent_id).replace("main", "", 1)
+        model = id_or(usage.get("model", entry.get("model")), self._model) or "unknown"
+        key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
+        counts = (sent, received, read, written, 0)
+        yield MessageUsage(f"{self._program} {key}", agent_id, model, counts)
+
+
+def _agent_evidence(program: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
+    """Return the event that a line of another program's transcript is evidence of; `at`: its time."""
+    kind = inner.get("type") if program == "codex" else entry.get("type")
+    calls, error = objects_in(entry.get("toolCalls")), inner.get("error")
+    data: JsonObject = {}
+    at = {}
+    if kind == "permission.completed":
+        return {"eventType": "permission_result", "data": {}}
+    if kind in ("turn_aborted", "abort"):
+        data = {"status": "interrupted"}
+    elif kind == "task_complete" and isinstance(error, dict):
+        data = {"status": "failed", "error": "error", "error_details": error.get("message")}
+    elif program == "gemini" and kind == "error":
+        data = {"status": "failed", "error": "error", "error_details": entry.get("content")}
+    elif calls and all(call.get("status") == "cancelled" for call in calls):
+        data, at = {"status": "interrupted"}, {"at": calls[-1].get("timestamp")}
+    return {"eventType": "client_status", "data": data, **at} if data else {}
 
 
 def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
@@ -2183,7 +2449,8 @@ class UsageReader:
         usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
-            usage = self._read(session_id, files) if files else None
+            program = event["agent"] if event.get("agent") in AGENTS else ""
+            usage = self._read(session_id, files, program) if files else None
         except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
         found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
@@ -2224,7 +2491,7 @@ class UsageReader:
             self._database = database
         return self._database
 
-    def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
+    def _read(self, session: str, files: "list[tuple[str, str]]", program: str = "") -> "JsonObject | None":
         with self._open() as database:
             is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
             if not is_known and not any(os.path.isfile(path) for path, _ in files):
@@ -2241,7 +2508,11 @@ class UsageReader:
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
-                self._count(session, path, file.fileno(), TranscriptParser(agent_id))
+                if program == "codex" and session not in path:
+                    agent_id = agent_id or SIDECHAIN  # a subagent's own file
+                find = "SELECT coalesce(model, '') FROM sessions WHERE name = ?"
+                model = database.execute(find, (session,)).fetchone()[0] if program else ""
+                self._count(session, path, file.fileno(), TranscriptParser(agent_id, program, model))
         return None if self._stopping.is_set() else _session_usage(database, session)
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
@@ -2389,6 +2660,8 @@ def transcript_places(path: Any) -> "list[str]":
     places = [path, os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
     projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
+    if "/sessions/*/" in path:  # of a program that names no transcript
+        return sorted(glob.iglob(path))
     if not os.path.exists(path) and os.path.basename(projects) == "projects":
         places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
     return list(dict.fromkeys(places))

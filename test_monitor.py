@@ -8174,6 +8174,236 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
 
 
 # ---------------------------------------------------------------------------
+# Agents: the hooks of other programs, from their recorded payloads to the states on the page
+#
+# Recorded with the real programs: Codex 0.169, Gemini CLI 0.61, Copilot CLI 1.0.102, Qwen Code 0.24, Kimi Code 2.1.
+# ---------------------------------------------------------------------------
+
+AGENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "agents")
+AGENT_LETTERS = {
+    "idle": "i", "working": "w", "waiting permission": "P", "waiting question": "Q", "failed": "F", "ended": "e",
+}  # fmt: skip
+# Recording, the states of its sessions one after the other, and (calls, failed, interrupted, prompts) of all.
+AGENT_STATES = [
+    ("codex/answers", "iwPwiwPiwPiwiwiwi", (6, 0, 3, 6)),
+    ("codex/ask-kill", "iwQwiwi", (2, 0, 0, 2)),
+    ("codex/esc-in-tool", "iwi", (1, 0, 1, 1)),
+    ("codex/esc-thinking", "iwi", (0, 0, 0, 1)),
+    ("codex/exec-cmd", "iwie", (1, 0, 0, 1)),
+    ("codex/exec-error", "iwe", (0, 0, 0, 1)),
+    ("codex/exec-fail", "iwie", (1, 0, 0, 1)),
+    ("codex/misc", "iwiwiwi iwi", (2, 0, 1, 3)),
+    ("codex/no-daemon-kill", "iw", (1, 0, 0, 1)),
+    ("codex/no-daemon-term", "iw", (1, 0, 0, 1)),
+    ("codex/no-daemon", "iwie", (1, 0, 0, 1)),
+    ("codex/patch-approval", "iwPi", (1, 0, 1, 1)),
+    ("codex/perm-esc", "iwPi", (1, 0, 1, 1)),
+    ("codex/perm-yes", "iwPwi", (1, 0, 0, 1)),
+    ("codex/resume", "iwi", (0, 0, 0, 1)),
+    ("codex/subagent", "iwPwiwiwi", (4, 0, 1, 3)),
+    ("codex/tools", "iwiwiwiwiwiw", (3, 0, 0, 6)),
+    ("codex/tui-cmd", "iwi", (1, 0, 0, 1)),
+    ("copilot/answers", "iwiwiwPwie iwi", (4, 0, 3, 5)),
+    ("copilot/claude-settings-file", "iwie", (2, 0, 1, 1)),
+    ("copilot/esc", "iwPwPe", (2, 0, 2, 3)),
+    ("copilot/perm-yes", "iwPwie", (1, 0, 0, 1)),
+    ("copilot/print-camel", "i", (0, 0, 0, 0)),
+    ("copilot/print-cmd", "iwie", (1, 0, 0, 1)),
+    ("copilot/state", "iwPwie", (1, 0, 0, 1)),
+    ("copilot/tools", "iwPwiwiwiwPwiwiwQwiwiwFe", (9, 4, 0, 8)),
+    ("gemini/esc", "iwiwPie", (1, 0, 1, 2)),
+    ("gemini/kill", "iwie", (0, 0, 0, 1)),
+    ("gemini/misc", "iwQwiwiwPwiwiwiwie iwie", (6, 0, 2, 7)),
+    ("gemini/perm-no", "iwPwPwie", (2, 0, 1, 2)),
+    ("gemini/perm-yes", "iwPwie", (1, 0, 0, 1)),
+    ("gemini/print-cmd", "iwie", (1, 0, 0, 1)),
+    ("gemini/resume", "iwie", (0, 0, 0, 1)),
+    ("gemini/tools", "iwPwiwiwiwPwiwiwie", (5, 2, 0, 6)),
+    ("kimi/esc", "iwPwiwiwPwiwPwiwie iwi", (4, 3, 1, 6)),
+    ("kimi/print-cmd", "iwi", (1, 0, 0, 1)),
+    ("kimi/tools", "iwPwiwPwiwiwiwiwiwiwQiwFe", (10, 3, 2, 9)),
+    ("qwen/answers", "iwPwiwPiwPie iwie", (1, 0, 0, 4)),
+    ("qwen/esc", "iwPiwiwie", (0, 0, 0, 3)),
+    ("qwen/perm-yes", "iwPwie", (1, 0, 0, 1)),
+    ("qwen/print-cmd", "iwi", (1, 0, 0, 1)),
+    ("qwen/sub-ask", "iwPwiwPwiwQwie", (3, 0, 0, 3)),
+    ("qwen/tools", "iwPwiwiwiwPwiwiwiwFe", (2, 1, 0, 7)),
+]
+
+
+def agent_payloads(name: str) -> list[dict[str, Any]]:
+    with open(f"{AGENT_RECORDINGS}/{name}.jsonl", "rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def agent_event(name: str, number: int, hook: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded payload as an event: one a second."""
+    at, agent = 1_700_000_000_000 + 1000 * number, name.partition("/")[0]
+    about = {"id": f"{name} {number}", "timestamp": at, "machineId": "m", "agent": agent}
+    return {"received": at, **ee.build_event({**about, "hook": hook}, at, "m")}
+
+
+def agent_states(events: Iterable[dict[str, Any]]) -> tuple[cm.Sessions, dict[str, str]]:
+    """Return (all sessions, the states of each as letters) after these events."""
+    book, states = cm.Sessions(own_machine="m"), collections.defaultdict(str)
+    for seq, event in enumerate(events, 1):
+        session = book.to_json(book.apply({"seq": seq, **event}))
+        kind = " " + session["reason"]["kind"] if session["state"] == "waiting" else ""
+        letter = AGENT_LETTERS[session["state"] + kind]
+        if session["sessionId"] in book.sessions and states[session["sessionId"]][-1:] != letter:
+            states[session["sessionId"]] += letter
+    return book, dict(states)
+
+
+@pytest.mark.parametrize(("name", "states", "counts"), AGENT_STATES, ids=[row[0] for row in AGENT_STATES])
+def test_a_recorded_agent_has_the_states_of_its_screen(name, states, counts):
+    book, found = agent_states(agent_event(name, *it) for it in enumerate(agent_payloads(name)))
+    assert list(found.values()) == states.split()
+    assert {session.agent for session in book.sessions.values()} == {name.partition("/")[0]}
+    names = ("toolCalls", "toolErrors", "interrupted", "prompts")
+    assert tuple(sum(it.counts[each] for it in book.sessions.values()) for each in names) == counts
+
+
+def test_every_recording_of_an_agent_has_a_row():
+    found = [path[len(AGENT_RECORDINGS) + 1 : -6] for path in glob.glob(f"{AGENT_RECORDINGS}/*/*.jsonl")]
+    assert {it for it in found if not it.startswith("transcripts")} == {row[0] for row in AGENT_STATES}
+
+
+def test_payloads_of_all_agents_in_one_stream_stay_apart():
+    by_session = collections.defaultdict(list)  # some sessions are in two recordings
+    for name, *_ in AGENT_STATES:
+        for number, hook in enumerate(agent_payloads(name)):
+            event = agent_event(name, number, hook)
+            stream = by_session[event["sessionId"]]
+            event["timestamp"] = event["received"] = NOW_MS + 1000 * len(stream)
+            stream.append(event)
+    alone = {}
+    for stream in by_session.values():
+        alone.update(agent_states(stream)[1])
+    order = [session for session, stream in by_session.items() for _ in stream]
+    random.Random(7).shuffle(order)
+    taken = {session: iter(stream) for session, stream in by_session.items()}
+    assert agent_states(next(taken[session]) for session in order)[1] == alone
+
+
+# Recording, number of the payload → the reason of a wait or failure (kind, tool, detail), and the agents then.
+AGENT_DETAILS = [
+    ("codex/patch-approval", 3, ("permission", "apply_patch", "new.txt"), []),
+    ("codex/ask-kill", 2, ("question", "AskUserQuestion", "Which colour?"), []),
+    ("codex/subagent", 14, None, [("[[scn:inner]] do it", "working")]),
+    ("codex/subagent", 17, None, [("[[scn:inner]] do it", "ended")]),
+    ("gemini/tools", 19, None, []),
+    ("gemini/tools", 18, ("permission", "Write", "new.txt"), []),
+    ("copilot/perm-yes", 4, ("permission", "Bash", "touch /home/dev/proj/perm-p.txt"), []),
+    ("copilot/tools", 35, None, [("inner job", "working")]),
+    ("copilot/tools", 42, ("error", None, 'error: {"message":"fake: bad request","type":"fake_error","code":"fake"}'),
+     [("inner job", "ended")]),
+    ("qwen/sub-ask", 2, ("permission", "Bash", "touch /tmp/perm-g.txt"), []),
+    ("qwen/sub-ask", 4, None, []),  # it was granted, and runs
+    ("kimi/tools", 5, None, []),
+    ("qwen/sub-ask", 16, None, [("inner job", "working")]),
+    ("kimi/tools", 4, ("permission", "Bash", "touch /tmp/perm-k.txt"), []),
+    ("kimi/tools", 42, None, [("inner job", "working")]),
+    ("kimi/tools", 52, ("error", None, "APIStatusError: 400 fake: bad request"), [("inner job", "ended")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "number", "reason", "agents"), AGENT_DETAILS)
+def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, reason, agents):
+    given = agent_payloads(name)[: number + 1]
+    book = agent_states(agent_event(name, *it) for it in enumerate(given))[0]
+    (session,) = book.each_json(with_hidden=True)
+    found = session["reason"] and tuple(session["reason"][it] for it in ("kind", "tool", "detail"))
+    assert found == reason
+    assert [(it["label"], it["state"]) for it in session["agents"]] == agents
+
+
+# Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
+@pytest.mark.parametrize(
+    ("agent", "output", "evidence"),
+    [("codex", 42, ["failed", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
+     ("copilot", 42, ["permission_result", "interrupted"])],
+)  # fmt: skip
+def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, output, evidence):
+    content = open(f"{AGENT_RECORDINGS}/transcripts/{agent}.jsonl", "rb").read()  # noqa: SIM115
+    found = [it for it in ee.TranscriptParser("", agent).feed(content) if isinstance(it, dict)]
+    assert [it["data"].get("status", it["eventType"]) for it in found] == evidence
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(content)
+    event = {"sessionId": "s", "agent": agent, "machineId": "m", "timestamp": NOW_MS}
+    reader = ee.UsageReader(str(tmp_path))
+    for _ in range(2):  # the second reading counts no message twice
+        reader._delivered.clear()
+        usage = reader.events({**event, "data": {"transcriptPath": str(path)}})[-1]["data"]["usage"]
+        path.write_bytes(content + content)
+        (counts,) = usage["models"].values()
+        assert counts == {"input": 678, "output": output, "cacheRead": 333, "cacheCreation": 0}
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("hook", "agent"),
+    [({"transcript_path": "/home/dev/.codex/sessions/rollout-1.jsonl"}, "codex"), ({"client_type": "kimi_code_cli"}, "kimi"),
+     ({"hookName": "permissionRequest", "sessionId": "s"}, "copilot"), ({"hook_event_name": "Stop"}, None),
+     ({"transcript_path": "/home/dev/.claude/projects/x/.codex.jsonl"}, None)],
+)  # fmt: skip
+def test_a_payload_without_the_argument_proves_its_program(hook, agent):
+    assert ee.build_event({"id": "1", "hook": hook}, 5, "m").get("agent") == agent
+
+
+def test_the_hook_adds_the_program_of_its_argument(hook_alone, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["emit_event.py", "--agent", "gemini"])
+    line = json.loads(ee.wrap(b'{"hook_event_name": "BeforeTool", "tool_name": "read_file"}', {}))
+    event = ee.build_event(line, 5, "m")
+    assert (event["agent"], event["hookType"], event["data"]["toolName"]) == ("gemini", "PreToolUse", "Read")
+
+
+# Program → its file, in its directory; what is in it before
+AGENT_FILES = {
+    "codex": ("hooks.json", '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "mine"}]}]}}\n'),
+    "gemini": ("settings.json", '{\n  "theme": "x"\n}\n'),
+    "copilot": ("hooks/contextuate.json", ""),
+    "qwen": ("settings.json", ""),
+    "kimi": ("config.toml", 'model = "k"\n[[hooks]]\nevent = "Stop"\ncommand = "mine"\n'),
+}
+
+
+@pytest.mark.parametrize("agent", list(AGENT_FILES))
+def test_install_and_uninstall_for_an_agent_change_only_our_entries(monitor, monkeypatch, tmp_path, agent):
+    name, before = AGENT_FILES[agent]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for about in ee.AGENTS.values():
+        monkeypatch.delenv(about.variable or "NONE", raising=False)
+    path = tmp_path / ee.AGENTS[agent].directory / name
+    path.parent.mkdir(parents=True)
+    if before:
+        path.write_text(before)
+    assert "+" in in_process(monitor, "install", "--dry-run", "--agent", agent).stdout
+    assert not path.exists() or path.read_text() == before
+    assert in_process(monitor, "install", "--agent", agent).returncode == 0
+    installed = path.read_text()
+    assert installed.count(f"--agent {agent} || :") == len(cm.AGENT_HOOKS[agent].events.split())
+    assert not before or "mine" in installed or '"theme": "x"' in installed
+    in_process(monitor, "install", "--agent", agent)
+    assert path.read_text() == installed
+    assert f"of {agent} in {path}" in in_process(monitor, "doctor").stdout
+    in_process(monitor, "uninstall", "--agent", agent)
+    left = path.read_text() if path.exists() else ""
+    if name.endswith(".json"):
+        assert json.loads(left or "{}") == json.loads(before or "{}")
+    else:
+        assert left == before
+    assert "the hook is not registered" in in_process(monitor, "uninstall", "--agent", agent).stdout
+
+
+def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch, tmp_path):
+    monkeypatch.setenv("KIMI_CODE_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text("hooks = []\n")
+    with pytest.raises(cm.InstallError, match="one list"):
+        cm.plan_agent(str(tmp_path), "kimi")
+
+
+# ---------------------------------------------------------------------------
 # Notifications: what is due to whom; sent once, to servers that fail in every way
 # ---------------------------------------------------------------------------
 
@@ -12350,6 +12580,43 @@ def test_counters_filter_rail_and_table(tab):
         eventually(lambda name=name: {row["session"] for row in tab.rows()} == {name})
         tab.press("Escape")
         eventually(lambda: len(tab.rail()) == 5)
+
+
+def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
+    tab.emit("@c prompt by claude; @x prompt by codex; @x/a1 agent; @x/a1 call make")
+    hook = payload("Stop", "x", last_assistant_message="done")
+    tab.monitor.emit(
+        {"id": str(uuid.uuid4()), "agent": "codex", "timestamp": cm.now_ms(), "machineId": "m", "hook": hook}
+    )
+    eventually(
+        lambda: tab.monitor.sessions()["x"]["agent"] == "codex" and tab.monitor.sessions()["c"]["agent"] == ""
+    )
+    eventually(lambda: "codex \u00b7" in tab.page.inner_text("[data-testid=rail]"))
+    for words, shown in (
+        ("agent:codex", {"by codex"}),
+        ("agent:claude", {"by claude"}),
+        ("sub:explore", {"by codex"}),
+    ):
+        tab.page.fill("#filter", words)
+        eventually(
+            lambda shown=shown: {row["session"].partition(" \u203a")[0] for row in tab.rows()} == shown
+        )
+    tab.page.fill("#filter", "")
+    copied = "navigator.clipboard.readText()"
+    for session, command in (("x", "codex resume x"), ("c", "claude --resume c")):
+        tab.page.evaluate(f"location.hash = '#s={session}'")
+        eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
+        tab.page.evaluate("document.activeElement.blur()")
+        eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
+    hook = {"id": str(uuid.uuid4()), "agent": "qwen", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
+    tab.monitor.emit(hook)
+    for session, count in (("c", 1), ("q", 0)):
+        tab.page.click(f"[data-session-id={session}]", button="right")
+        entry = tab.page.locator("[role=menuitem]", has_text="Copy")
+        eventually(
+            lambda count=count, entry=entry: entry.count() == 1 + count, what="how to resume, if known"
+        )
+        tab.page.keyboard.press("Escape")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
