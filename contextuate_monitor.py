@@ -9838,12 +9838,12 @@ class Doctor:
             plan = plan_agent(self._settings.home, agent)
             is_registered = plan_agent(self._settings.home, agent, installs=False).new_text != plan.old_text
         except InstallError as error:
-            return _warn("registered", str(error), "correct it")
+            return _warn("agents", str(error), "correct it")
         if not is_registered:
-            return _ok("registered", f"{agent} is here without our hook; to add it, {advice}")
+            return _ok("agents", f"{agent} is here without our hook; to add it, {advice}")
         if plan.new_text != plan.old_text:
-            return _warn("registered", f"{plan.path} is not as this version would register", advice)
-        return _ok("registered", f"{len(plan.names)} events of {agent} in {plan.path}")
+            return _warn("agents", f"{plan.path} is not as this version would register", advice)
+        return _ok("agents", f"{len(plan.names)} events of {agent} in {plan.path}")
 
     def _remote_answers(self) -> Findings:
         if not emit_event.read_answer_key(self._settings.home):

@@ -1293,8 +1293,10 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     data: JsonObject = {}
-    hook, agent = _known_form(hook, wrapper)
-    wrapper = {**wrapper, "agent": agent} if agent else wrapper
+    is_known = "hook_event_name" in hook and "session_id" in hook
+    if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
+        hook, agent = _known_form(hook, wrapper)
+        wrapper = {**wrapper, "agent": agent} if agent else wrapper
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
