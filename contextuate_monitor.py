@@ -6648,7 +6648,7 @@ _DESTINATIONS = {
 
 
 def suggestion_words(suggestion: JsonObject) -> str:
-    """Return one of the client's suggestions of what to allow always, in words."""
+    """Return one of the client's suggestions, as a sentence."""
     given = {name: text_of(value) for name, value in suggestion.items()}
     kind, where = given.get("type"), given.get("destination", "")
     where = f" in {_DESTINATIONS.get(where, where)}"
