@@ -3921,47 +3921,13 @@ class Statistics:
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
         cells = list(self._cells())
         client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
-        is_exact = {cell.session for cell in cells if cell.model == client}
+        exact_sessions = {cell.session for cell in cells if cell.model == client}
+        table = functools.partial(self._table, cells, client, exact_sessions)
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
         spans += f"WHERE {self._where} GROUP BY session"
         span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
-
-        def table(
-            fields: Iterable[str],
-            key_of: Callable[[Cell], int | None],
-            about: Callable[[int], JsonObject] = lambda _: {},
-        ) -> list[JsonObject]:
-            sessions: dict[int, set[int]] = collections.defaultdict(set)
-            counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
-            tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
-            rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
-            exact: dict[int, int] = collections.defaultdict(int)
-            for cell in cells:
-                key = key_of(cell)
-                if key is not None:
-                    sessions[key].add(cell.session)
-                    counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    exact[key] += cell.tokens.input if cell.model == client else 0
-                    for by in (tokens, rest) if cell.session not in is_exact else (tokens,):
-                        if cell.model not in (None, client):
-                            by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
-            rows = []
-            for key in sorted(counts):
-                row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used, others = (
-                    SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
-                    for by in (tokens, rest)
-                )
-                row["tokenUsage"] = used.to_json() if used.models else None
-                row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
-                part = self._prices.estimate(others)
-                is_known = part is not None and (used.models or exact[key])
-                row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
-                row["estimatedPartUsd"] = part if is_known else None
-                rows.append({**about(key), **{name: row[name] for name in fields}})
-            return rows
 
         def about_session(session: int) -> JsonObject:
             _, machine, project, _ = places[session]
@@ -3991,6 +3957,49 @@ class Statistics:
             "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * QUARTER_MS}),
             "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
         }
+
+    def _table(
+        self,
+        cells: Sequence[Cell],
+        client: int,
+        exact_sessions: set[int],
+        fields: Iterable[str],
+        key_of: Callable[[Cell], int | None],
+        about: Callable[[int], JsonObject] = lambda _: {},
+    ) -> list[JsonObject]:
+        """Add up the cells of each key; return a row of `about(key)` and `fields` for each.
+
+        `client`: the number of the model under which a client's own cost is kept, for `exact_sessions`.
+        """
+        sessions: dict[int, set[int]] = collections.defaultdict(set)
+        counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
+        tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+        rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
+        exact: dict[int, int] = collections.defaultdict(int)
+        for cell in cells:
+            key = key_of(cell)
+            if key is not None:
+                sessions[key].add(cell.session)
+                counts[key] = [*map(operator.add, counts[key], cell.counts)]
+                exact[key] += cell.tokens.input if cell.model == client else 0
+                for by in (tokens, rest) if cell.session not in exact_sessions else (tokens,):
+                    if cell.model not in (None, client):
+                        by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
+        rows = []
+        for key in sorted(counts):
+            row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
+            used, others = (
+                SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
+                for by in (tokens, rest)
+            )
+            row["tokenUsage"] = used.to_json() if used.models else None
+            row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+            part = self._prices.estimate(others)
+            is_known = part is not None and (used.models or exact[key])
+            row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
+            row["estimatedPartUsd"] = part if is_known else None
+            rows.append({**about(key), **{name: row[name] for name in fields}})
+        return rows
 
     def _cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
@@ -6910,7 +6919,12 @@ class Notifier:
         self._closing = False
         sent = read_state(path).get("sent")
         known = sent.items() if isinstance(sent, dict) else ()
-        self._book = NoticeBook(targets, {key: it for key, it in known if isinstance(it, dict)})
+        self._book = NoticeBook(targets, {key: it for key, it in known if self._is_record(it)})
+
+    @staticmethod
+    def _is_record(it: Any) -> bool:
+        to, notice = (it.get("to"), it.get("notice")) if isinstance(it, dict) else (None, None)
+        return isinstance(to, list) and isinstance(notice, list) and len(notice) == len(Notice._fields) - 1
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""

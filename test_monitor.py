@@ -8626,7 +8626,8 @@ def test_a_message_is_tried_three_times_while_other_targets_are_served(make, mon
     server = make(NoticeServer, {"/topic": ["500"], "/late": ["500", "200"]})
     targets = [notice_target(url=f"{server.url}/{path}") for path in ("topic", "late")]
     calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    (tmp_path / "n").write_text('{"k1": {"to": 1}}')  # of another version
+    damaged = {"k1": 1, "k2": {}, "k3": {"to": 1, "notice": []}, "k4": {"to": [], "notice": [1]}}
+    (tmp_path / "n").write_text(json.dumps({"sent": damaged}))
     notifier = cm.Notifier(targets, str(tmp_path / "n"), types.SimpleNamespace(call_soon=calls.put))  # type: ignore[arg-type]
 
     def look(*notices: cm.Notice) -> list[str]:
