@@ -91,28 +91,19 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
-    chunks: list[bytes] = []
-    size = 0
-    tail = b""  # the last three bytes of all chunks
-    one_line = True  # no newline so far but the last byte
-    while size <= PAYLOAD_LIMIT_BYTES:
+    data = bytearray()
+    while len(data) <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
-        maybe_whole = tail.endswith((b"}", b"}\n", b"}\r\n"))
+        maybe_whole = data.endswith((b"}", b"}\n", b"}\r\n"))
         if left_ms <= 0 or not poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            if left_ms <= 0 or (maybe_whole and whole().is_json_object(b"".join(chunks))):
-                break
+            if left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
+                return bytes(data)
             continue
         chunk = posix.read(fd, 1 << 20)
-        one_line = one_line and b"\n" not in chunk[:-1]
-        chunks.append(chunk)
-        size += len(chunk)
-        tail = (tail + chunk[-3:])[-3:]
-        if not chunk or (one_line and tail.endswith((b"}\n", b"}\r\n"))):
-            break
-        one_line = one_line and not chunk.endswith(b"\n")
-    if size > PAYLOAD_LIMIT_BYTES:
-        raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return b"".join(chunks)
+        data += chunk
+        if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
+            return bytes(data)
+    raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
 
 
 def deliver(
@@ -459,7 +450,7 @@ if __name__ == "__main__":
 # Status line: hands on the figures that Claude Code gives to its status line, and shows the earlier line
 #
 # `install` writes this room to a module of its own, with all names of the hot path; the same rules apply.
-# Owns: gauges/ in our directory, with the figures that were handed on last.
+# Owns: gauges/ in our directory, with the newest figures of each session.
 # ---------------------------------------------------------------------------
 
 GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
@@ -528,31 +519,28 @@ def note_gauges(payload: bytes) -> str:
     session, figures, line = figures_in(payload)
     about = f"{quote(session[:128])} {figures}".encode()
     home = places(posix.environ)[0]
-    kept = f"{home}/gauges/{session[-2:] if session[-2:].isalnum() else '--'}"
-    if figures.strip("0. ") and read_small(kept).partition(b" ")[2] != about:
+    kept = f"{home}/gauges/{session[-4:] if session[-4:].isalnum() else '--'}"
+    if figures.strip("0. ") and read_small(kept) != about:
         in_background(hand_on_gauges, kept, about, payload)
     return line
 
 
 def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
-    """Hand on the newest object of a session, every GAUGES_INTERVAL_S until there is no other one."""
-    waiting = kept + ".next"
-    try:  # a process waits to take it, unless it was killed
-        is_first = not 0 <= time.time() - posix.stat(waiting).st_mtime < 2 * GAUGES_INTERVAL_S
+    """Hand on an object GAUGES_INTERVAL_S after the last one, unless the figures have changed by then."""
+    sent = kept + ".sent"  # its mtime is when the last one was handed on
+    try:
+        replace_small(kept, about)
     except OSError:
-        is_first = True
         whole().make_private_directory(kept.rpartition("/")[0])
-    replace_small(waiting, about + b"\n" + payload)
-    while is_first:
-        last_ms = read_small(kept).partition(b" ")[0]
-        wait_s = GAUGES_INTERVAL_S + int(last_ms if last_ms.isdigit() else 0) / 1000 - time.time()
-        if 0 < wait_s <= GAUGES_INTERVAL_S:
-            time.sleep(wait_s)
-        about, _, payload = read_small(waiting, LINE_LIMIT_BYTES).partition(b"\n")
-        if not payload:
-            return
-        posix.unlink(waiting)
-        replace_small(kept, b"%d %b" % (time.time_ns() // 1_000_000, about))
+        replace_small(kept, about)
+    try:
+        wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
+    except OSError:
+        wait_s = 0
+    if 0 < wait_s <= GAUGES_INTERVAL_S:
+        time.sleep(wait_s)
+    if read_small(kept) == about:
+        replace_small(sent, b"")
         deliver(payload, [], "statusLine")
 
 
@@ -3057,7 +3045,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
     login = {"username": values["redis.username"], "password": password}
     options.update((name, value) for name, value in login.items() if value)
     for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-        options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        options["ssl_" + name] = path = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        if path:
+            open(path, "rb").close()  # raises an error with the path, which that of OpenSSL does not contain
     options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
     options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
@@ -3113,64 +3103,42 @@ def redis_py_advice(python: str) -> str:
     return f"{command}, or install your system's package (apt install python3-redis), then try again"
 
 
-# Part of an error's text → message. redis-py leaves the code (NOAUTH) out of some texts.
-_REDIS_TROUBLES = (
-    ("No module named 'redis'", "redis-py is missing: {advice}"),
-    ("No module named 'redis.", "redis-py is too old: {advice}"),
-    ("Authentication required|NOAUTH", "Redis at {place} asks for a password (NOAUTH): set redis.password, "
-     "or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
-    ("invalid username-password|WRONGPASS|invalid password|without any password configured",
-     "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
-     "(or CONTEXTUATE_REDIS_PASSWORD)"),
-    ("NOPERM|has no permissions|No permissions to access",
-     "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master", "Redis at {place} is a read-only "
-     "replica (READONLY): set redis.host to the primary, or redis.sentinels to have it found"),
-    ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
-    ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
-     "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
-    ("Cluster mode is not enabled", "Redis at {place} is no cluster: set redis.cluster to false"),
-    ("No master found", "no sentinel of {place} knows a primary: check redis.sentinels, redis.master and "
-     "redis.sentinelPassword ({text})"),
-    ("OOM|used memory",
-     "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
-    ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
-    ("Hostname mismatch|IP address mismatch|doesn't match",
-     "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})"),
-    ("certificate has expired", "the certificate of Redis has expired: renew it on the server"),
-    ("CERTIFICATE_VERIFY_FAILED",
-     "the certificate of Redis cannot be verified: set redis.caFile to its authority's file ({text})"),
-    ("certificate required|CERTIFICATE_REQUIRED|peer did not return a certificate",
-     "Redis at {place} asks for a client certificate: set redis.certFile and redis.keyFile"),
-    ("WRONG_VERSION_NUMBER|wrong version number|record layer failure|UNEXPECTED_MESSAGE|UNEXPECTED_EOF",
-     "{place} does not speak TLS: set redis.tls to false, or redis.port to the server's TLS port"),
-    ("Protocol Error|InvalidResponse",
-     "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true"),
-    ("No such file or directory", "{missing} is not there: check the paths in the Redis configuration"),
-    ("Name or service not known|nodename nor servname|name resolution|No address",
-     "{host} is not a known host name: check redis.host"),
-    ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
-    ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
-     "Redis at {place} closed the connection{hint}"),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{hint}"),
+# Part of an error's text, or its type → what to do. redis-py leaves the code (NOAUTH) out of some texts.
+_REDIS_ADVICE = (
+    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
+     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
+    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
+    ("READONLY|read only replica|read-only replica|previous master",
+     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
+    ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
+    ("Cluster mode is not enabled", "set redis.cluster to false"),
+    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
+    ("OOM|used memory", "out of memory: raise maxmemory there or lower redis.streamMaxLength"),
+    ("WRONGTYPE", "choose another redis.channel"),
+    ("certificate required|CERTIFICATE_REQUIRED|did not return a certificate",
+     "set redis.certFile and redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED",
+     "check redis.host and redis.caFile, and the server's certificate"),
+    ("No such file or directory", "check the paths in the Redis configuration"),
+    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
+    ("Connection refused", "is Redis running there?"),
+    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
+     "|timed out|Timeout|whole answer",
+     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
 )  # fmt: skip
 
 
-def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Return what is wrong with Redis and what to do; `connected`: this configuration has worked before."""
-    text = " ".join(str(error).split())[:300]
-    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    url, place = values["redis.url"] or "", redis_place(values)
-    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
-    named += [place] if url.startswith("unix:") else []
-    missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
-    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
-    facts["hint"] = "" if connected else " (check redis.port, redis.tls and redis.certFile)"
-    for signs, message in _REDIS_TROUBLES:
-        if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(**facts)
-    return f"{type(error).__name__} from Redis at {place}: {text}"
+def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
+    """Return what is wrong with Redis, and what to do."""
+    if isinstance(error, ImportError):
+        return f"redis-py is missing or too old: {redis_py_advice(sys.executable)}"
+    text = " ".join(str(error).split())[:200]
+    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\[Errno -?\d+\] |\s*\(_ssl\.c:\d+\)\.?", "", text)
+    kind = type(error).__name__
+    advice = [
+        it for signs, it in _REDIS_ADVICE if any(sign in f"{kind}: {text}" for sign in signs.split("|"))
+    ]
+    return f"Redis at {redis_place(values)}: {text or kind}" + (f" ({advice[0]})" if advice else "")
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -3365,7 +3333,7 @@ class Publisher:
         except Exception as error:  # the events stay in the spool
             if isinstance(error, ImportError):
                 self._change_interpreter()
-            self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
+            self._fail(redis_trouble(error, self._values))
             self._send_again()
             return
         self._settle(batch, replies)

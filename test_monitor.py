@@ -10468,7 +10468,7 @@ REDIS_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "wrong user": ("ruled", {"username": "nobody", **REDIS_LOGIN}, "user|password"),
     "no rights": ("ruled", {"username": "nothing", **REDIS_LOGIN}, "right|permission|NOPERM"),
     "another channel": ("ruled", {"username": "elsewhere", **REDIS_LOGIN}, "channel|NOPERM"),
-    "nothing listens": ("stopped", {}, "nothing answers"),
+    "nothing listens": ("stopped", {}, "refused.*running"),
     "no such host": ("plain", {"host": "no-such-host.invalid"}, "host|name"),
     "no such socket": ("plain", {"url": "unix:///nowhere/redis.sock"}, "/nowhere/redis.sock"),
     "TLS to a plain port": ("plain", {"tls": True}, "TLS"),
@@ -13125,7 +13125,7 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     machine.start()
     machine.wait_until("given_up")
     tab = open_tab(machine)
-    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): nothing answers at"
+    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): Redis at 127"
     tab.shows("banner", gave_up)
     other = open_tab(machine, "#status")
     other.shows("status", "given up")
