@@ -54,13 +54,12 @@ def run_hook() -> None:
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
-        if payload and sys.argv[1:2] == ["--answer"]:
+        if not payload:
+            raise ValueError("no hook payload on standard input")
+        if sys.argv[1:2] == ["--answer"]:
             whole().deliver_and_wait(payload, notes)
-        elif payload:
-            deliver(payload, notes)
         else:
-            notes.append("nothing on standard input")
-            whole().log_failure("no hook payload on standard input")
+            deliver(payload, notes)
     except BaseException as error:  # a hook that exits with an error may block Claude Code
         reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
@@ -137,14 +136,14 @@ def deliver(
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
-    # By default, an installed hook uses the directory in which it is installed.
-    home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
+    home, config, user_home = (
+        variable(environ, name) for name in (b"CONTEXTUATE_HOME", b"CONTEXTUATE_CONFIG", b"HOME")
+    )
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
-        home = folder[: -len("/hooks/lib")]
-    user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
-    if home[:2] == "~/":  # of a file of settings, where no shell expands it
-        home = user_home + home[1:]
+        home = folder[: -len("/hooks/lib")]  # in which this hook is installed
+    # In a file of settings, no shell expands "~".
+    home, config = (user_home + path[1:] if path[:2] == "~/" else path for path in (home, config))
     try:
         is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
     except OSError:
@@ -157,10 +156,12 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
         except KeyError:  # as of `docker run -u 4242`
             home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
-    config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
-    if config[:2] == "~/":
-        config = user_home + config[1:]
     return home, config or home + "/monitor.config.json"
+
+
+def variable(environ: "dict[bytes, bytes]", name: bytes) -> str:
+    """Return a variable of the environment; "" if it is not set."""
+    return environ.get(name, b"").decode("utf-8", "surrogateescape")
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
@@ -207,11 +208,8 @@ def wrap(
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
     event_id = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-    machine = environ.get(b"CONTEXTUATE_MACHINE_ID", b"").decode("utf-8", "surrogateescape")
-    head = (
-        f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
-        f'"machineId":{quote(machine or posix.uname().nodename)}'
-    )
+    machine = quote(variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename)
+    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},"machineId":{machine}'
     if wait_s:
         head += f',"answerable":{wait_s}'
     if key:
@@ -224,11 +222,12 @@ def wrap(
         namespace = pid_namespace()
         if namespace:
             head += f',"pidNamespace":{namespace}'
-    parent = environ.get(b"CONTEXTUATE_PARENT_SESSION", b"")
+    parent, session = (
+        variable(environ, name) for name in (b"CONTEXTUATE_PARENT_SESSION", b"CLAUDE_CODE_SESSION_ID")
+    )
     if parent:
-        head += f',"parentSessionId":{quote(parent.decode("utf-8", "surrogateescape"))}'
-    if b'"session_id"' not in payload and environ.get(b"CLAUDE_CODE_SESSION_ID"):
-        session = environ[b"CLAUDE_CODE_SESSION_ID"].decode("utf-8", "surrogateescape")
+        head += f',"parentSessionId":{quote(parent)}'
+    if session and b'"session_id"' not in payload:
         head += f',"sessionId":{quote(session)}'
     if b'"cwd"' not in payload:
         try:
@@ -1547,11 +1546,16 @@ def _is_login_in_base64(value: str) -> bool:
 
 def _is_weak_secret(name: str, value: str) -> bool:
     """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
-    if _is_login_in_base64(value):
-        return True
     if name.lower().endswith("pass"):
         return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
-    return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
+    return bool(_RANDOM.match(value)) and len(value) >= 16 or _is_login_in_base64(value)
+
+
+def _is_random(value: str) -> bool:
+    """True for a text with digits in it, or with more changes of case than a name in code has."""
+    turns = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
+    digits = sum(map(str.isdigit, value))
+    return digits > 1 and len(value) >= 6 or min(map(len, turns)) >= 3
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
@@ -1562,82 +1566,61 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     kind = _name_class(name)
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
-    if not kind or len(value) < 3 or _REFERS.match(value) or _PLACEHOLDER.match(value):
-        return False
-    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
-    is_name = name.lower().endswith(value.rstrip(")]").lower())
-    if is_path or is_name or value.isupper() and _SAYS_SECRET.search(value):
+    is_harmless = _REFERS.match(value) or _PLACEHOLDER.match(value) or _PATH.match(value)
+    if not kind or len(value) < 3 or is_harmless or name.lower().endswith(value.rstrip(")]").lower()):
         return False
     if kind == "weak" and not _is_weak_secret(name, value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
-    digits = sum(map(str.isdigit, value))
+    digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
+    is_likely = digits > 0 or name.isupper() or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
+    if group == "quoted" and match["operator"] == "(":  # builder.password("…")
+        return bool(_RANDOM.match(value))
+    if group == "quoted" and (match["named"] or match["operator"] == "="):
+        return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        return _is_quoted_secret(match, name, kind, value, digits)
+        return bool(is_likely) and not has_space and not says_secret
     if group == "bare":
-        return _is_bare_secret(text, match, before, name, kind, value, digits)
+        return _is_bare_secret(text, match, before, name, value, bool(is_likely))
     if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
         return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
     if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
         call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
-        return call is not None and (" " not in value or digits > 1) and (call[1] is not None or digits > 0)
+        return call is not None and (digits > 1 or not has_space and (call[1] is not None or digits > 0))
     # NAME VALUE
-    if match.group("quote") == "'" and _SQL.search(before + head):
+    if match["quote"] == "'" and _SQL.search(before + head):
         return True
     is_netrc = any(word in before + head for word in ("machine", "default", "login"))
-    if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
+    if says_secret or not (match["quote"] or digits or name.isupper() or is_netrc):
         return False
-    return _SETS.search(before + head) is not None and (digits < len(value) or digits >= 6)
-
-
-def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
-    operator = match.group("operator")
-    if operator == "(":  # builder.password("…")
-        return bool(_RANDOM.match(value))
-    if match.group("named") or operator == "=":
-        return " " not in value or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
-    if name.isupper() and len(name) > 5:
-        return " " not in value and not (_IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
-    is_random = digits > 0 or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
-    return bool(is_random) and " " not in value and not _SAYS_SECRET.match(value)
+    return _SETS.search(before + head) is not None
 
 
 def _is_bare_secret(
-    text: str, match: "re.Match[str]", before: str, name: str, kind: str, value: str, digits: int
+    text: str, match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool
 ) -> bool:
-    operator, after = match.group("operator"), text[match.end() : match.end() + 1]
-    if digits == len(value):
-        return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
-    if match.group("named") or after in tuple("(<`[") or "[" in value:
+    operator, after = match["operator"], text[match.end() : match.end() + 1]
+    if value.isdigit():
+        return len(value) >= 6
+    if match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value):
         return False
-    is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
-    ends_line = after in ("", "\r", "\n", '"', "'", "#")
-    is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
+    is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
+    if is_word and _SAYS_SECRET.match(value):
+        return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
-        if is_constant:
-            return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
-        if len(value) < 6:
-            return kind == "password" and digits > 0 and after not in tuple("),;{}")
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
-        return is_connection or after not in tuple("),;{}") or not is_word
-    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or _SAYS_SECRET.match(value) or after in tuple(";{)"):
+        return name.isupper() or is_connection or after not in tuple("),;{}") or not is_word
+    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or after in tuple(";{)"):
         return False
-    if is_constant and is_line and ":" in operator:
+    if is_likely and ends_line and ":" in operator and _LINE_START.match(before.rpartition("\n")[2]):
         return True
-    if kind == "password" and is_line and (digits > 0 or re.search(r"\w[!@#^]", value)):
-        return True
-    if "=" in operator and not ends_line or len(value) < 6 or is_word and "." in value:
-        return False
-    if "\n" in operator:
-        return is_line and bool(_RANDOM.match(value))
-    if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
-        capitals, words = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
-        return digits > 1 or len(capitals) >= 3 <= len(words)
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
-    return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
+    if "@" in value or is_word and "." in value:
+        return False
+    return _is_random(value) and (ends_line or "=" not in operator)
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:

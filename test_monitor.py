@@ -776,7 +776,7 @@ def test_the_hooks_notes_name_config_mode_and_destination(hook_installed, hook_a
     notes, home = hook_alone(), hook_alone.home
     assert f"config {home}/monitor.config.json: mode local, socket {home}/m.sock" in notes
     assert "no acknowledgement" in notes and f"kept in the spool: {home}/spool/" in notes
-    assert "nothing on standard input" in hook_alone(b"\n")
+    assert "no hook payload on standard input" in hook_alone(b"\n")
     assert hook_alone(CONTEXTUATE_DEBUG="0") == ""
 
 
