@@ -590,7 +590,6 @@ import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
-import difflib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -878,9 +877,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
             raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
     for name, value in flat.items():
         if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
+            warnings.append(f"{path}: {name}: unknown key, ignored")
         elif KEYS[name].accepts(value):
             values[name] = value
         else:
@@ -983,9 +980,7 @@ class AgentFormat(NamedTuple):
     events: "dict[str, str]" = {}  # its name → Claude Code's
     fields: "dict[str, str]" = {}
     tools: "dict[str, str]" = {}
-    adapt: "Callable[[str, JsonObject], str]" = lambda name, hook: (
-        name
-    )  # changes the payload, returns the name
+    adapt: "Callable[[str, JsonObject], str]" = lambda name, _: name  # changes the payload, returns the name
     transcript: str = ""  # below `directory`, where no payload contains it
     usage: "tuple[str, str, str]" = ("", "", "")  # type of a line with tokens, the object, the key
     counts: str = ""  # names in this object: input, output, read from cache, written to it
@@ -2900,11 +2895,10 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
+    """Return the segments as (path, bytes), oldest first."""
     segments = []
     with contextlib.suppress(OSError):  # of the directory; `make_spool` sets aside what is none
-        names = os.listdir(directory)
-        for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
+        for name in sorted(os.listdir(directory)):
             if name.endswith((".jsonl", ".taken")):
                 with contextlib.suppress(OSError):  # not ours, or drained since it was listed
                     about = os.lstat(f"{directory}/{name}")
@@ -2922,12 +2916,11 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError, to try again later, while a writer has it locked, or while an older segment with
-    the same name (by a hook of an older version) is not drained; OSError if it cannot be read.
+    Raises BlockingIOError, to try again later, while a writer has it locked; OSError if it cannot be read.
     """
-    taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
+    taken = path.rpartition(".")[0] + ".taken"
     if taken != path:
-        if os.path.lexists(taken):
+        if os.path.lexists(taken):  # of a hook of an older version
             raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
@@ -3164,8 +3157,7 @@ class Publisher:
         self._machine_key = machine_key(home)
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
-        reported = self._registry
-        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in reported.sessions)
+        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in self._registry.sessions)
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()

@@ -1231,8 +1231,8 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
 
 # A key, its value, the file's mode, and what its warning says; None where there must be none.
 HOOK_CONFIG_WARNINGS = [
-    ("server.prot", 1, 0o600, "server.prot: unknown key, ignored; did you mean server.port?"),
-    ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored; did you mean socketPath?"),
+    ("server.prot", 1, 0o600, "server.prot: unknown key, ignored"),
+    ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored"),
     ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
     *(
         (f"redis.{key}", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used")
@@ -1306,7 +1306,7 @@ def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
     text = install_text(path)
     ee.write_atomically(path, f'// mine\n{text[:-1]}, # more\n "socketPaht": 1, /* \n */ }}\n'.encode())
     done = monitor.command("start", "--no-open")
-    assert "unknown key" in done.stderr and "did you mean socketPath?" in done.stderr
+    assert "unknown key" in done.stderr
 
 
 # ---------------------------------------------------------------------------
