@@ -136,9 +136,8 @@ def deliver(
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
-    home, config, user_home = (
-        variable(environ, name) for name in (b"CONTEXTUATE_HOME", b"CONTEXTUATE_CONFIG", b"HOME")
-    )
+    home, user_home = variable(environ, b"CONTEXTUATE_HOME"), variable(environ, b"HOME")
+    config = variable(environ, b"CONTEXTUATE_CONFIG")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
         home = folder[: -len("/hooks/lib")]  # in which this hook is installed
@@ -222,11 +221,10 @@ def wrap(
         namespace = pid_namespace()
         if namespace:
             head += f',"pidNamespace":{namespace}'
-    parent, session = (
-        variable(environ, name) for name in (b"CONTEXTUATE_PARENT_SESSION", b"CLAUDE_CODE_SESSION_ID")
-    )
+    parent = variable(environ, b"CONTEXTUATE_PARENT_SESSION")
     if parent:
         head += f',"parentSessionId":{quote(parent)}'
+    session = variable(environ, b"CLAUDE_CODE_SESSION_ID")
     if session and b'"session_id"' not in payload:
         head += f',"sessionId":{quote(session)}'
     if b'"cwd"' not in payload:
@@ -464,7 +462,11 @@ def run_status_line(arguments: "list[str]") -> None:
     payload, line = b"", ""
     try:
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
-        line = note_gauges(payload.strip())
+        session, figures, line = figures_in(payload.strip())
+        kept = f"{places(posix.environ)[0]}/gauges/{session[-4:] if session[-4:].isalnum() else '--'}"
+        about = f"{quote(session[:128])} {figures}".encode()
+        if figures.strip("0. ") and read_small(kept) != about:
+            in_background(hand_on_gauges, kept, about, payload.strip())
     except BaseException as error:  # the line is shown whatever happens
         reason = f"status line: {type(error).__name__}: {error}"
         in_background(lambda: whole().log_failure(reason))
@@ -511,17 +513,6 @@ def in_background(work: "Any", *arguments: "Any") -> None:
         whole().log_failure(f"status line: {type(error).__name__}: {error}")
     finally:
         posix._exit(0)
-
-
-def note_gauges(payload: bytes) -> str:
-    """Hand on the object of a status line if its figures have changed; return a line with some of them."""
-    session, figures, line = figures_in(payload)
-    about = f"{quote(session[:128])} {figures}".encode()
-    home = places(posix.environ)[0]
-    kept = f"{home}/gauges/{session[-4:] if session[-4:].isalnum() else '--'}"
-    if figures.strip("0. ") and read_small(kept) != about:
-        in_background(hand_on_gauges, kept, about, payload)
-    return line
 
 
 def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
@@ -1190,12 +1181,13 @@ DATA_NAMES = {
 _EVENT_NAMES = {
     "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
     "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
+    "hook_event_name": "hookType",
 }  # fmt: skip
 # None: not in `data`
-_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAMES, "hook_event_name"))}
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
+_ASSIGNED_BY_STORE = ("seq", "received")
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
@@ -1258,38 +1250,62 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
-    hook, event_type = given.get("hook"), given.get("eventType")
-    is_wrapper = isinstance(given.get("id"), str) and not isinstance(event_type, str)
-    if isinstance(hook, dict) and is_wrapper:
-        return _event_from_hook(hook, given, received_ms, machine_id)
-    if isinstance(given.get("statusLine"), dict) and is_wrapper:
-        return _event_from_status_line(given, received_ms, machine_id)
-    if isinstance(given.get("hook_event_name"), str):
-        return _event_from_hook(given, {}, received_ms, machine_id)
-    if isinstance(event_type, str):
-        return _event_from_event(dict(given), received_ms, machine_id)
-    if isinstance(given.get("hookEventName"), str) and "eventType" not in given:
-        return _event_from_hook(given, {}, received_ms, machine_id)
-    return _event({}, received_ms, machine_id, "", "message", dict(given))
+    hook, line, event_type = (given.get(name) for name in ("hook", "statusLine", "eventType"))
+    about, data = (
+        {name: value for name, value in given.items() if name not in _ASSIGNED_BY_STORE},
+        dict(given),
+    )
+    if isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(hook, dict):
+        del about["hook"]
+        about, data = _fields_of_hook(hook, about)
+    elif isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(line, dict):
+        about, data = _fields_of_status_line(line, about)
+    elif isinstance(given.get("hook_event_name"), str):
+        about, data = _fields_of_hook(given, {})
+    elif isinstance(event_type, str):
+        about, data = _fields_of_event(about)
+    elif isinstance(given.get("hookEventName"), str) and "eventType" not in given:
+        about, data = _fields_of_hook(given, {})
+    else:
+        about = {}
+    event: JsonObject = {
+        "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
+        "workingDirectory": "", "hookType": "", "eventType": "message",
+    }  # fmt: skip
+    for name, value in about.items():
+        if name not in _EVENT_CHECKS or _EVENT_CHECKS[name](value):
+            event[name] = value
+        elif value is not None:
+            _keep(data, name, value)
+    event["id"] = event["id"] or str(uuid.uuid4())
+    event["timestamp"] = int(event["timestamp"])
+    event["hookType"], event["eventType"] = event["hookType"][:_ID_LIMIT], event["eventType"][:_ID_LIMIT]
+    event["data"] = data
+    return event
 
 
-def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    data: JsonObject = {}
+def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of a payload."""
     is_known = "hook_event_name" in hook and "session_id" in hook
+    if not is_known:
+        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
+        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
-        hook, agent = _known_form(hook, wrapper)
-        wrapper = {**wrapper, "agent": agent} if agent else wrapper
+        agent = _string(wrapper.get("agent")) or agent_of(hook)
+        if agent in AGENTS:
+            hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
+    about: JsonObject = {}
+    data: JsonObject = {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
             _keep(data, field, value)
         elif place is not None:
             data[place] = value
-    about: JsonObject = {}
     for name, value in wrapper.items():
         if name in _EVENT_ONLY:
             _keep(data, name, value)
-        elif name not in _IGNORED_IN_WRAPPER:
+        else:
             about["workingDirectory" if name == "cwd" else name] = value
     for field, name in _EVENT_NAMES.items():
         if field in hook:
@@ -1300,26 +1316,12 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
                 about[name] = value
             else:
                 _keep(data, field, value)
-    hook_type = hook.get("hook_event_name")
-    if not isinstance(hook_type, str):
-        if hook_type is not None:
-            _keep(data, "hook_event_name", hook_type)
-        hook_type = ""
-    return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+    about["eventType"] = EVENT_TYPES.get(about.get("hookType", ""), "message")
+    return about, data
 
 
-def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str]":
-    """Return (a payload with Claude Code's names, the program that sent it or "")."""
-    if "hook_event_name" not in hook or "session_id" not in hook:
-        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
-        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
-    agent = _string(wrapper.get("agent")) or agent_of(hook)
-    return (like_claude(agent, hook), agent) if agent in AGENTS else (hook, "")
-
-
-def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Return the event of a status line: the client's own objects with the figures, under its names."""
-    line: JsonObject = wrapper["statusLine"]
+def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of a status line: the client's own objects with the figures."""
     about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
     about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
     data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
@@ -1327,30 +1329,20 @@ def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: s
         data["model"] = line["model"].get("id")
     if "effort" in line:
         data["effort"] = line["effort"]
-    return _event(about, received_ms, machine_id, "", "status_line", data)
+    return {**about, "hookType": "", "eventType": "status_line"}, data
 
 
-def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    content, hook_type, event_type = rest.pop("data", None), rest.pop("hookType", ""), rest.pop("eventType")
+def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of an event, also of one by the Node.js Contextuate emitter."""
+    content = about.pop("data", None)
     data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     if "tool_output" in data and "toolOutput" not in data:
         data["toolOutput"] = data.pop("tool_output")
-    if not isinstance(hook_type, str):
-        _keep(data, "hookType", hook_type)
-        hook_type = ""
-    _take_node_names(rest, hook_type, data)
-    for assigned in ("seq", "received"):
-        rest.pop(assigned, None)
-    return _event(rest, received_ms, machine_id, hook_type, event_type, data)
-
-
-def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
-    """Rename the Node.js Contextuate emitter's fields for subagents and tokens to ours."""
     subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
-    is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
-    if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
-        event.update(agentId=event.get("sessionId"), agentType=subagent.get("type"))
-        event["sessionId"] = event.pop("parentSessionId")
+    is_agent = about.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in about
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in about:
+        about.update(agentId=about.get("sessionId"), agentType=subagent.get("type"))
+        about["sessionId"] = about.pop("parentSessionId")
     if isinstance(sums, dict) and "usage" not in data:
         five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
         cached = sum(count for count in (five, hour) if type(count) is int)
@@ -1358,26 +1350,7 @@ def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> Non
         counts.update(cacheCreation=cached, cacheCreation1h=hour)
         model = data["model"] if _is_id(data.get("model")) else "unknown"
         data["usage"] = {"models": {model: counts}, "agents": {}}
-
-
-def _event(
-    about: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
-) -> JsonObject:
-    """Return an event of these fields; a value of a wrong type moves into `data` under its own name."""
-    event: JsonObject = {
-        "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
-        "workingDirectory": "", "hookType": hook_type[:_ID_LIMIT], "eventType": event_type[:_ID_LIMIT],
-    }  # fmt: skip
-    for name, value in about.items():
-        check = _EVENT_CHECKS.get(name)
-        if check is None or check(value):
-            event[name] = value
-        elif value is not None:
-            _keep(data, name, value)
-    event["id"] = event["id"] or str(uuid.uuid4())
-    event["timestamp"] = int(event["timestamp"])
-    event["data"] = data
-    return event
+    return about, data
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
@@ -1574,7 +1547,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group == "quoted" and (match["named"] or match["operator"] == "="):
         return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        return bool(is_likely) and not has_space and not says_secret
+        is_name = says_secret or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
+        return bool(is_likely) and not has_space and not is_name
     if group == "bare":
         return _is_bare_secret(text, match, before, name, value, bool(is_likely))
     if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
@@ -1665,34 +1639,30 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 # Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
 # One that does not begin with A or E and does not end with - _ or . costs a search of its own.
 _TOKEN_TABLE = r"""
-[A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
-    aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
-    pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
-    circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
-    midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
-    tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
-    gitlab: GR1348941 postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_
-    cloudflare: cfut_ cfat_ cfk_ cfoc_ langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_
+[A-Za-z0-9_.=+/%~-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
+    aws: amzn.mws. amzn1.oa2-cs.v1. ABSK bedrock-api-key- heroku: HRKU- supabase: sbp_ sb_secret_ mongodb:
+    mdb_sa_sk_ pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_
+    dckr_oat_ circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_ midtrans:
+    SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly- tvly-dev-
+    tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp- gitlab: GR1348941
+    glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt- glagent- gloas- glsoat- glffct- glwt- postman: PMAK-
+    brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_ glc_ cloudflare: cfut_ cfat_ cfk_ cfoc_
+    v1.0- langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_ github: ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ tencent:
+    AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_ infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai:
+    xai- perplexity: pplx- replicate: r8_ cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_
+    prefect: pnu_ pnb_ linear: lin_api_ lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars:
+    CLOJARS_ easypost: EZAK EZTK workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_ google: AIza ya29.
+    GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi- openshift: sha256~ figma: figd_ figo_
+    figoh_ scalingo: tk-us- snyk: snyk_uat. snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
+    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel:
+    duffel_live_ duffel_test_ frameio: fio-u- dynatrace: dt0c01. dt0s01. dt0s02. dt0s16. fly: fo1_ fm1a_ fm1r_
+    fm2_ sentry: sntrys_ sntryu_ sntrya_ sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
     vcr_ vck_ alibaba: LTAI
-[A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
-    infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai: xai- perplexity: pplx- replicate: r8_
-    cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
-    lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
-    workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
-[A-Za-z0-9_.=%-]{30,}  google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi-
-    github: github_pat_ openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat.
-    snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_
-    pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
-    dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
-[A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
-    sntryu_ sntrya_
 [a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
-    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
-    intra42: s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
-[A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
-    glagent- gloas- glsoat- glffct- glwt-
+    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key- intra42:
+    s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
 [A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
     sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_
 [A-Za-z0-9%-]{14,}  slack: xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- flutterwave: FLWSECK-
@@ -1702,10 +1672,8 @@ _TOKEN_TABLE = r"""
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
 [A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
-[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: v1.0-
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
-[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]{16,}){1,2}  sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
@@ -1778,9 +1746,8 @@ _METADATA_KEYS = frozenset(
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
     "kind entrypoint version".split()
 )
-_METADATA_OBJECTS = frozenset(
-    ("usage", "agentMeta", "truncated", "gauges")
-)  # numbers, and the ids under these names:
+# Of these objects, numbers are kept, and ids under the names below.
+_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated", "gauges"))
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
@@ -1816,12 +1783,6 @@ def _names_a_secret(name: str, value: Any = None) -> bool:
     """True if every value of that name is a secret, or this `value` is."""
     kind = _name_class(name)
     return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
-
-
-def _name_of(name: str, beside: "dict[str, Any]") -> str:
-    """Return the name of a value; in `{"name": "DB_PASSWORD", "value": "…"}` it is the other field."""
-    named = beside.get("name", beside.get("key")) if name == "value" else None
-    return named if isinstance(named, str) else name
 
 
 def _replacement(kind: str, secret: str) -> str:
@@ -1913,9 +1874,8 @@ def redact_text(text: str) -> str:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # some must begin a word
-            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
-            found.update(_secrets_in(_View(text, " "), begin))
+        if view.coloured:  # colours may separate two words, too
+            found.update(_secrets_in(_View(text, " "), shapes))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap
@@ -1938,9 +1898,8 @@ def _folded_text(text: str) -> str:
     if text.isascii():
         return text.lower()
     # Five times as fast as lower(); the Kelvin sign is the one other letter whose lower case is ASCII.
-    return (
-        text.replace("\u212a", "k").encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
-    )
+    encoded = text.replace("\u212a", "k").encode("utf-8", "surrogatepass")
+    return encoded.lower().decode("utf-8", "surrogatepass")
 
 
 def _shapes_in(text: str) -> "list[SecretShape]":
@@ -1948,9 +1907,7 @@ def _shapes_in(text: str) -> "list[SecretShape]":
     if "\x1b" in text:
         text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
-    for by_part, searched in zip(
-        _SHAPES_BY_PART, (text, text.lower() if text.isascii() else _folded_text(text))
-    ):
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
@@ -2075,8 +2032,10 @@ class _Protector:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             path, clean = path and path + ".", _clean_name if self._hints else str
+            named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
+            named = named if isinstance(named, str) else "value"
             return {
-                clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                clean(name): self.value(inner, named if name == "value" else name, path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -3300,27 +3259,24 @@ class Publisher:
     def _publish(self) -> None:
         batch = self._batch[: 1 if self._failures else None]  # one as a test
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
+        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
         try:
             if self._client is None:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
-            client = self._client
-            replies = within(deadline_s, lambda: self._send(client, batch))
+            pipeline = self._client.pipeline(
+                transaction=False
+            )  # in a MULTI, one refused command discards all
+            for _, line in batch:
+                pipeline.publish(self._values["redis.channel"], line)
+                if stream:
+                    pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
+            replies = within(deadline_s, lambda: pipeline.execute(raise_on_error=False))
         except Exception as error:  # the events stay in the spool
             if isinstance(error, ImportError):
                 self._change_interpreter()
             self._fail(redis_trouble(error, self._values))
-            self._send_again()
             return
         self._settle(batch, replies)
-
-    def _send(self, client: Any, batch: "_Batch") -> "list[Any]":
-        pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
-        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
-        for _, line in batch:
-            pipeline.publish(self._values["redis.channel"], line)
-            if stream:
-                pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
-        return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
         """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
@@ -3358,15 +3314,11 @@ class Publisher:
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
         self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
-        if stream:
-            self._send_again()
 
-    def _send_again(self) -> None:
+    def _fail(self, reason: str) -> None:
         begin = time.monotonic() - RESEND_S
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
-
-    def _fail(self, reason: str) -> None:
         self._failures += 1
         self._next_attempt = time.monotonic() + backoff_s(self._failures)
         self._drop_client()
@@ -3488,14 +3440,14 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
 
 def print_answer(asked: JsonObject, line: bytes) -> bool:
     """Print an answer in the client's form; return False if it is not a valid one."""
-    output = None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         output = client_answer(asked, json.loads(line.decode("utf-8")))
+    except (ValueError, RecursionError):
+        return False
     if output is not None:
         output = {"hookEventName": asked["hook_event_name"], **output}
-        text = encode_json({"hookSpecificOutput": output}) + b"\n"
-        while text:
-            text = text[os.write(1, text) :]
+        with open(1, "wb", closefd=False) as stdout:
+            stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
     return output is not None
 
 
