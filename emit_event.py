@@ -698,11 +698,11 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def write_log(words: str) -> None:
-    """Add one line to emit.log in our directory."""
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory, redacted."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
@@ -923,7 +923,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            write_log(f"defaults used: {error}")
+            log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
@@ -1382,10 +1382,8 @@ _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
-    for name, check in _EVENT_CHECKS.items():
-        if name in event and not check(event[name]):
-            return False
-    return event.keys() >= _REQUIRED_FIELDS
+    fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
+    return fits and event.keys() >= _REQUIRED_FIELDS
 
 
 def this_machine() -> str:
@@ -2096,11 +2094,6 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     if len(line) >= LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line + b"\n"
-
-
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log, redacted."""
-    write_log(redact_text(reason))
 
 
 # ---------------------------------------------------------------------------
@@ -3525,8 +3518,7 @@ def fits_form(schema: Any, content: Any) -> bool:
         field = fields.get(name)
         if not isinstance(field, dict) or type(value) not in _FORM_TYPES.get(str(field.get("type")), ()):
             return False
-        texts = value if isinstance(value, list) else [value]
-        if (isinstance(value, list) and not all(map(_is_text, texts))) or value in (math.inf, -math.inf):
+        if (isinstance(value, list) and not all(map(_is_text, value))) or value in (math.inf, -math.inf):
             return False
         if field.get("enum") and value not in field["enum"]:
             return False

@@ -1232,7 +1232,6 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
 # A key, its value, the file's mode, and what its warning says; None where there must be none.
 HOOK_CONFIG_WARNINGS = [
     ("server.prot", 1, 0o600, "server.prot: unknown key, ignored"),
-    ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored"),
     ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
     *(
         (f"redis.{key}", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used")
