@@ -1519,9 +1519,9 @@ def _is_weak_secret(name: str, value: str) -> bool:
 
 def _is_random(value: str) -> bool:
     """True for a text with digits in it, or with more changes of case than a name in code has."""
-    turns = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
-    digits = sum(map(str.isdigit, value))
-    return digits > 1 and len(value) >= 6 or min(map(len, turns)) >= 3
+    if sum(map(str.isdigit, value)) > 1 and len(value) >= 6:
+        return True
+    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
@@ -1762,8 +1762,7 @@ for _shape in SECRET_SHAPES:
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
         _TOKEN_BY_HINT[_hint] = _shape
     else:
-        _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
-        _part = next((each for each in _COMMON_PARTS if each in _part), _part)
+        _part = next((each for each in _COMMON_PARTS if each in _hint), _hint)
         _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
@@ -1872,8 +1871,9 @@ def redact_text(text: str) -> str:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # colours may separate two words, too
-            found.update(_secrets_in(_View(text, " "), shapes))
+        if view.coloured:  # some must begin a word
+            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
+            found.update(_secrets_in(_View(text, " "), begin))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap
