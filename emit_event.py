@@ -698,11 +698,11 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory, redacted."""
+def write_log(words: str) -> None:
+    """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
@@ -923,7 +923,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            log_failure(f"defaults used: {error}")
+            write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
@@ -2096,6 +2096,11 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     return line + b"\n"
 
 
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log, redacted."""
+    write_log(redact_text(reason))
+
+
 # ---------------------------------------------------------------------------
 # Token usage from transcripts: what each session and agent has used so far
 #
@@ -3051,7 +3056,7 @@ _REDIS_ADVICE = (
     ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
     ("Connection refused", "is Redis running there?"),
     ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
-     "|timed out|Timeout|whole answer",
+     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
      "if it has never worked, check redis.port, redis.tls and redis.certFile"),
 )  # fmt: skip
 
