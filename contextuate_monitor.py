@@ -5537,7 +5537,7 @@ class RedisLink:
         self._drop_subscription()
         self.state["attempt"] += 1
         self.page_events = max(1, self.page_events // 4)  # a page may have been too large for the deadline
-        reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
+        reason = emit_event.redis_trouble(error, self.values)
         state = self.state
         limit, tries = state["maxRetries"], state["attempt"]
         if limit is not None and tries >= limit:

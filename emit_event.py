@@ -54,13 +54,12 @@ def run_hook() -> None:
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
-        if payload and sys.argv[1:2] == ["--answer"]:
+        if not payload:
+            raise ValueError("no hook payload on standard input")
+        if sys.argv[1:2] == ["--answer"]:
             whole().deliver_and_wait(payload, notes)
-        elif payload:
-            deliver(payload, notes)
         else:
-            notes.append("nothing on standard input")
-            whole().log_failure("no hook payload on standard input")
+            deliver(payload, notes)
     except BaseException as error:  # a hook that exits with an error may block Claude Code
         reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
@@ -91,28 +90,19 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
-    chunks: list[bytes] = []
-    size = 0
-    tail = b""  # the last three bytes of all chunks
-    one_line = True  # no newline so far but the last byte
-    while size <= PAYLOAD_LIMIT_BYTES:
+    data = bytearray()
+    while len(data) <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
-        maybe_whole = tail.endswith((b"}", b"}\n", b"}\r\n"))
+        maybe_whole = data.endswith((b"}", b"}\n", b"}\r\n"))
         if left_ms <= 0 or not poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            if left_ms <= 0 or (maybe_whole and whole().is_json_object(b"".join(chunks))):
-                break
+            if left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
+                return bytes(data)
             continue
         chunk = posix.read(fd, 1 << 20)
-        one_line = one_line and b"\n" not in chunk[:-1]
-        chunks.append(chunk)
-        size += len(chunk)
-        tail = (tail + chunk[-3:])[-3:]
-        if not chunk or (one_line and tail.endswith((b"}\n", b"}\r\n"))):
-            break
-        one_line = one_line and not chunk.endswith(b"\n")
-    if size > PAYLOAD_LIMIT_BYTES:
-        raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return b"".join(chunks)
+        data += chunk
+        if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
+            return bytes(data)
+    raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
 
 
 def deliver(
@@ -146,14 +136,13 @@ def deliver(
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
-    # By default, an installed hook uses the directory in which it is installed.
-    home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
+    home, user_home = variable(environ, b"CONTEXTUATE_HOME"), variable(environ, b"HOME")
+    config = variable(environ, b"CONTEXTUATE_CONFIG")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
-        home = folder[: -len("/hooks/lib")]
-    user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
-    if home[:2] == "~/":  # of a file of settings, where no shell expands it
-        home = user_home + home[1:]
+        home = folder[: -len("/hooks/lib")]  # in which this hook is installed
+    # In a file of settings, no shell expands "~".
+    home, config = (user_home + path[1:] if path[:2] == "~/" else path for path in (home, config))
     try:
         is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
     except OSError:
@@ -166,10 +155,12 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
         except KeyError:  # as of `docker run -u 4242`
             home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
-    config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
-    if config[:2] == "~/":
-        config = user_home + config[1:]
     return home, config or home + "/monitor.config.json"
+
+
+def variable(environ: "dict[bytes, bytes]", name: bytes) -> str:
+    """Return a variable of the environment; "" if it is not set."""
+    return environ.get(name, b"").decode("utf-8", "surrogateescape")
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
@@ -216,11 +207,8 @@ def wrap(
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
     event_id = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-    machine = environ.get(b"CONTEXTUATE_MACHINE_ID", b"").decode("utf-8", "surrogateescape")
-    head = (
-        f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
-        f'"machineId":{quote(machine or posix.uname().nodename)}'
-    )
+    machine = quote(variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename)
+    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},"machineId":{machine}'
     if wait_s:
         head += f',"answerable":{wait_s}'
     if key:
@@ -233,11 +221,11 @@ def wrap(
         namespace = pid_namespace()
         if namespace:
             head += f',"pidNamespace":{namespace}'
-    parent = environ.get(b"CONTEXTUATE_PARENT_SESSION", b"")
+    parent = variable(environ, b"CONTEXTUATE_PARENT_SESSION")
     if parent:
-        head += f',"parentSessionId":{quote(parent.decode("utf-8", "surrogateescape"))}'
-    if b'"session_id"' not in payload and environ.get(b"CLAUDE_CODE_SESSION_ID"):
-        session = environ[b"CLAUDE_CODE_SESSION_ID"].decode("utf-8", "surrogateescape")
+        head += f',"parentSessionId":{quote(parent)}'
+    session = variable(environ, b"CLAUDE_CODE_SESSION_ID")
+    if session and b'"session_id"' not in payload:
         head += f',"sessionId":{quote(session)}'
     if b'"cwd"' not in payload:
         try:
@@ -459,7 +447,7 @@ if __name__ == "__main__":
 # Status line: hands on the figures that Claude Code gives to its status line, and shows the earlier line
 #
 # `install` writes this room to a module of its own, with all names of the hot path; the same rules apply.
-# Owns: gauges/ in our directory, with the figures that were handed on last.
+# Owns: gauges/ in our directory, with the newest figures of each session.
 # ---------------------------------------------------------------------------
 
 GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
@@ -474,7 +462,11 @@ def run_status_line(arguments: "list[str]") -> None:
     payload, line = b"", ""
     try:
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
-        line = note_gauges(payload.strip())
+        session, figures, line = figures_in(payload.strip())
+        kept = f"{places(posix.environ)[0]}/gauges/{session[-4:] if session[-4:].isalnum() else '--'}"
+        about = f"{quote(session[:128])} {figures}".encode()
+        if figures.strip("0. ") and read_small(kept) != about:
+            in_background(hand_on_gauges, kept, about, payload.strip())
     except BaseException as error:  # the line is shown whatever happens
         reason = f"status line: {type(error).__name__}: {error}"
         in_background(lambda: whole().log_failure(reason))
@@ -523,36 +515,22 @@ def in_background(work: "Any", *arguments: "Any") -> None:
         posix._exit(0)
 
 
-def note_gauges(payload: bytes) -> str:
-    """Hand on the object of a status line if its figures have changed; return a line with some of them."""
-    session, figures, line = figures_in(payload)
-    about = f"{quote(session[:128])} {figures}".encode()
-    home = places(posix.environ)[0]
-    kept = f"{home}/gauges/{session[-2:] if session[-2:].isalnum() else '--'}"
-    if figures.strip("0. ") and read_small(kept).partition(b" ")[2] != about:
-        in_background(hand_on_gauges, kept, about, payload)
-    return line
-
-
 def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
-    """Hand on the newest object of a session, every GAUGES_INTERVAL_S until there is no other one."""
-    waiting = kept + ".next"
-    try:  # a process waits to take it, unless it was killed
-        is_first = not 0 <= time.time() - posix.stat(waiting).st_mtime < 2 * GAUGES_INTERVAL_S
+    """Hand on an object GAUGES_INTERVAL_S after the last one, unless the figures have changed by then."""
+    sent = kept + ".sent"  # its mtime is when the last one was handed on
+    try:
+        replace_small(kept, about)
     except OSError:
-        is_first = True
         whole().make_private_directory(kept.rpartition("/")[0])
-    replace_small(waiting, about + b"\n" + payload)
-    while is_first:
-        last_ms = read_small(kept).partition(b" ")[0]
-        wait_s = GAUGES_INTERVAL_S + int(last_ms if last_ms.isdigit() else 0) / 1000 - time.time()
-        if 0 < wait_s <= GAUGES_INTERVAL_S:
-            time.sleep(wait_s)
-        about, _, payload = read_small(waiting, LINE_LIMIT_BYTES).partition(b"\n")
-        if not payload:
-            return
-        posix.unlink(waiting)
-        replace_small(kept, b"%d %b" % (time.time_ns() // 1_000_000, about))
+        replace_small(kept, about)
+    try:
+        wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
+    except OSError:
+        wait_s = 0
+    if 0 < wait_s <= GAUGES_INTERVAL_S:
+        time.sleep(wait_s)
+    if read_small(kept) == about:
+        replace_small(sent, b"")
         deliver(payload, [], "statusLine")
 
 
@@ -603,7 +581,6 @@ import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
-import difflib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -891,9 +868,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
             raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
     for name, value in flat.items():
         if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
+            warnings.append(f"{path}: {name}: unknown key, ignored")
         elif KEYS[name].accepts(value):
             values[name] = value
         else:
@@ -996,9 +971,7 @@ class AgentFormat(NamedTuple):
     events: "dict[str, str]" = {}  # its name → Claude Code's
     fields: "dict[str, str]" = {}
     tools: "dict[str, str]" = {}
-    adapt: "Callable[[str, JsonObject], str]" = lambda name, hook: (
-        name
-    )  # changes the payload, returns the name
+    adapt: "Callable[[str, JsonObject], str]" = lambda name, _: name  # changes the payload, returns the name
     transcript: str = ""  # below `directory`, where no payload contains it
     usage: "tuple[str, str, str]" = ("", "", "")  # type of a line with tokens, the object, the key
     counts: str = ""  # names in this object: input, output, read from cache, written to it
@@ -1208,12 +1181,13 @@ DATA_NAMES = {
 _EVENT_NAMES = {
     "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
     "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
+    "hook_event_name": "hookType",
 }  # fmt: skip
 # None: not in `data`
-_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAMES, "hook_event_name"))}
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
+_ASSIGNED_BY_STORE = ("seq", "received")
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
@@ -1276,38 +1250,62 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
-    hook, event_type = given.get("hook"), given.get("eventType")
-    is_wrapper = isinstance(given.get("id"), str) and not isinstance(event_type, str)
-    if isinstance(hook, dict) and is_wrapper:
-        return _event_from_hook(hook, given, received_ms, machine_id)
-    if isinstance(given.get("statusLine"), dict) and is_wrapper:
-        return _event_from_status_line(given, received_ms, machine_id)
-    if isinstance(given.get("hook_event_name"), str):
-        return _event_from_hook(given, {}, received_ms, machine_id)
-    if isinstance(event_type, str):
-        return _event_from_event(dict(given), received_ms, machine_id)
-    if isinstance(given.get("hookEventName"), str) and "eventType" not in given:
-        return _event_from_hook(given, {}, received_ms, machine_id)
-    return _event({}, received_ms, machine_id, "", "message", dict(given))
+    hook, line, event_type = (given.get(name) for name in ("hook", "statusLine", "eventType"))
+    about, data = (
+        {name: value for name, value in given.items() if name not in _ASSIGNED_BY_STORE},
+        dict(given),
+    )
+    if isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(hook, dict):
+        del about["hook"]
+        about, data = _fields_of_hook(hook, about)
+    elif isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(line, dict):
+        about, data = _fields_of_status_line(line, about)
+    elif isinstance(given.get("hook_event_name"), str):
+        about, data = _fields_of_hook(given, {})
+    elif isinstance(event_type, str):
+        about, data = _fields_of_event(about)
+    elif isinstance(given.get("hookEventName"), str) and "eventType" not in given:
+        about, data = _fields_of_hook(given, {})
+    else:
+        about = {}
+    event: JsonObject = {
+        "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
+        "workingDirectory": "", "hookType": "", "eventType": "message",
+    }  # fmt: skip
+    for name, value in about.items():
+        if name not in _EVENT_CHECKS or _EVENT_CHECKS[name](value):
+            event[name] = value
+        elif value is not None:
+            _keep(data, name, value)
+    event["id"] = event["id"] or str(uuid.uuid4())
+    event["timestamp"] = int(event["timestamp"])
+    event["hookType"], event["eventType"] = event["hookType"][:_ID_LIMIT], event["eventType"][:_ID_LIMIT]
+    event["data"] = data
+    return event
 
 
-def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    data: JsonObject = {}
+def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of a payload."""
     is_known = "hook_event_name" in hook and "session_id" in hook
+    if not is_known:
+        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
+        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
-        hook, agent = _known_form(hook, wrapper)
-        wrapper = {**wrapper, "agent": agent} if agent else wrapper
+        agent = _string(wrapper.get("agent")) or agent_of(hook)
+        if agent in AGENTS:
+            hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
+    about: JsonObject = {}
+    data: JsonObject = {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
             _keep(data, field, value)
         elif place is not None:
             data[place] = value
-    about: JsonObject = {}
     for name, value in wrapper.items():
         if name in _EVENT_ONLY:
             _keep(data, name, value)
-        elif name not in _IGNORED_IN_WRAPPER:
+        else:
             about["workingDirectory" if name == "cwd" else name] = value
     for field, name in _EVENT_NAMES.items():
         if field in hook:
@@ -1318,26 +1316,12 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
                 about[name] = value
             else:
                 _keep(data, field, value)
-    hook_type = hook.get("hook_event_name")
-    if not isinstance(hook_type, str):
-        if hook_type is not None:
-            _keep(data, "hook_event_name", hook_type)
-        hook_type = ""
-    return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+    about["eventType"] = EVENT_TYPES.get(about.get("hookType", ""), "message")
+    return about, data
 
 
-def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str]":
-    """Return (a payload with Claude Code's names, the program that sent it or "")."""
-    if "hook_event_name" not in hook or "session_id" not in hook:
-        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
-        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
-    agent = _string(wrapper.get("agent")) or agent_of(hook)
-    return (like_claude(agent, hook), agent) if agent in AGENTS else (hook, "")
-
-
-def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Return the event of a status line: the client's own objects with the figures, under its names."""
-    line: JsonObject = wrapper["statusLine"]
+def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of a status line: the client's own objects with the figures."""
     about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
     about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
     data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
@@ -1345,30 +1329,20 @@ def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: s
         data["model"] = line["model"].get("id")
     if "effort" in line:
         data["effort"] = line["effort"]
-    return _event(about, received_ms, machine_id, "", "status_line", data)
+    return {**about, "hookType": "", "eventType": "status_line"}, data
 
 
-def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    content, hook_type, event_type = rest.pop("data", None), rest.pop("hookType", ""), rest.pop("eventType")
+def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
+    """Return (fields of the event, data) of an event, also of one by the Node.js Contextuate emitter."""
+    content = about.pop("data", None)
     data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     if "tool_output" in data and "toolOutput" not in data:
         data["toolOutput"] = data.pop("tool_output")
-    if not isinstance(hook_type, str):
-        _keep(data, "hookType", hook_type)
-        hook_type = ""
-    _take_node_names(rest, hook_type, data)
-    for assigned in ("seq", "received"):
-        rest.pop(assigned, None)
-    return _event(rest, received_ms, machine_id, hook_type, event_type, data)
-
-
-def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
-    """Rename the Node.js Contextuate emitter's fields for subagents and tokens to ours."""
     subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
-    is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
-    if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
-        event.update(agentId=event.get("sessionId"), agentType=subagent.get("type"))
-        event["sessionId"] = event.pop("parentSessionId")
+    is_agent = about.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in about
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in about:
+        about.update(agentId=about.get("sessionId"), agentType=subagent.get("type"))
+        about["sessionId"] = about.pop("parentSessionId")
     if isinstance(sums, dict) and "usage" not in data:
         five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
         cached = sum(count for count in (five, hour) if type(count) is int)
@@ -1376,26 +1350,7 @@ def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> Non
         counts.update(cacheCreation=cached, cacheCreation1h=hour)
         model = data["model"] if _is_id(data.get("model")) else "unknown"
         data["usage"] = {"models": {model: counts}, "agents": {}}
-
-
-def _event(
-    about: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
-) -> JsonObject:
-    """Return an event of these fields; a value of a wrong type moves into `data` under its own name."""
-    event: JsonObject = {
-        "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
-        "workingDirectory": "", "hookType": hook_type[:_ID_LIMIT], "eventType": event_type[:_ID_LIMIT],
-    }  # fmt: skip
-    for name, value in about.items():
-        check = _EVENT_CHECKS.get(name)
-        if check is None or check(value):
-            event[name] = value
-        elif value is not None:
-            _keep(data, name, value)
-    event["id"] = event["id"] or str(uuid.uuid4())
-    event["timestamp"] = int(event["timestamp"])
-    event["data"] = data
-    return event
+    return about, data
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
@@ -1427,10 +1382,8 @@ _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
-    for name, check in _EVENT_CHECKS.items():
-        if name in event and not check(event[name]):
-            return False
-    return event.keys() >= _REQUIRED_FIELDS
+    fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
+    return fits and event.keys() >= _REQUIRED_FIELDS
 
 
 def this_machine() -> str:
@@ -1559,11 +1512,16 @@ def _is_login_in_base64(value: str) -> bool:
 
 def _is_weak_secret(name: str, value: str) -> bool:
     """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
-    if _is_login_in_base64(value):
-        return True
     if name.lower().endswith("pass"):
         return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
-    return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
+    return bool(_RANDOM.match(value)) and len(value) >= 16 or _is_login_in_base64(value)
+
+
+def _is_random(value: str) -> bool:
+    """True for a text with digits in it, or with more changes of case than a name in code has."""
+    if sum(map(str.isdigit, value)) > 1 and len(value) >= 6:
+        return True
+    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
@@ -1574,82 +1532,62 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     kind = _name_class(name)
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
-    if not kind or len(value) < 3 or _REFERS.match(value) or _PLACEHOLDER.match(value):
-        return False
-    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
-    is_name = name.lower().endswith(value.rstrip(")]").lower())
-    if is_path or is_name or value.isupper() and _SAYS_SECRET.search(value):
+    is_harmless = _REFERS.match(value) or _PLACEHOLDER.match(value) or _PATH.match(value)
+    if not kind or len(value) < 3 or is_harmless or name.lower().endswith(value.rstrip(")]").lower()):
         return False
     if kind == "weak" and not _is_weak_secret(name, value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
-    digits = sum(map(str.isdigit, value))
+    digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
+    is_likely = digits > 0 or name.isupper() or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
+    if group == "quoted" and match["operator"] == "(":  # builder.password("…")
+        return bool(_RANDOM.match(value))
+    if group == "quoted" and (match["named"] or match["operator"] == "="):
+        return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        return _is_quoted_secret(match, name, kind, value, digits)
+        is_name = says_secret or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
+        return bool(is_likely) and not has_space and not is_name
     if group == "bare":
-        return _is_bare_secret(text, match, before, name, kind, value, digits)
+        return _is_bare_secret(text, match, before, name, value, bool(is_likely))
     if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
         return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
     if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
         call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
-        return call is not None and (" " not in value or digits > 1) and (call[1] is not None or digits > 0)
+        return call is not None and (digits > 1 or not has_space and (call[1] is not None or digits > 0))
     # NAME VALUE
-    if match.group("quote") == "'" and _SQL.search(before + head):
+    if match["quote"] == "'" and _SQL.search(before + head):
         return True
     is_netrc = any(word in before + head for word in ("machine", "default", "login"))
-    if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
+    if says_secret or not (match["quote"] or digits or name.isupper() or is_netrc):
         return False
-    return _SETS.search(before + head) is not None and (digits < len(value) or digits >= 6)
-
-
-def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
-    operator = match.group("operator")
-    if operator == "(":  # builder.password("…")
-        return bool(_RANDOM.match(value))
-    if match.group("named") or operator == "=":
-        return " " not in value or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
-    if name.isupper() and len(name) > 5:
-        return " " not in value and not (_IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
-    is_random = digits > 0 or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
-    return bool(is_random) and " " not in value and not _SAYS_SECRET.match(value)
+    return _SETS.search(before + head) is not None
 
 
 def _is_bare_secret(
-    text: str, match: "re.Match[str]", before: str, name: str, kind: str, value: str, digits: int
+    text: str, match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool
 ) -> bool:
-    operator, after = match.group("operator"), text[match.end() : match.end() + 1]
-    if digits == len(value):
-        return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
-    if match.group("named") or after in tuple("(<`[") or "[" in value:
+    operator, after = match["operator"], text[match.end() : match.end() + 1]
+    if value.isdigit():
+        return len(value) >= 6
+    if match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value):
         return False
-    is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
-    ends_line = after in ("", "\r", "\n", '"', "'", "#")
-    is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
+    is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
+    if is_word and _SAYS_SECRET.match(value):
+        return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
-        if is_constant:
-            return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
-        if len(value) < 6:
-            return kind == "password" and digits > 0 and after not in tuple("),;{}")
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
-        return is_connection or after not in tuple("),;{}") or not is_word
-    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or _SAYS_SECRET.match(value) or after in tuple(";{)"):
+        return name.isupper() or is_connection or after not in tuple("),;{}") or not is_word
+    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or after in tuple(";{)"):
         return False
-    if is_constant and is_line and ":" in operator:
+    if is_likely and ends_line and ":" in operator and _LINE_START.match(before.rpartition("\n")[2]):
         return True
-    if kind == "password" and is_line and (digits > 0 or re.search(r"\w[!@#^]", value)):
-        return True
-    if "=" in operator and not ends_line or len(value) < 6 or is_word and "." in value:
-        return False
-    if "\n" in operator:
-        return is_line and bool(_RANDOM.match(value))
-    if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
-        capitals, words = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
-        return digits > 1 or len(capitals) >= 3 <= len(words)
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
-    return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
+    if "@" in value or is_word and "." in value:
+        return False
+    return _is_random(value) and (ends_line or "=" not in operator)
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
@@ -1699,34 +1637,30 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 # Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
 # One that does not begin with A or E and does not end with - _ or . costs a search of its own.
 _TOKEN_TABLE = r"""
-[A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
-    aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
-    pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
-    circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
-    midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
-    tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
-    gitlab: GR1348941 postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_
-    cloudflare: cfut_ cfat_ cfk_ cfoc_ langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_
+[A-Za-z0-9_.=+/%~-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
+    aws: amzn.mws. amzn1.oa2-cs.v1. ABSK bedrock-api-key- heroku: HRKU- supabase: sbp_ sb_secret_ mongodb:
+    mdb_sa_sk_ pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_
+    dckr_oat_ circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_ midtrans:
+    SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly- tvly-dev-
+    tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp- gitlab: GR1348941
+    glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt- glagent- gloas- glsoat- glffct- glwt- postman: PMAK-
+    brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_ glc_ cloudflare: cfut_ cfat_ cfk_ cfoc_
+    v1.0- langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_ github: ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ tencent:
+    AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_ infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai:
+    xai- perplexity: pplx- replicate: r8_ cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_
+    prefect: pnu_ pnb_ linear: lin_api_ lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars:
+    CLOJARS_ easypost: EZAK EZTK workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_ google: AIza ya29.
+    GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi- openshift: sha256~ figma: figd_ figo_
+    figoh_ scalingo: tk-us- snyk: snyk_uat. snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
+    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel:
+    duffel_live_ duffel_test_ frameio: fio-u- dynatrace: dt0c01. dt0s01. dt0s02. dt0s16. fly: fo1_ fm1a_ fm1r_
+    fm2_ sentry: sntrys_ sntryu_ sntrya_ sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
     vcr_ vck_ alibaba: LTAI
-[A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
-    infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai: xai- perplexity: pplx- replicate: r8_
-    cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
-    lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
-    workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
-[A-Za-z0-9_.=%-]{30,}  google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi-
-    github: github_pat_ openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat.
-    snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_
-    pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
-    dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
-[A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
-    sntryu_ sntrya_
 [a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
-    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
-    intra42: s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
-[A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
-    glagent- gloas- glsoat- glffct- glwt-
+    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key- intra42:
+    s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
 [A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
     sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_
 [A-Za-z0-9%-]{14,}  slack: xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- flutterwave: FLWSECK-
@@ -1736,10 +1670,8 @@ _TOKEN_TABLE = r"""
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
 [A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
-[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: v1.0-
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
-[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]{16,}){1,2}  sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
@@ -1812,9 +1744,8 @@ _METADATA_KEYS = frozenset(
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
     "kind entrypoint version".split()
 )
-_METADATA_OBJECTS = frozenset(
-    ("usage", "agentMeta", "truncated", "gauges")
-)  # numbers, and the ids under these names:
+# Of these objects, numbers are kept, and ids under the names below.
+_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated", "gauges"))
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
@@ -1831,8 +1762,7 @@ for _shape in SECRET_SHAPES:
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
         _TOKEN_BY_HINT[_hint] = _shape
     else:
-        _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
-        _part = next((each for each in _COMMON_PARTS if each in _part), _part)
+        _part = next((each for each in _COMMON_PARTS if each in _hint), _hint)
         _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
@@ -1850,12 +1780,6 @@ def _names_a_secret(name: str, value: Any = None) -> bool:
     """True if every value of that name is a secret, or this `value` is."""
     kind = _name_class(name)
     return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
-
-
-def _name_of(name: str, beside: "dict[str, Any]") -> str:
-    """Return the name of a value; in `{"name": "DB_PASSWORD", "value": "…"}` it is the other field."""
-    named = beside.get("name", beside.get("key")) if name == "value" else None
-    return named if isinstance(named, str) else name
 
 
 def _replacement(kind: str, secret: str) -> str:
@@ -1972,9 +1896,8 @@ def _folded_text(text: str) -> str:
     if text.isascii():
         return text.lower()
     # Five times as fast as lower(); the Kelvin sign is the one other letter whose lower case is ASCII.
-    return (
-        text.replace("\u212a", "k").encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
-    )
+    encoded = text.replace("\u212a", "k").encode("utf-8", "surrogatepass")
+    return encoded.lower().decode("utf-8", "surrogatepass")
 
 
 def _shapes_in(text: str) -> "list[SecretShape]":
@@ -1982,9 +1905,7 @@ def _shapes_in(text: str) -> "list[SecretShape]":
     if "\x1b" in text:
         text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
-    for by_part, searched in zip(
-        _SHAPES_BY_PART, (text, text.lower() if text.isascii() else _folded_text(text))
-    ):
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
@@ -2109,8 +2030,10 @@ class _Protector:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             path, clean = path and path + ".", _clean_name if self._hints else str
+            named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
+            named = named if isinstance(named, str) else "value"
             return {
-                clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                clean(name): self.value(inner, named if name == "value" else name, path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -2929,11 +2852,10 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
+    """Return the segments as (path, bytes), oldest first."""
     segments = []
     with contextlib.suppress(OSError):  # of the directory; `make_spool` sets aside what is none
-        names = os.listdir(directory)
-        for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
+        for name in sorted(os.listdir(directory)):
             if name.endswith((".jsonl", ".taken")):
                 with contextlib.suppress(OSError):  # not ours, or drained since it was listed
                     about = os.lstat(f"{directory}/{name}")
@@ -2951,12 +2873,11 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError, to try again later, while a writer has it locked, or while an older segment with
-    the same name (by a hook of an older version) is not drained; OSError if it cannot be read.
+    Raises BlockingIOError, to try again later, while a writer has it locked; OSError if it cannot be read.
     """
-    taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
+    taken = path.rpartition(".")[0] + ".taken"
     if taken != path:
-        if os.path.lexists(taken):
+        if os.path.lexists(taken):  # of a hook of an older version
             raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
@@ -3057,7 +2978,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
     login = {"username": values["redis.username"], "password": password}
     options.update((name, value) for name, value in login.items() if value)
     for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-        options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        options["ssl_" + name] = path = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        if path:
+            open(path, "rb").close()  # raises an error with the path, which that of OpenSSL does not contain
     options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
     options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
@@ -3113,64 +3036,42 @@ def redis_py_advice(python: str) -> str:
     return f"{command}, or install your system's package (apt install python3-redis), then try again"
 
 
-# Part of an error's text → message. redis-py leaves the code (NOAUTH) out of some texts.
-_REDIS_TROUBLES = (
-    ("No module named 'redis'", "redis-py is missing: {advice}"),
-    ("No module named 'redis.", "redis-py is too old: {advice}"),
-    ("Authentication required|NOAUTH", "Redis at {place} asks for a password (NOAUTH): set redis.password, "
-     "or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
-    ("invalid username-password|WRONGPASS|invalid password|without any password configured",
-     "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
-     "(or CONTEXTUATE_REDIS_PASSWORD)"),
-    ("NOPERM|has no permissions|No permissions to access",
-     "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master", "Redis at {place} is a read-only "
-     "replica (READONLY): set redis.host to the primary, or redis.sentinels to have it found"),
-    ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
-    ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
-     "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
-    ("Cluster mode is not enabled", "Redis at {place} is no cluster: set redis.cluster to false"),
-    ("No master found", "no sentinel of {place} knows a primary: check redis.sentinels, redis.master and "
-     "redis.sentinelPassword ({text})"),
-    ("OOM|used memory",
-     "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
-    ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
-    ("Hostname mismatch|IP address mismatch|doesn't match",
-     "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})"),
-    ("certificate has expired", "the certificate of Redis has expired: renew it on the server"),
-    ("CERTIFICATE_VERIFY_FAILED",
-     "the certificate of Redis cannot be verified: set redis.caFile to its authority's file ({text})"),
-    ("certificate required|CERTIFICATE_REQUIRED|peer did not return a certificate",
-     "Redis at {place} asks for a client certificate: set redis.certFile and redis.keyFile"),
-    ("WRONG_VERSION_NUMBER|wrong version number|record layer failure|UNEXPECTED_MESSAGE|UNEXPECTED_EOF",
-     "{place} does not speak TLS: set redis.tls to false, or redis.port to the server's TLS port"),
-    ("Protocol Error|InvalidResponse",
-     "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true"),
-    ("No such file or directory", "{missing} is not there: check the paths in the Redis configuration"),
-    ("Name or service not known|nodename nor servname|name resolution|No address",
-     "{host} is not a known host name: check redis.host"),
-    ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
-    ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
-     "Redis at {place} closed the connection{hint}"),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{hint}"),
+# Part of an error's text, or its type → what to do. redis-py leaves the code (NOAUTH) out of some texts.
+_REDIS_ADVICE = (
+    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
+     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
+    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
+    ("READONLY|read only replica|read-only replica|previous master",
+     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
+    ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
+    ("Cluster mode is not enabled", "set redis.cluster to false"),
+    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
+    ("OOM|used memory", "out of memory: raise maxmemory there or lower redis.streamMaxLength"),
+    ("WRONGTYPE", "choose another redis.channel"),
+    ("certificate required|CERTIFICATE_REQUIRED|did not return a certificate",
+     "set redis.certFile and redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED",
+     "check redis.host and redis.caFile, and the server's certificate"),
+    ("No such file or directory", "check the paths in the Redis configuration"),
+    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
+    ("Connection refused", "is Redis running there?"),
+    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
+     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
+     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
 )  # fmt: skip
 
 
-def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Return what is wrong with Redis and what to do; `connected`: this configuration has worked before."""
-    text = " ".join(str(error).split())[:300]
-    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    url, place = values["redis.url"] or "", redis_place(values)
-    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
-    named += [place] if url.startswith("unix:") else []
-    missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
-    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
-    facts["hint"] = "" if connected else " (check redis.port, redis.tls and redis.certFile)"
-    for signs, message in _REDIS_TROUBLES:
-        if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(**facts)
-    return f"{type(error).__name__} from Redis at {place}: {text}"
+def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
+    """Return what is wrong with Redis, and what to do."""
+    if isinstance(error, ImportError):
+        return f"redis-py is missing or too old: {redis_py_advice(sys.executable)}"
+    text = " ".join(str(error).split())[:200]
+    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\[Errno -?\d+\] |\s*\(_ssl\.c:\d+\)\.?", "", text)
+    kind = type(error).__name__
+    advice = [
+        it for signs, it in _REDIS_ADVICE if any(sign in f"{kind}: {text}" for sign in signs.split("|"))
+    ]
+    return f"Redis at {redis_place(values)}: {text or kind}" + (f" ({advice[0]})" if advice else "")
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -3213,8 +3114,7 @@ class Publisher:
         self._machine_key = machine_key(home)
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
-        reported = self._registry
-        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in reported.sessions)
+        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in self._registry.sessions)
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
@@ -3357,27 +3257,24 @@ class Publisher:
     def _publish(self) -> None:
         batch = self._batch[: 1 if self._failures else None]  # one as a test
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
+        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
         try:
             if self._client is None:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
-            client = self._client
-            replies = within(deadline_s, lambda: self._send(client, batch))
+            pipeline = self._client.pipeline(
+                transaction=False
+            )  # in a MULTI, one refused command discards all
+            for _, line in batch:
+                pipeline.publish(self._values["redis.channel"], line)
+                if stream:
+                    pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
+            replies = within(deadline_s, lambda: pipeline.execute(raise_on_error=False))
         except Exception as error:  # the events stay in the spool
             if isinstance(error, ImportError):
                 self._change_interpreter()
-            self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
-            self._send_again()
+            self._fail(redis_trouble(error, self._values))
             return
         self._settle(batch, replies)
-
-    def _send(self, client: Any, batch: "_Batch") -> "list[Any]":
-        pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
-        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
-        for _, line in batch:
-            pipeline.publish(self._values["redis.channel"], line)
-            if stream:
-                pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
-        return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
         """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
@@ -3415,15 +3312,11 @@ class Publisher:
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
         self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
-        if stream:
-            self._send_again()
 
-    def _send_again(self) -> None:
+    def _fail(self, reason: str) -> None:
         begin = time.monotonic() - RESEND_S
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
-
-    def _fail(self, reason: str) -> None:
         self._failures += 1
         self._next_attempt = time.monotonic() + backoff_s(self._failures)
         self._drop_client()
@@ -3545,14 +3438,14 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
 
 def print_answer(asked: JsonObject, line: bytes) -> bool:
     """Print an answer in the client's form; return False if it is not a valid one."""
-    output = None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         output = client_answer(asked, json.loads(line.decode("utf-8")))
+    except (ValueError, RecursionError):
+        return False
     if output is not None:
         output = {"hookEventName": asked["hook_event_name"], **output}
-        text = encode_json({"hookSpecificOutput": output}) + b"\n"
-        while text:
-            text = text[os.write(1, text) :]
+        with open(1, "wb", closefd=False) as stdout:
+            stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
     return output is not None
 
 
@@ -3630,8 +3523,7 @@ def fits_form(schema: Any, content: Any) -> bool:
         field = fields.get(name)
         if not isinstance(field, dict) or type(value) not in _FORM_TYPES.get(str(field.get("type")), ()):
             return False
-        texts = value if isinstance(value, list) else [value]
-        if (isinstance(value, list) and not all(map(_is_text, texts))) or value in (math.inf, -math.inf):
+        if (isinstance(value, list) and not all(map(_is_text, value))) or value in (math.inf, -math.inf):
             return False
         if field.get("enum") and value not in field["enum"]:
             return False

@@ -776,7 +776,7 @@ def test_the_hooks_notes_name_config_mode_and_destination(hook_installed, hook_a
     notes, home = hook_alone(), hook_alone.home
     assert f"config {home}/monitor.config.json: mode local, socket {home}/m.sock" in notes
     assert "no acknowledgement" in notes and f"kept in the spool: {home}/spool/" in notes
-    assert "nothing on standard input" in hook_alone(b"\n")
+    assert "no hook payload on standard input" in hook_alone(b"\n")
     assert hook_alone(CONTEXTUATE_DEBUG="0") == ""
 
 
@@ -1231,8 +1231,7 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
 
 # A key, its value, the file's mode, and what its warning says; None where there must be none.
 HOOK_CONFIG_WARNINGS = [
-    ("server.prot", 1, 0o600, "server.prot: unknown key, ignored; did you mean server.port?"),
-    ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored; did you mean socketPath?"),
+    ("server.prot", 1, 0o600, "server.prot: unknown key, ignored"),
     ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
     *(
         (f"redis.{key}", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used")
@@ -1306,7 +1305,7 @@ def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
     text = install_text(path)
     ee.write_atomically(path, f'// mine\n{text[:-1]}, # more\n "socketPaht": 1, /* \n */ }}\n'.encode())
     done = monitor.command("start", "--no-open")
-    assert "unknown key" in done.stderr and "did you mean socketPath?" in done.stderr
+    assert "unknown key" in done.stderr
 
 
 # ---------------------------------------------------------------------------
@@ -10468,7 +10467,7 @@ REDIS_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "wrong user": ("ruled", {"username": "nobody", **REDIS_LOGIN}, "user|password"),
     "no rights": ("ruled", {"username": "nothing", **REDIS_LOGIN}, "right|permission|NOPERM"),
     "another channel": ("ruled", {"username": "elsewhere", **REDIS_LOGIN}, "channel|NOPERM"),
-    "nothing listens": ("stopped", {}, "nothing answers"),
+    "nothing listens": ("stopped", {}, "refused.*running"),
     "no such host": ("plain", {"host": "no-such-host.invalid"}, "host|name"),
     "no such socket": ("plain", {"url": "unix:///nowhere/redis.sock"}, "/nowhere/redis.sock"),
     "TLS to a plain port": ("plain", {"tls": True}, "TLS"),
@@ -10658,7 +10657,7 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> No
         eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
         assert machine.publisher()["state"] in ("waiting", "connecting")
         for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
-            assert re.search(r"answer|time|reach", sentence), sentence
+            assert re.search(r"answer|[Tt]ime|reach", sentence), sentence
         machine.spool("second")
         os.kill(machine.pid, signal.SIGTERM)
         eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
@@ -13125,7 +13124,7 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     machine.start()
     machine.wait_until("given_up")
     tab = open_tab(machine)
-    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): nothing answers at"
+    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): Redis at 127"
     tab.shows("banner", gave_up)
     other = open_tab(machine, "#status")
     other.shows("status", "given up")
