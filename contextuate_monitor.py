@@ -4764,7 +4764,6 @@ def metrics_text(
 # ---------------------------------------------------------------------------
 
 RECEIVE_BYTES = 256 << 10
-HEAD_DEADLINE_S = 10.0
 PING_INTERVAL_S = 20.0
 UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
@@ -4968,8 +4967,6 @@ class Client:
     """One WebSocket client: its subscription and its queue. It is small, since there may be thousands."""
 
     sock: socket.socket
-    head: bytes = b""  # of the opening handshake, as far as received
-    is_open: bool = False  # after the handshake
     parser: FrameParser | None = None  # while a message of the client is partly received
     queue: list[memoryview] = dataclasses.field(default_factory=list)
     queued: int = 0  # bytes in it
@@ -4989,20 +4986,17 @@ class Client:
 
 @dataclasses.dataclass(eq=False)
 class WebSocketServer:
-    """The connections of WebSocket clients: handshakes, frames, pings, bounded queues."""
+    """The connections of WebSocket clients, after their handshakes: frames, pings, bounded queues."""
 
     loop: EventLoop
-    listener: socket.socket
-    admit: Callable[[Request, socket.socket], str]  # returns a pairing; RequestError refuses a handshake
     opened: Callable[[Client], None]
-    received: Callable[[Client, str], None]  # gets the text of a message
+    received: Callable[[Client, str | bytes], None]  # gets the content of a text or binary message
     connection_limit: int
     queue_limit_bytes: int
     clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
     closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
-        self.loop.listen(self.listener, self.adopt)
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
 
     # Sending
@@ -5061,17 +5055,12 @@ class WebSocketServer:
         """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
         if client.closing:
             return
-        if not client.is_open:
-            self._drop(client)
-            return
         client.closing = True
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
         self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
 
     def close_all(self) -> None:
-        """Stop listening and close every client's connection."""
-        self.loop.unwatch(self.listener)
-        self.listener.close()
+        """Close every client's connection."""
         for client in list(self.clients.values()):
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
@@ -5116,8 +5105,8 @@ class WebSocketServer:
 
     # Receiving
 
-    def adopt(self, sock: socket.socket, response: bytes = b"", pairing: str = "") -> None:
-        """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
+    def adopt(self, sock: socket.socket, response: bytes, rest: bytes, pairing: str = "") -> None:
+        """Take a connection whose handshake `response` ends; `rest` came after it. Refuse too many."""
         sock.setblocking(False)
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
@@ -5128,10 +5117,9 @@ class WebSocketServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = self.clients[sock] = Client(sock, pairing=pairing)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        if response:
-            self._open(client, response)
-        else:
-            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
+        self._write(client, response)
+        self.opened(client)
+        self._take_frames(client, rest)
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
@@ -5146,34 +5134,8 @@ class WebSocketServer:
             data = b""
         if not data:
             self._drop(client)
-        elif client.is_open:
-            self._take_frames(client, data)
         else:
-            self._take_head(client, data)
-
-    def _take_head(self, client: Client, data: bytes) -> None:
-        client.head += data
-        head, end, rest = client.head.partition(b"\r\n\r\n")
-        if not end and len(client.head) <= HEAD_LIMIT_BYTES:
-            return
-        try:
-            if len(head) > HEAD_LIMIT_BYTES:
-                raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
-            request = parse_request_head(head)
-            client.pairing = self.admit(request, client.sock)
-            response = handshake_response(request)
-        except RequestError as error:
-            with contextlib.suppress(OSError):
-                client.sock.send(refusal(error))
-            self._drop(client)
-            return
-        self._open(client, response)
-        self._take_frames(client, rest)
-
-    def _open(self, client: Client, response: bytes) -> None:
-        client.head, client.is_open = b"", True
-        self._write(client, response)
-        self.opened(client)
+            self._take_frames(client, data)
 
     def _take_frames(self, client: Client, data: bytes) -> None:
         parser = client.parser or FrameParser()
@@ -5185,21 +5147,15 @@ class WebSocketServer:
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
-            elif message.opcode is Opcode.TEXT:
-                if not client.closing:
-                    self.received(client, message.data)
             elif message.opcode is Opcode.PING:
                 self.send(client, encode_frame(Opcode.PONG, message.data))
             elif message.opcode is Opcode.PONG:
                 client.unanswered_pings = 0
-            else:
-                self._take_binary(client, message.data)
-
-    def _take_binary(self, client: Client, _data: bytes) -> None:
-        self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+            elif not client.closing:
+                self.received(client, message.data)
 
     def _ping_all(self) -> None:
-        for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
+        for client in [client for client in self.clients.values() if not client.closing]:
             if client.unanswered_pings >= UNANSWERED_PINGS:
                 log.info("a client was closed: it did not answer %d pings", client.unanswered_pings)
                 self._drop(client)
@@ -5613,7 +5569,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 # HTTP: the page, the API, and who may use them
 #
-# Owns: the HTTP port, its threads, and the access rules for both ports.
+# Owns: both TCP ports, their threads, and the access rules. The WebSocket port takes handshakes only.
 # A handler thread reads event files itself and asks the loop thread (`Api.ask`) for everything else.
 # ---------------------------------------------------------------------------
 
@@ -5695,25 +5651,24 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
     """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
     if not is_loopback(peer_address(sock)):
         return False
-    row = peer_row(sock) if sys.platform == "linux" else []
-    return not row if sys.platform != "linux" else row != [] and int(row[7]) == os.getuid()
+    return sys.platform != "linux" or peer_owner(sock)[0] == os.getuid()
 
 
-def peer_row(sock: socket.socket) -> list[str]:
-    """Return the fields of the other end of a TCP connection in /proc/net/tcp; [] if it is not there."""
+def peer_owner(sock: socket.socket) -> tuple[int, str]:
+    """Return (user, inode) of the other end of a TCP connection on this Linux machine; (-1, "") elsewhere."""
     try:
-        peer, local = sock.getpeername(), sock.getsockname()
+        peer, local = _proc_address(sock.getpeername()), _proc_address(sock.getsockname())
     except OSError:
-        return []
+        return -1, ""
     # The peer's end of the connection is a row of its own, with local and remote address exchanged.
-    wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
-    for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
+    is_ipv4 = peer.startswith(_proc_address(("::ffff:0.0.0.0", 0))[:24])
+    for table, skipped in [("/proc/net/tcp", 24)] * is_ipv4 + [("/proc/net/tcp6", 0)]:
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            for line in file:
-                fields = line.split()
-                if len(fields) > 9 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
-                    return fields
-    return []
+            _, *found = file.read().split(f": {peer[skipped:]} {local[skipped:]} ")
+            for fields in (it.split(None, 7) for it in found):
+                if fields[0] != "06":  # TIME_WAIT
+                    return int(fields[4]), fields[6]
+    return -1, ""
 
 
 def _proc_address(address: tuple[Any, ...]) -> str:
@@ -5955,7 +5910,7 @@ def page_response(path: str, ws_port: int, host: str) -> Response:
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """The HTTP port: one thread per connection, with a limit on their number and deadlines for requests."""
+    """A TCP port: one thread per connection, with a limit on their number and deadlines for requests."""
 
     daemon_threads = True
     block_on_close = False
@@ -6045,6 +6000,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
     server: HttpServer
+    rfile: io.BufferedReader
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_DEADLINE_S
@@ -6113,15 +6069,17 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
-        if path == "/" and "token=" in query_text:
+        is_websocket = path == "/ws" or server.server_port != server.access.port
+        if path == "/" and "token=" in query_text and not is_websocket:
             return self._exchange_token(request, query.get("token") or "")
         method = "GET" if self.command == "HEAD" else self.command
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
-        if path == "/ws":
+        if is_websocket:
             response = handshake_response(request)
             self.close_connection = True  # ends this thread, not the connection
             server.upgraded_sockets.add(self.connection)
-            server.answers.adopt(request, self.connection, response)
+            self.connection.setblocking(False)
+            server.answers.adopt(request, self.connection, response, self.rfile.peek())
             return None
         body = self._body(request)
         if path in ("/pair", "/api/answer"):
@@ -6499,12 +6457,12 @@ class Answers:
 
     # The right to answer
 
-    def adopt(self, request: Request, sock: socket.socket, response: bytes) -> None:
-        """Hand a WebSocket of the HTTP port to the loop; for any thread."""
-        pairing = self.pairing_of(request, sock)
-        self._loop.call_soon(functools.partial(self._monitor.clients.adopt, sock, response, pairing))
+    def adopt(self, request: Request, sock: socket.socket, response: bytes, rest: bytes) -> None:
+        """Hand a WebSocket to the loop; for any thread."""
+        pairing = self._pairing_of(request, sock)
+        self._loop.call_soon(lambda: self._monitor.clients.adopt(sock, response, rest, pairing))
 
-    def pairing_of(self, request: Request, sock: socket.socket) -> str:
+    def _pairing_of(self, request: Request, sock: socket.socket) -> str:
         """Return the id of the pairing of a request's browser, "" if it has none; for any thread."""
         name = f"{PAIRING_COOKIE}_{self._monitor.port}"
         pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
@@ -6528,10 +6486,10 @@ class Answers:
 
     def _check_process(self, sock: socket.socket) -> int:
         """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
-        row = peer_row(sock) if sys.platform == "linux" else []
-        if not row:
+        _, inode = peer_owner(sock) if sys.platform == "linux" else (-1, "")
+        if not inode:
             return 0
-        pids, here = holders_of(row[9]), emit_event.pid_namespace()
+        pids, here = holders_of(inode), emit_event.pid_namespace()
         sessions = list(self._monitor.sessions.sessions.values())
         clients = frozenset(pid for it in sessions for pid, space in list(it.processes) if space == here)
         reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
@@ -7604,10 +7562,13 @@ class MessageHandlers:
         about["mayAnswer"] = client.pairing != ""
         self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
 
-    def take(self, client: Client, text: str) -> None:
+    def take(self, client: Client, data: str | bytes) -> None:
         """Carry out one WebSocket message and answer it."""
+        if isinstance(data, bytes):
+            self._monitor.clients.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+            return
         try:
-            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
+            message = emit_event.parse_event_line(data.encode("utf-8", "surrogatepass"))
         except MalformedEvent as error:
             self._reply(client, {}, error)
         else:
@@ -8088,16 +8049,9 @@ class Monitor:
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
         self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
-
-        def admit(request: Request, sock: socket.socket) -> str:
-            access.check(request, self.ws_port, lambda: same_user_on_loopback(sock))
-            return self.answers.pairing_of(request, sock)
-
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
-            ws_socket,
-            admit=admit,
             opened=handlers.greet,
             received=handlers.take,
             connection_limit=settings["limits.connections"],
@@ -8108,7 +8062,9 @@ class Monitor:
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         limit = settings["limits.connections"]
-        self.http = HttpServer(http_socket, access, page, api, self.answers, limit)
+        self.http = [
+            HttpServer(it, access, page, api, self.answers, limit) for it in (http_socket, ws_socket)
+        ]
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
@@ -8149,7 +8105,8 @@ class Monitor:
             self._store_received()
         if self.redis:
             self.redis.close()
-        self.http.stop()
+        for server in self.http:
+            server.stop()
         self.answers.close()
         if self.notifier:
             self.notifier.close()
