@@ -573,7 +573,7 @@ class RequestError(Exception):
     """A refused request: HTTP status, reason, additional headers of the response."""
 
     def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(f"{status} {reason}")
+        super().__init__(reason)
         self.status = status
         self.reason = reason
         self.headers = headers
@@ -4904,10 +4904,10 @@ class Turns:
         self.size = 0  # bytes
         self.waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
 
-    def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
+    def add(self, *entries: tuple[bytes, Any]) -> None:
         """Add entries that begin with a line; its machine is what looks like it, without parsing."""
         for entry in entries:
-            line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
+            line = entry[0]
             start = line.rfind(b'"machineId":') + 12
             machine = line[start : line.find(b",", start)] if start > 11 else b""
             self.waiting.setdefault(machine, collections.deque()).append(entry)
@@ -4926,40 +4926,21 @@ class Turns:
         return taken
 
 
-HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
-
-
-class TooLong(NamedTuple):
-    """The first bytes of a line that exceeds the limit; the rest is discarded."""
-
-    head: bytes
-
-
 class LineSplitter:
-    """Splits a byte stream into lines, without I/O; a line longer than `limit_bytes` becomes a TooLong."""
+    """Splits a byte stream into lines, without I/O; of a longer line, `limit_bytes` and one byte are kept."""
 
     def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
+        self._kept_bytes = limit_bytes + 1
         self._rest = bytearray()  # of the unfinished line
-        self._discarding = False  # the rest of a line that is too long
 
-    def feed(self, data: bytes) -> list[bytes | TooLong]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; return the lines that they complete, without newlines and empty lines."""
         self._rest += data
         ended: list[bytearray] = []
-        lines: list[bytes | TooLong]
         if b"\n" in data:
             *ended, self._rest = self._rest.split(b"\n")
-            if self._discarding:
-                del ended[0]
-            self._discarding = False
-        limit = self._limit_bytes
-        lines = [TooLong(bytes(it[:HEAD_BYTES])) if len(it) > limit else bytes(it.strip()) for it in ended]
-        if len(self._rest) > limit or self._discarding:
-            if not self._discarding:
-                lines.append(TooLong(bytes(self._rest[:HEAD_BYTES])))
-            self._rest, self._discarding = bytearray(), True
-        return [line for line in lines if line]
+        del self._rest[self._kept_bytes :]
+        return [line for it in ended if (line := bytes(it[: self._kept_bytes].strip()))]
 
 
 @dataclasses.dataclass(eq=False)
@@ -5221,12 +5202,6 @@ _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
-def redis_address(client: Any) -> tuple[Any, Any]:
-    """Return (host, port) of a client of `emit_event.redis_client`."""
-    options = client.connection_pool.connection_kwargs
-    return options.get("host"), options.get("port")
-
-
 class RemoteLine(NamedTuple):
     """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
 
@@ -5283,7 +5258,6 @@ class Subscription(threading.Thread):
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
-                    self._check_primary()
                     if not self._link.inbox.waiting:  # during a flood the channel must not wait
                         self._read_stream()
         except Exception as error:  # the link logs it
@@ -5314,19 +5288,6 @@ class Subscription(threading.Thread):
             if key not in self._by_stream:
                 self._by_channel.add(key)
                 self._add(message["data"], None)
-
-    def _check_primary(self) -> None:
-        """Raise ConnectionError if sentinels or the cluster have elected another primary."""
-        import redis
-
-        if not (self._link.values["redis.sentinels"] or self._link.values["redis.cluster"]):
-            return
-        try:
-            now = redis_address(emit_event.redis_client(self._link.values))
-        except redis.RedisError:
-            return  # no primary is known now, and ours still replies
-        if now != redis_address(self._client):
-            raise redis.ConnectionError(f"the primary is now {now[0]}:{now[1]}")
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
@@ -5745,10 +5706,6 @@ class Query(dict[str, str]):
         given = map(self.get, ("from", "to"))
         start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
         return time_range(start, end, self.zone())
-
-
-class MessageError(Exception):
-    """A client's message that cannot be carried out; the text is the reason."""
 
 
 class Api:
@@ -6337,27 +6294,24 @@ class Answers:
         """Carry out an answer of a page."""
 
         def carry_out() -> JsonObject:
-            try:
-                by = self._check_page(client)
-                return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
-            except RequestError as error:
-                raise MessageError(error.reason) from None
+            by = self._check_page(client)
+            return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
 
         return self._threads.submit(carry_out)
 
     def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
-        """Give one answer and record it; in a thread of our own or of HTTP; raise MessageError."""
+        """Give one answer and record it; in a thread of our own or of HTTP; raise RequestError."""
         line = self._monitor.journal.find(event_id, session_id)
         if line is None:
-            raise MessageError("eventId: no such question is stored")
+            raise RequestError(400, "eventId: no such question is stored")
         event = parse_stored(line)
         data = event["data"]
         asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
         asked["tool_input"] = data.get("toolInput")
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
-            raise MessageError("answer: it does not fit what is asked")
+            raise RequestError(400, "answer: it does not fit what is asked")
         if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
-            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+            raise RequestError(400, "too long to be shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
         if isinstance(question, str):
             outcome, words = "late", question
@@ -6517,10 +6471,7 @@ class Answers:
             log.info("a code to pair a browser was printed")
             return json_response({"code": self._code})
         wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
-        try:
-            return json_response(self._answer(*wanted, "a terminal"))
-        except MessageError as error:
-            raise RequestError(400, str(error)) from None
+        return json_response(self._answer(*wanted, "a terminal"))
 
     def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
         """Exchange a code for a cookie."""
@@ -6970,20 +6921,18 @@ UPDATE_INTERVAL_S = 0.1
 SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
-FILES_INTERVAL_S = 5.0  # between two searches for files that we cannot use
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
 SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
-PROCESS_WATCHES = 256  # processes beyond these are checked every second
 CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
-DEFERRED_LIMIT = 1000
+LOADING = "stored sessions are still being read; try again in a moment"
 ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
@@ -6991,7 +6940,7 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection to acknowledge it on
+Arrival = tuple[bytes, socket.socket]  # a line, and the connection to acknowledge it on
 
 
 @dataclasses.dataclass
@@ -7112,69 +7061,6 @@ class HookPort:
         unlock_file(self.path + ".lock", self._lock)
 
 
-def lock_is_held(path: str) -> bool:
-    """True while a process holds the lock on a file; the check itself holds it for a moment."""
-    try:
-        with os.fdopen(emit_event.open_own(path, os.O_RDWR)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    return False
-
-
-@dataclasses.dataclass
-class SpoolDrain:
-    """Read the spool's segments into the monitor, a few lines a turn.
-
-    A segment is removed when all its events are stored. After a failure it is read again from its beginning;
-    ids show what is stored already.
-    """
-
-    loop: EventLoop
-    home: str
-    take: Callable[[Sequence[bytes]], bool]
-    dropped: int = 0  # events that the spool dropped because it was full
-    draining: bool = False
-
-    def check(self) -> None:
-        """Start to drain the spool, unless it is being drained or a publisher still runs."""
-        if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True
-            self._go_on(self._steps())
-
-    def _go_on(self, steps: Iterator[bool]) -> None:
-        try:
-            self.draining = next(steps, False)
-        except Exception as error:  # `check` tries again
-            is_known = isinstance(error, OSError)
-            log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
-            self.draining = False
-        if self.draining:
-            self.loop.call_soon(lambda: self._go_on(steps))
-
-    def _steps(self) -> Iterator[bool]:
-        events, _ = emit_event.take_dropped(self.home + "/spool")
-        if events:
-            self.dropped += events
-            log.warning("the spool was full: %d events were dropped before the monitor ran", events)
-        for segment, size in emit_event.spool_segments(self.home + "/spool"):
-            try:
-                path = emit_event.take_segment(segment)
-            except (FileNotFoundError, BlockingIOError):
-                continue
-            except OSError as error:
-                log.warning("%s cannot be drained: %s", segment, error.strerror)
-                continue
-            log.info("draining %s (%d bytes)", os.path.basename(path), size)
-            with open(path, "rb", opener=emit_event.open_own) as file:
-                while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
-                    yield True
-                    if not self.take([line.strip() for line in lines if line.strip()]):
-                        return
-            with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large and dropped it
-                os.unlink(path)
-
-
 class Ingest:
     """Build events from received lines, store each once, and count them by machine."""
 
@@ -7195,7 +7081,7 @@ class Ingest:
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
-        self, lines: Sequence[bytes | TooLong], remote: bool = False, late: Sequence[bool] = ()
+        self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
         """Store the events of a batch of lines.
 
@@ -7209,7 +7095,7 @@ class Ingest:
         settled = [True] * len(lines)
         for number, line in enumerate(lines):
             try:
-                if isinstance(line, TooLong) or len(line) > emit_event.LINE_LIMIT_BYTES:
+                if len(line) > emit_event.LINE_LIMIT_BYTES:
                     raise MalformedEvent(f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
                 event, text = self._build(line, remote, received_ms)
             except MemoryError:
@@ -7282,10 +7168,9 @@ class Ingest:
                 self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
-    def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
-        head = line.head if isinstance(line, TooLong) else line
+    def _quarantine(self, line: bytes, error: Exception) -> None:
         self.counts["quarantined"] += 1
-        shown, reason = emit_event.shown_head(head, 200, self._privacy), str(error)
+        shown, reason = emit_event.shown_head(line, 200, self._privacy), str(error)
         if isinstance(error, MalformedEvent):
             log.warning("not an event (%s): %r", reason, shown)
         elif self._privacy.metadata_only:  # an error's text may quote content
@@ -7294,7 +7179,7 @@ class Ingest:
         else:
             log.error("an event could not be built: %r", shown, exc_info=error)
         try:
-            emit_event.keep_in_quarantine(self._quarantine_path, head, reason, self._privacy)
+            emit_event.keep_in_quarantine(self._quarantine_path, line, reason, self._privacy)
         except OSError as trouble:
             log.warning("the quarantine could not be written: %s", trouble)
 
@@ -7518,7 +7403,7 @@ class MessageHandlers:
     """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
 
     A method returns the answer: a message, an encoded one, a future of one from the reader thread, or None
-    for no answer. Messages that change something wait until the stored sessions are loaded.
+    for no answer. Messages that change something are refused while stored sessions are being read.
     """
 
     QUESTIONS = frozenset(
@@ -7579,8 +7464,6 @@ class MessageHandlers:
         kind = emit_event.id_or(message.get("type"), "")
         if kind in ("subscribe", "unsubscribe", "set_show_hidden", "set_visible", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
-        if self._monitor.loading is not None and kind not in self.QUESTIONS:
-            raise RequestError(503, "stored sessions are still being read; try again in a moment")
         client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
@@ -7588,8 +7471,6 @@ class MessageHandlers:
             answer = done.result(120)
         except concurrent.futures.TimeoutError:  # before Python 3.11 another than the built-in one
             raise TimeoutError("the monitor is too busy to answer") from None
-        if isinstance(answer, (MessageError, SearchError)):
-            raise RequestError(400, str(answer))
         if isinstance(answer, Exception):
             raise answer
         return with_request_id(message, answer or {"type": "done"})
@@ -7597,18 +7478,16 @@ class MessageHandlers:
     def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
         """Call `done` with the answer to a message, or the exception, in the loop thread."""
         kind, monitor = emit_event.id_or(message.get("type"), ""), self._monitor
-        if monitor.loading is not None and kind not in self.QUESTIONS:
-            if len(monitor.deferred) < DEFERRED_LIMIT:
-                monitor.deferred.append(lambda: self._carry_out(client, message, done))
-            return
         handler = getattr(self, f"_on_{kind}", self._act if kind in self.META else None)
         try:
             if handler is None:
-                raise MessageError(f"unknown type {one_line(kind, 40)!r}")
+                raise RequestError(400, f"unknown type {one_line(kind, 40)!r}")
+            if monitor.loading is not None and kind not in self.QUESTIONS:
+                raise RequestError(503, LOADING)
             for name, expected in self.FIELDS.items():
                 value = message.get(name)
                 if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
-                    raise MessageError(f"{name}: expected {expected}")
+                    raise RequestError(400, f"{name}: expected {expected}")
             answer = handler(client, message)
         except Exception as error:  # the client gets an error in any case
             answer = error
@@ -7622,7 +7501,7 @@ class MessageHandlers:
         """Send the answer to a message; an error names it, and its requestId comes back."""
         if isinstance(answer, Exception):
             words, kind = str(answer), message.get("type")
-            if not isinstance(answer, (MalformedEvent, MessageError, SearchError)):  # e.g. an unreadable file
+            if not isinstance(answer, (MalformedEvent, RequestError, SearchError)):  # e.g. an unreadable file
                 log.error("a message could not be answered", exc_info=answer)
                 words = f"could not be read: {words}"
             answer = {"type": "error", "message": words, "request": kind if isinstance(kind, str) else None}
@@ -7706,7 +7585,7 @@ class MessageHandlers:
 
     def _on_reconnect_redis(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.redis:
-            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+            raise RequestError(400, "the monitor runs in local mode: there is no Redis to connect to")
         self._monitor.redis.reconnect()
         return {"type": "status", **self._monitor.status.to_json()}
 
@@ -7716,7 +7595,7 @@ class MessageHandlers:
 
     def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
         if self._monitor.notifier is None:
-            raise MessageError('no target is configured: add "notify" to the configuration (.docs/config.md)')
+            raise RequestError(400, 'no target is configured: add "notify" to the configuration')
         return self._monitor.notifier.test()
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
@@ -7737,7 +7616,7 @@ class MessageHandlers:
         if parent is not None:
             self._session(message, "parentSessionId")
             if session.session_id in self._monitor.sessions.lineage(parent):
-                raise MessageError("parentSessionId: a session cannot be below itself")
+                raise RequestError(400, "parentSessionId: a session cannot be below itself")
         self._store_action(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
@@ -7756,7 +7635,7 @@ class MessageHandlers:
 
     def _on_prune(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.settings["persistence.enabled"]:
-            raise MessageError("events are kept in memory only, there is nothing to delete")
+            raise RequestError(400, "events are kept in memory only, there is nothing to delete")
         dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
         pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         done = pruned.set_result
@@ -7766,7 +7645,7 @@ class MessageHandlers:
     def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
         session = self._monitor.sessions.sessions.get(message.get(name) or "")
         if session is None:
-            raise MessageError(f"{name}: no session with this id is known")
+            raise RequestError(400, f"{name}: no session with this id is known")
         return session
 
     def _store_action(self, session: Session, data: JsonObject) -> None:
@@ -7774,7 +7653,7 @@ class MessageHandlers:
         kind = {"eventType": "session_meta", "hookType": "Monitor", "data": data}
         where = {"machineId": self._monitor.settings.machine_id, "workingDirectory": session.directory}
         if not self._monitor.take_now(encode_json({**kind, **where, "sessionId": session.session_id})):
-            raise MessageError(f"it could not be stored: {self._monitor.journal.error}")
+            raise RequestError(503, f"it could not be stored: {self._monitor.journal.error}")
 
 
 def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
@@ -7848,7 +7727,7 @@ def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
-    running = state["state"] != "stopped" and lock_is_held(home + "/publisher.lock")
+    running = state["state"] != "stopped" and lock_holder(home + "/publisher.lock") is not None
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
 
 
@@ -7860,8 +7739,6 @@ class Status:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._foreign: list[tuple[str, str, str]] = []  # the last result of `foreign_files`
-        self._foreign_at = -math.inf  # time.monotonic() of that result
         self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
 
     def encoded(self) -> bytes:
@@ -7874,25 +7751,12 @@ class Status:
 
     def to_json(self) -> JsonObject:
         """Return the response of /api/status and the `status` message."""
-        status, monitor = self.core(), self._monitor
+        monitor = self._monitor
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
         shown = [
             {**machines[key], "clockSkewMs": skew_ms(key)}
             for key in itertools.islice(reversed(machines), MACHINES_SHOWN)
         ]
-        status["machines"] = machine_lines(shown, monitor.settings)
-        status["problems"] += machine_problems(status["machines"])
-        return {**status, "facts": status_facts(status)}
-
-    def core(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the status without lists of machines and facts.
-
-        `foreign_age_s`: the age up to which the last result of `foreign_files` is used again.
-        """
-        monitor = self._monitor
-        if time.monotonic() - self._foreign_at >= foreign_age_s:
-            self._foreign_at = time.monotonic()
-            self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
@@ -7918,11 +7782,11 @@ class Status:
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": (monitor.spool.dropped if monitor.spool else 0)
-                + sum(machine["dropped"] for machine in ingest.machines.values()),
+                "dropped": monitor.spool_dropped + sum(it["dropped"] for it in ingest.machines.values()),
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
+            "machines": machine_lines(shown, monitor.settings),
             "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
             "answers": monitor.answers.status(),
             "redis": redis.status() if redis else None,
@@ -7933,7 +7797,8 @@ class Status:
             "notify": monitor.notifier.status() if monitor.notifier else [],
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        return {**status, "problems": status_problems(status, unsaved, self._foreign)}
+        problems = status_problems(status, unsaved, foreign_files(monitor.settings.home))
+        return {**status, "problems": problems, "facts": status_facts(status)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
@@ -7961,23 +7826,18 @@ class Status:
         if session is not None:
             return self._monitor.sessions.to_json(session)
         if self._monitor.loading is not None:
-            raise RequestError(503, "stored sessions are still being read; try again in a moment")
+            raise RequestError(503, LOADING)
         raise RequestError(404, "no session with this id is known")
 
 
 def steady_part(status: JsonObject) -> list[object]:
     """Return the part of a status whose changes the clients get at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
-    is_building = index["total"] and index["state"] != "ready"
-    return [
-        *(
-            status[name]
-            for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits", "answers")
-        ),
-        (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
-        *(redis.get(name) for name in ("state", "attempt")),
-        *(publisher.get(name) for name in ("running", "state", "stream")),
-    ]
+    names = ("problems", "store", "spool", "loading", "demo", "limits", "answers", "otherMachines")
+    steady = [status[name] for name in names] + [len(status["machines"]), index["state"]]
+    steady += [index["state"] != "ready" and 100 * index["done"] // (index["total"] or 1)]
+    steady += [redis.get(name) for name in ("state", "attempt")]
+    return steady + [publisher.get(name) for name in ("running", "state", "stream")]
 
 
 class Monitor:
@@ -8000,14 +7860,14 @@ class Monitor:
         self.counts = EventCounts()
         self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
-        self.spool: SpoolDrain | None = None
+        self.spool_dropped = 0  # events that the spool of this machine dropped because it was full
+        self._is_draining = False
         self.redis: RedisLink | None = None
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
         self._notice_changes: set[str] = set()  # sessions that may have something else to say
         self._short = ""  # content of the file `short`, for prompts
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
@@ -8017,7 +7877,7 @@ class Monitor:
         self.retention = Retention(
             settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
         )
-        self._processes = ProcessWatch(self.loop)
+        self._containers = Containers()
         self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -8183,9 +8043,6 @@ class Monitor:
         if self.notifier:
             self._notice_changes = set(self.sessions.sessions)
             self.loop.call_every(NOTICE_INTERVAL_S, self._notify)
-        for callback in self.deferred:
-            self.loop.call_soon(callback)
-        self.deferred.clear()
 
     def _snapshot_steps(self) -> Iterator[bool]:
         """Save snapshots of changed sessions, or of all in a new index file; a start continues from them."""
@@ -8210,8 +8067,6 @@ class Monitor:
         if self.settings["mode"] == "redis":
             self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
         else:
-            take = functools.partial(self._take_all, remote=False)
-            self.spool = SpoolDrain(self.loop, self.settings.home, take)
             self.ingest.registry.start()
         self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
@@ -8232,8 +8087,40 @@ class Monitor:
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
                 self._hooks.drop(sender)
-        found = ((isinstance(line, bytes) and ASKING_LINE.match(line), sender) for line, sender in arrivals)
+        found = ((ASKING_LINE.match(line), sender) for line, sender in arrivals)
         self._show(stored, {match[1].decode(): sender for match, sender in found if match})
+
+    def _drain_spool(self) -> Iterator[bool]:
+        """Store the events of the spool's segments; remove each segment when all of them are stored.
+
+        After a failure a segment is read again from its beginning; ids show what is stored already.
+        """
+        self._is_draining, spool = True, self.settings.path("spool")
+        try:
+            events, _ = emit_event.take_dropped(spool)
+            if events:
+                self.spool_dropped += events
+                log.warning("the spool was full: %d events were dropped before the monitor ran", events)
+            for segment, size in emit_event.spool_segments(spool):
+                try:
+                    path = emit_event.take_segment(segment)
+                except (FileNotFoundError, BlockingIOError):
+                    continue
+                except OSError as error:
+                    log.warning("%s cannot be drained: %s", segment, error.strerror)
+                    continue
+                log.info("draining %s (%d bytes)", os.path.basename(path), size)
+                with open(path, "rb", opener=emit_event.open_own) as file:
+                    while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
+                        yield False
+                        if not self._take_all([it.strip() for it in lines if it.strip()], remote=False):
+                            return
+                with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large
+                    os.unlink(path)
+        except OSError as error:
+            log.warning("the spool could not be drained, trying again: %s", error)
+        finally:
+            self._is_draining = False
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - LATE_MS
@@ -8350,15 +8237,16 @@ class Monitor:
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
-            self._sent_status = [*steady, len(self.ingest.machines)]
+            before, status = self._sent_status, self.status.to_json()
+            self._sent_status = steady_part(status)
             if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
+                self.clients.broadcast((), text_frame({"type": "status", **status}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
-        if self.spool:
-            self.spool.check()
+        if self.redis is None:
+            if not self._is_draining and lock_holder(self.settings.path("publisher.lock")) is None:
+                self._advance(self._drain_spool())
         else:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-1, os.WNOHANG)  # reap a publisher that was started here
@@ -8391,8 +8279,8 @@ class Monitor:
     def _end_sessions_without_process(self) -> list[Session]:
         """End the sessions of this machine whose client no longer runs."""
         is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
-        watch = self._processes
-        gone = self.sessions.check_processes(self._pid_namespace, watch.ran_at, now_ms(), is_sure, watch.find)
+        find = self._containers.find
+        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         return gone
@@ -8500,21 +8388,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
-def status_problems(
-    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
-) -> list[JsonObject]:
-    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
-
-    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
-    """
-    found: list[JsonObject] = []
-
-    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
-        because = f": {reason.rstrip('.')}" if reason else ""
-        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
-
-    redis, publisher = status["redis"] or {}, status["publisher"] or {}
-    store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
+def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: JsonObject) -> None:
+    """Add what is wrong with Redis, by the parts of a status."""
     if redis.get("state") == "waiting":
         words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
         add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
@@ -8533,6 +8408,23 @@ def status_problems(
     if redis.get("gaps"):
         words = f"{redis['gaps']} times the stream was trimmed before it was read: events may be missing"
         add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
+
+
+def status_problems(
+    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
+) -> list[JsonObject]:
+    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
+
+    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
+    """
+    found: list[JsonObject] = []
+
+    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
+        because = f": {reason.rstrip('.')}" if reason else ""
+        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
+
+    add_redis_problems(add, status["redis"] or {}, status["publisher"] or {})
+    store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
         advice = "Free space on its disk; the monitor then continues by itself."
@@ -8559,25 +8451,15 @@ def status_problems(
         count = len(status["answers"]["refused"])
         advice = "If that was not you, look at what runs on this machine."
         add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
-    return found + foreign_problems(foreign) + notify_problems(status["notify"])
-
-
-def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
-    """Return the problems of `machine_lines`: names that several machines have."""
-    advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
-    words = "Several machines have the same name, "
-    return [
-        {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
-        for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
-    ]
-
-
-def notify_problems(targets: Sequence[JsonObject]) -> list[JsonObject]:
-    """Return the problems in the results of `Notifier.status`."""
-    failing = (it for it in targets if it["ok"] is False)
-    texts = [f"Notifications do not arrive: {it['name']}: {it['words']}" for it in failing]
-    advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
-    return [{"kind": "notify", "level": "warn", "words": words, "advice": advice} for words in texts]
+    for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
+        advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
+        add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
+    for target in status["notify"]:
+        if target["ok"] is False:
+            advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
+            words = f"Notifications do not arrive: {target['name']}"
+            add("notify", "warn", words, target["words"], advice)
+    return found + foreign_problems(foreign)
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
@@ -8634,12 +8516,15 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the pid in the file at `path` while it is locked, else None; it may be one of a container."""
+    """Return the pid in the file at `path` while it is locked, else None.
+
+    It may be one of a container, or 0 in a file without a pid. The check itself locks the file for a moment.
+    """
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return int(file.read(32).strip() or b"0") or None
+            return int(file.read(32).strip() or b"0")
     return None
 
 
@@ -8721,28 +8606,22 @@ def contained_processes() -> dict[tuple[int, int], int]:
     return found
 
 
-class ProcessWatch:
-    """Checks which processes run, in the loop thread.
+def ran_at(pid: int, time_ms: int) -> bool:
+    """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
+    start = emit_event.process_start(pid)
+    if start is None or sys.platform != "linux":
+        return start is not None
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
+    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
-    With pidfds (Linux 5.3) it checks a running process once, and then the kernel reports its end.
-    """
 
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._starts: dict[int, int] = {}  # pid → its `process_start`; of those whose end the kernel reports
+class Containers:
+    """Finds processes in containers of this machine, in the loop thread."""
+
+    def __init__(self) -> None:
         self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
         self._next_search_s = 0.0  # time.monotonic()
-
-    def ran_at(self, pid: int, time_ms: int) -> bool:
-        """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
-        start = self._starts.get(pid)
-        if start is None:
-            start = self._watch(pid)
-        if start is None or sys.platform != "linux":
-            return start is not None
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
-        return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
     def find(self, process: tuple[int, int]) -> int:
         """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
@@ -8753,23 +8632,6 @@ class ProcessWatch:
         if process not in self._found and process in self._contained:
             self._found[process] = self._contained[process]
         return self._found.get(process, 0)
-
-    def _watch(self, pid: int) -> int | None:
-        fd = -1
-        with contextlib.suppress(AttributeError, OSError):  # not supported, another user's, none left
-            fd = os.pidfd_open(pid)
-        start = emit_event.process_start(pid)
-        if fd >= 0 and (start is None or len(self._starts) >= PROCESS_WATCHES):
-            os.close(fd)
-        elif fd >= 0 and start is not None:
-            self._starts[pid] = start
-            self._loop.watch(fd, selectors.EVENT_READ, lambda _events: self._ended(pid, fd))
-        return start
-
-    def _ended(self, pid: int, fd: int) -> None:
-        del self._starts[pid]
-        self._loop.unwatch(fd)
-        os.close(fd)
 
 
 # ---------------------------------------------------------------------------
@@ -8837,33 +8699,20 @@ def ask_monitor(
     return answer
 
 
-class EventSender:
-    """Send events to the running monitor as hooks do; they are stored when `send` returns."""
-
-    BATCH = 200
-
-    def __init__(self, socket_path: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(60)
-        self._sock.connect(socket_path)
-
-    def __enter__(self) -> EventSender:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def send(self, events: Sequence[JsonObject]) -> None:
-        """Send events; raise CommandError when they cannot be stored."""
-        for start in range(0, len(events), self.BATCH):
-            batch = events[start : start + self.BATCH]
-            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            taken = 0
-            while taken < len(batch):
-                answer = self._sock.recv(self.BATCH)
-                if not answer:
+def send_events(socket_path: str, events: Sequence[JsonObject]) -> None:
+    """Send events to the running monitor as hooks do, until they are stored; raise CommandError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(60)
+        sock.connect(socket_path)
+        for start in range(0, len(events), 200):
+            batch = events[start : start + 200]
+            sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            left = len(batch)
+            while left:
+                taken = len(sock.recv(left))
+                if not taken:
                     raise CommandError("the monitor could not store an event; run `status` for the reason")
-                taken += len(answer)
+                left -= taken
 
 
 # ---------------------------------------------------------------------------
@@ -11414,14 +11263,13 @@ def command_import(args: argparse.Namespace) -> int:
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
-    with EventSender(about["socketPath"]) as sender:
-        machine, names = settings.machine_id, {file.name for file in store.files()}
-        batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
-        for session_id, events, size in batches:
-            wanted = new_events(store, session_id, events)
-            known += len(events) - len(wanted)
-            sender.send(wanted)
-            progress.add(len(wanted), size)
+    machine, names = settings.machine_id, {file.name for file in store.files()}
+    batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
+    for session_id, events, size in batches:
+        wanted = new_events(store, session_id, events)
+        known += len(events) - len(wanted)
+        send_events(about["socketPath"], wanted)
+        progress.add(len(wanted), size)
     for words in skipped[:10]:
         print_status(f"skipped {words}")
     if len(skipped) > 10:
@@ -11530,10 +11378,9 @@ def command_demo(args: argparse.Namespace) -> int:
     if args.live:
         print_status(f"the page shows the demo live for {args.live:.0f} s; Ctrl-C ends it")
     day = list(demo_day(now_ms(), args.live))
-    with EventSender(about["socketPath"]) as sender:
-        for timestamp, event in day:
-            time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
-            sender.send([event])
+    for timestamp, event in day:
+        time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
+        send_events(about["socketPath"], [event])
     print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 

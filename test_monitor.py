@@ -2358,22 +2358,19 @@ def test_a_link_in_the_place_of_a_segment_is_not_followed(hook_alone, monitor):
 
 
 def test_a_fault_while_the_spool_is_drained_does_not_stop_it_for_good(tmp_path):
-    calls: list[Any] = []
-    loop = types.SimpleNamespace(call_every=lambda *_: None, call_soon=calls.append)
     ee.append_to_spool(str(tmp_path / "spool"), b'{"a":1}\n')
     taken: list[bytes] = []
 
-    def take(lines: list[bytes]) -> bool:
+    def take(lines: list[bytes], remote: bool) -> bool:
         taken.extend(lines)
         if len(taken) == 1:
             raise OSError("a damaged file")
         return True
 
-    drain = cm.SpoolDrain(loop, str(tmp_path), take)
+    settings = types.SimpleNamespace(path=lambda name: str(tmp_path / name))
+    monitor: Any = types.SimpleNamespace(settings=settings, _take_all=take)
     for _ in range(2):
-        drain.check()
-        while calls:
-            calls.pop(0)()
+        assert set(cm.Monitor._drain_spool(monitor)) == {False} and not monitor._is_draining
     assert taken == [b'{"a":1}'] * 2 and not ee.spool_segments(str(tmp_path / "spool"))
 
 
@@ -9004,7 +9001,7 @@ def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor,
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
     running.emit(payload("Stop"))
-    assert cm.lock_is_held(running.socket_path + ".lock") and cm.lock_is_held(running.home + "/monitor.pid")
+    assert None not in map(cm.lock_holder, (running.socket_path + ".lock", running.home + "/monitor.pid"))
     running.write_config({})
     eventually(lambda: in_process(running, "status").returncode == 0)
     assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
@@ -9061,37 +9058,13 @@ def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(running, cl
     )
 
 
-@pytest.mark.parametrize("has_pidfd", [True, False])
-def test_the_end_of_a_watched_process_is_noticed(monkeypatch, client, has_pidfd):
-    """With a pidfd one look is enough; a process that began later does not count for an earlier time."""
-    if not has_pidfd:
-        monkeypatch.delattr(os, "pidfd_open", raising=False)
-    elif not hasattr(os, "pidfd_open"):
-        pytest.skip("no pidfd here")
-    looks, look = [], ee.process_start
-    monkeypatch.setattr(ee, "process_start", lambda pid: (looks.append(pid), look(pid))[1])
-    loop = cm.EventLoop()
-    watch, fds = cm.ProcessWatch(loop), len(os.listdir("/dev/fd"))
-    assert [watch.ran_at(client.pid, ee.now_ms()) for _ in range(3)] == [True] * 3
-    assert len(looks) == (1 if has_pidfd else 3)
-    assert sys.platform != "linux" or not watch.ran_at(client.pid, ee.now_ms() - 3_600_000)
-    client.kill()
-    loop.call_later(0.2, loop.stop)
-    loop.run()  # its parent has not waited for it: it is a zombie
-    assert not watch.ran_at(client.pid, ee.now_ms())
+def test_a_process_ends_and_a_later_one_does_not_count_for_an_earlier_time(client: Any) -> None:
+    assert cm.ran_at(client.pid, ee.now_ms())
+    assert sys.platform != "linux" or not cm.ran_at(client.pid, ee.now_ms() - 3_600_000)
+    client.kill()  # its parent has not waited for it: it is a zombie
+    eventually(lambda: not cm.ran_at(client.pid, ee.now_ms()))
     client.wait()
-    assert not watch.ran_at(client.pid, ee.now_ms()) and len(os.listdir("/dev/fd")) == fds
-    loop.close()
-
-
-def test_more_processes_than_can_be_watched_are_looked_at(monkeypatch):
-    monkeypatch.setattr(cm, "PROCESS_WATCHES", 1)
-    loop = cm.EventLoop()
-    watch, pids = cm.ProcessWatch(loop), (os.getpid(), os.getppid())
-    assert watch.ran_at(pids[0], ee.now_ms())
-    fds = os.listdir("/dev/fd")
-    assert all(watch.ran_at(pid, ee.now_ms()) for pid in pids * 2) and os.listdir("/dev/fd") == fds
-    loop.close()
+    assert not cm.ran_at(client.pid, ee.now_ms())
 
 
 # The command line
