@@ -52,6 +52,39 @@ Rooms, in the order of this file; each uses only those above it:
 
 from __future__ import annotations
 
+import fcntl
+import os
+import sys
+
+
+def print_short_status() -> int | None:
+    """Print the line of `status --short` and return the exit status; None: leave it to `main`.
+
+    A prompt waits for it, so it comes before the other imports. `main` has the rare cases: another
+    directory, no lock or line, an output that is not UTF-8.
+    """
+    home = os.environ.get("CONTEXTUATE_HOME") or os.environ.get("HOME", "") + "/.contextuate"
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        if not home.startswith("/") or os.stat(home).st_uid != os.getuid() or sys.stdout.encoding != "utf-8":
+            return None
+        with os.fdopen(os.open(home + "/monitor.pid", flags)) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                line = ""  # no monitor holds it
+            except BlockingIOError:
+                with os.fdopen(os.open(home + "/short", flags), encoding="utf-8") as file:
+                    line = file.read().strip()
+    except (OSError, AttributeError):
+        return None
+    print(line or "not running")
+    return 0 if line else 1
+
+
+is_short_status = __name__ == "__main__" and sys.argv[1:] == ["status", "--short"]
+if is_short_status and (short_status := print_short_status()) is not None:
+    sys.exit(short_status)
+
 import argparse
 import base64
 import bisect
@@ -68,7 +101,6 @@ import datetime
 import difflib
 import enum
 import errno
-import fcntl
 import filecmp
 import functools
 import gc
@@ -88,7 +120,6 @@ import logging
 import logging.handlers
 import math
 import operator
-import os
 import pickle
 import plistlib
 import pwd
@@ -105,7 +136,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -11463,7 +11493,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_start: _SERVING,
     command_stop: (),
     command_restart: _SERVING,
-    command_status: (_JSON, _switch("--short", "one line, for a prompt")),
+    command_status: (_JSON, _switch("--short", "one line, for a prompt; `python3 -m` is faster")),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
                              choices=("pair", "key")),),

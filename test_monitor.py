@@ -9070,6 +9070,27 @@ def test_a_process_ends_and_a_later_one_does_not_count_for_an_earlier_time(clien
 # The command line
 
 
+def test_the_short_status_is_the_same_by_file_and_by_module(monitor: RunningMonitor) -> None:
+    def short(is_fast: bool = True) -> tuple[str, int]:
+        """Return what both forms print, and their exit status; if `is_fast`, without other imports."""
+        forms = [f"{ROOT}/contextuate_monitor.py"], ["-X", "importtime", "-m", "contextuate_monitor"]
+        options: Any = {"cwd": ROOT, "env": monitor.environment, "capture_output": True, "text": True}
+        done = [subprocess.run([sys.executable, *it, "status", "--short"], **options) for it in forms]
+        assert ("argparse" not in done[1].stderr) is is_fast
+        ((said, status),) = {(it.stdout, it.returncode) for it in done}
+        return said, status
+
+    assert short(is_fast=False) == ("not running\n", 1)
+    monitor.serve().emit(*hooks("@short prompt Hello"))
+    eventually(lambda: spool_read(monitor.home + "/short") == [b"1 working"])
+    assert short() == ("1 working\n", 0)
+    monitor.kill()  # leaves the line behind
+    assert os.path.exists(monitor.home + "/short") and short() == ("not running\n", 1)
+    monitor.serve()
+    os.unlink(monitor.home + "/short")
+    assert short(is_fast=False) == ("starting\n", 1)
+
+
 def test_every_command_has_help(monitor: RunningMonitor) -> None:
     commands = re.findall(r"^    ([a-z][a-z-]+)", in_process(monitor, "--help").stdout, re.M)
     assert {"start", "stop", "restart", "status", "install", "uninstall", "tail", "export"} <= {*commands}
