@@ -4516,7 +4516,7 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 # days before have their real age; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
-RETENTION_INTERVAL_S = 60.0
+RETENTION_INTERVAL_S = 300.0
 CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
 CLOCK_STEPS_LIMIT = 1000
 
@@ -5810,11 +5810,10 @@ class Api:
 
     def _search_query(self, query: Query) -> SearchQuery:
         wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
-        in_state = wanted["state"]
         wanted["limit"] = query.integer("limit")
         wanted["from"], wanted["to"] = query.time_range()
-        sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
-        return search_query(wanted, sessions)
+        asked: SearchQuery = self.ask(lambda: self._monitor.search_query(wanted))
+        return asked
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
@@ -6261,7 +6260,7 @@ class Answers:
             self.questions[event["id"]] = OpenQuestion(event, sock, until)
             self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
-            self._monitor.release_hook(sock)
+            self._monitor.hooks.release(sock)
             if event_id in self.questions:
                 self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
             else:
@@ -6300,6 +6299,11 @@ class Answers:
 
     def _end(self, event_id: str, why: str) -> None:
         """End one wait; its hook then prints nothing."""
+
+        def push_nothing(client: Any, place: str) -> None:
+            client.rpush(place, b"")
+            client.pexpire(place, emit_event.ANSWER_AGE_MS)
+
         question = self.questions.pop(event_id)
         self._over[event_id] = why
         _drop_oldest(self._over, QUESTIONS_LIMIT)
@@ -6308,7 +6312,7 @@ class Answers:
             self._loop.unwatch(question.sock)
             question.sock.close()
         elif not question.is_taken:
-            self._threads.submit(self._at_redis, _push_nothing, "answer", event_id)
+            self._threads.submit(self._at_redis, push_nothing, "answer", event_id)
         self._monitor.feed.changed[question.event["sessionId"]] = None
 
     def close(self) -> None:
@@ -6558,12 +6562,6 @@ class Answers:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
-
-
-def _push_nothing(client: Any, place: str) -> None:
-    """End a wait at Redis: its hook then prints nothing."""
-    client.rpush(place, b"")
-    client.pexpire(place, emit_event.ANSWER_AGE_MS)
 
 
 def browser_name(agent: str) -> str:
@@ -7358,23 +7356,18 @@ class Retention:
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
-        self._rests_until = 0.0  # time.monotonic(): checking many files takes a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
         """Prune now and periodically."""
-        self.prune(dry_run=False)
-        self.loop.call_every(RETENTION_INTERVAL_S, self._prune_if_rested)
-
-    def _prune_if_rested(self) -> None:
-        if time.monotonic() >= self._rests_until:
-            self.prune(dry_run=False)
+        self.prune()
+        self.loop.call_every(RETENTION_INTERVAL_S, self.prune)
 
     def check_clock(self, save: bool = False) -> None:
         """Record whether the clock was set; to be called at least once a second."""
         self._clock.look(self.last_seq(), save)
 
-    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
+    def prune(self, dry_run: bool = False, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
@@ -7382,7 +7375,6 @@ class Retention:
         time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
-            begun_s = time.thread_time()
             try:
                 plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
@@ -7391,7 +7383,6 @@ class Retention:
                 log.warning("%s", self._error)
             else:
                 self.loop.call_soon(lambda: finish(plan, gone))
-            self._rests_until = time.monotonic() + 1000 * (time.thread_time() - begun_s)
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -7608,9 +7599,7 @@ class MessageHandlers:
         names = {name: name for name in (*SEARCH_FIELDS, "from", "to", "limit")}
         names.update(q="query", type="eventType")
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
-        history, state = self._monitor.history, wanted["state"]
-        known = isinstance(state, str) and state != ""
-        query = search_query(wanted, self._monitor.sessions.in_state(str(state)) if known else None)
+        history, query = self._monitor.history, self._monitor.search_query(wanted)
         return self._monitor.reader.submit(lambda: {"type": "search_results", **history.search(query)})
 
     def _on_reconnect_redis(self, client: Client, message: JsonObject) -> Answer:
@@ -7938,7 +7927,7 @@ class Monitor:
         # before any event is taken, which may have come before
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
-        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
+        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
@@ -7985,7 +7974,7 @@ class Monitor:
         if self._stopping:
             return
         self._stopping = True
-        self._hooks.stop_listening()
+        self.hooks.stop_listening()
         self.clients.close_all()
         # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
@@ -8008,7 +7997,7 @@ class Monitor:
         if self.loading is None:
             collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
-        self._hooks.close()
+        self.hooks.close()
         # A user may remove the newest files before the next start.
         save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
@@ -8113,10 +8102,10 @@ class Monitor:
         settled, stored = self.ingest.take([line for line, _ in arrivals])
         counts = collections.Counter(itertools.compress((sender for _, sender in arrivals), settled))
         for sender, count in counts.items():
-            self._hooks.acknowledge(sender, count)
+            self.hooks.acknowledge(sender, count)
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
-                self._hooks.drop(sender)
+                self.hooks.drop(sender)
         found = ((ASKING_LINE.match(line), sender) for line, sender in arrivals)
         self._show(stored, {match[1].decode(): sender for match, sender in found if match})
 
@@ -8231,10 +8220,6 @@ class Monitor:
         self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
 
-    def release_hook(self, sock: socket.socket) -> None:
-        """Leave a hook's connection, whose events are acknowledged, to another part."""
-        self._hooks.release(sock)
-
     def _notify(self) -> None:
         """Give the notifier what now holds for the sessions that changed."""
         if self.notifier is None:
@@ -8296,7 +8281,7 @@ class Monitor:
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
             self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)
-            self._hooks.restore()
+            self.hooks.restore()
 
     def _note_store_error(self) -> None:
         self.store_error = self.journal.error
@@ -8314,6 +8299,12 @@ class Monitor:
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         return gone
+
+    def search_query(self, wanted: JsonObject) -> SearchQuery:
+        """Return a query of the API or of a client, whose `state` is that of sessions now."""
+        state = wanted["state"]
+        is_known = isinstance(state, str) and state != ""
+        return search_query(wanted, self.sessions.in_state(str(state)) if is_known else None)
 
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after the last attempt failed; for any thread."""

@@ -5021,7 +5021,7 @@ def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() 
     with protocol_inside() as inside, ours, theirs:
 
         def in_one_turn() -> None:
-            inside._hooks.connections[ours], inside._hooks.waiting[ours] = cm.LineSplitter(), 1
+            inside.hooks.connections[ours], inside.hooks.waiting[ours] = cm.LineSplitter(), 1
             inside._arrivals.add((STOP, ours))
             inside.status.encoded()
 
@@ -15906,8 +15906,8 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
         page.say(type="subscribe", view="rows")
         page.next("status")
         sock.connect(inside.settings["socketPath"])
-        really_read, really_end_turn = inside._hooks._read, inside.loop.on_turn_end
-        inside._hooks._read, inside.loop.on_turn_end = read, end_turn  # type: ignore[method-assign]
+        really_read, really_end_turn = inside.hooks._read, inside.loop.on_turn_end
+        inside.hooks._read, inside.loop.on_turn_end = read, end_turn  # type: ignore[method-assign]
         for number in range(12):
             call = {"tool_name": "Bash", "tool_input": {"command": "make"}, "tool_use_id": f"toolu_{number}"}
             hook = payload("PreToolUse", **call)
