@@ -5774,10 +5774,8 @@ class Api:
             lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
-        page, more = lines[:limit], len(lines) > limit
-        if after is None:
-            page.reverse()
-        return Response(200, b'{"events":[%b],"more":%b}' % (b",".join(page), b"true" if more else b"false"))
+        page = b",".join(lines[:limit] if after is not None else lines[:limit][::-1])
+        return Response(200, b'{"events":[%b],"more":%b}' % (page, encode_json(len(lines) > limit)))
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
         seq = query.integer("seq")
@@ -6063,9 +6061,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if is_websocket:
             response = handshake_response(request)
             self.close_connection = True  # ends this thread, not the connection
-            server.upgraded_sockets.add(self.connection)
             self.connection.setblocking(False)
-            server.answers.adopt(request, self.connection, response, self.rfile.peek())
+            rest = self.rfile.peek()  # what came with the head
+            server.upgraded_sockets.add(self.connection)
+            server.answers.adopt(request, self.connection, response, rest)
             return None
         body = self._body(request)
         if path in ("/pair", "/api/answer"):
@@ -6326,15 +6325,11 @@ class Answers:
 
     def by_page(self, client: Client, message: JsonObject) -> concurrent.futures.Future[JsonObject]:
         """Carry out an answer of a page."""
-
-        def carry_out() -> JsonObject:
-            by = self._check_page(client)
-            return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
-
-        return self._threads.submit(carry_out)
+        asked = message["sessionId"], message["eventId"], message.get("answer")
+        return self._threads.submit(lambda: self._answer(*asked, self._check_page(client)))
 
     def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
-        """Give one answer and record it; in a thread of our own or of HTTP; raise RequestError."""
+        """Send one answer to its hook and record it, outside the loop thread; raise RequestError."""
         line = self._monitor.journal.find(event_id, session_id)
         if line is None:
             raise RequestError(400, "eventId: no such question is stored")
@@ -6362,7 +6357,7 @@ class Answers:
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
     def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
-        """Give an answer to the hook that waits for it; return its question, or why it is too late."""
+        """Send an answer to the hook that waits for it; return its question, or why it is too late."""
         question = self.questions.get(event_id)
         if question is None:
             return self._over.get(event_id, "its hook does not wait")
@@ -6631,7 +6626,7 @@ LIMIT_LABELS = {"fiveHour": "account, 5 hours", "sevenDay": "account, 7 days"}
 
 
 class Notice(NamedTuple):
-    """Something that people may want to know, while it holds; `key` is the same after a restart."""
+    """A fact that people may want to know while it holds; `key` is the same after a restart."""
 
     key: str
     kind: str  # of NOTICE_KINDS, or "test"
@@ -6654,7 +6649,7 @@ class Delivery(NamedTuple):
 
 
 def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
-    """Return what a session has to say now."""
+    """Return the notices of a session that hold now."""
     about = session.session_id, session.label[0], session.machine_id
     found: list[Notice] = []
 
@@ -6985,7 +6980,6 @@ class HookPort:
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
     paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
-    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after the acknowledgement
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -7023,10 +7017,7 @@ class HookPort:
         self.waiting[sock] = len(lines)
         for line in lines:
             self.received.add((line, sock))
-        if not data and lines:
-            self.ended.add(sock)
-            self.loop.unwatch(sock)
-        elif not data:
+        if not data and not lines:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -7039,12 +7030,9 @@ class HookPort:
         except BlockingIOError:
             pass  # the sender does not read its acknowledgements
         except OSError:
-            self.ended.add(sock)
-        if self.waiting[sock] > 0:
-            return
-        if sock in self.ended:
             self.drop(sock)
-        elif sock in self.paused:
+            return
+        if self.waiting[sock] == 0 and sock in self.paused:
             self.paused.discard(sock)
             self._watch(sock)
 
@@ -7054,11 +7042,10 @@ class HookPort:
         sock.close()
 
     def release(self, sock: socket.socket) -> None:
-        """Give up a connection without closing it."""
+        """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
         self.paused.discard(sock)
-        self.ended.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
@@ -8221,7 +8208,7 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _notify(self) -> None:
-        """Give the notifier what now holds for the sessions that changed."""
+        """Pass the notices of changed sessions to the notifier."""
         if self.notifier is None:
             return
         current: dict[str, list[Notice]] = {}
