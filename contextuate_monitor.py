@@ -52,6 +52,39 @@ Rooms, in the order of this file; each uses only those above it:
 
 from __future__ import annotations
 
+import fcntl
+import os
+import sys
+
+
+def print_short_status() -> int | None:
+    """Print the line of `status --short` and return the exit status; None: leave it to `main`.
+
+    A prompt waits for it, so it comes before the other imports. `main` has the rare cases: another
+    directory, no lock or line, an output that is not UTF-8.
+    """
+    home = os.environ.get("CONTEXTUATE_HOME") or os.environ.get("HOME", "") + "/.contextuate"
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        if not home.startswith("/") or os.stat(home).st_uid != os.getuid() or sys.stdout.encoding != "utf-8":
+            return None
+        with os.fdopen(os.open(home + "/monitor.pid", flags)) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                line = ""  # no monitor holds it
+            except BlockingIOError:
+                with os.fdopen(os.open(home + "/short", flags), encoding="utf-8") as file:
+                    line = file.read().strip()
+    except (OSError, AttributeError):
+        return None
+    print(line or "not running")
+    return 0 if line else 1
+
+
+is_short_status = __name__ == "__main__" and sys.argv[1:] == ["status", "--short"]
+if is_short_status and (short_status := print_short_status()) is not None:
+    sys.exit(short_status)
+
 import argparse
 import base64
 import bisect
@@ -68,7 +101,6 @@ import datetime
 import difflib
 import enum
 import errno
-import fcntl
 import filecmp
 import functools
 import gc
@@ -88,7 +120,6 @@ import logging
 import logging.handlers
 import math
 import operator
-import os
 import pickle
 import plistlib
 import pwd
@@ -105,7 +136,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -573,7 +603,7 @@ class RequestError(Exception):
     """A refused request: HTTP status, reason, additional headers of the response."""
 
     def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(f"{status} {reason}")
+        super().__init__(reason)
         self.status = status
         self.reason = reason
         self.headers = headers
@@ -4486,7 +4516,7 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 # days before have their real age; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
-RETENTION_INTERVAL_S = 60.0
+RETENTION_INTERVAL_S = 300.0
 CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
 CLOCK_STEPS_LIMIT = 1000
 
@@ -4764,7 +4794,6 @@ def metrics_text(
 # ---------------------------------------------------------------------------
 
 RECEIVE_BYTES = 256 << 10
-HEAD_DEADLINE_S = 10.0
 PING_INTERVAL_S = 20.0
 UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
@@ -4905,10 +4934,10 @@ class Turns:
         self.size = 0  # bytes
         self.waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
 
-    def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
+    def add(self, *entries: tuple[bytes, Any]) -> None:
         """Add entries that begin with a line; its machine is what looks like it, without parsing."""
         for entry in entries:
-            line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
+            line = entry[0]
             start = line.rfind(b'"machineId":') + 12
             machine = line[start : line.find(b",", start)] if start > 11 else b""
             self.waiting.setdefault(machine, collections.deque()).append(entry)
@@ -4927,40 +4956,21 @@ class Turns:
         return taken
 
 
-HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
-
-
-class TooLong(NamedTuple):
-    """The first bytes of a line that exceeds the limit; the rest is discarded."""
-
-    head: bytes
-
-
 class LineSplitter:
-    """Splits a byte stream into lines, without I/O; a line longer than `limit_bytes` becomes a TooLong."""
+    """Splits a byte stream into lines, without I/O; of a longer line, `limit_bytes` and one byte are kept."""
 
     def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
+        self._kept_bytes = limit_bytes + 1
         self._rest = bytearray()  # of the unfinished line
-        self._discarding = False  # the rest of a line that is too long
 
-    def feed(self, data: bytes) -> list[bytes | TooLong]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; return the lines that they complete, without newlines and empty lines."""
         self._rest += data
         ended: list[bytearray] = []
-        lines: list[bytes | TooLong]
         if b"\n" in data:
             *ended, self._rest = self._rest.split(b"\n")
-            if self._discarding:
-                del ended[0]
-            self._discarding = False
-        limit = self._limit_bytes
-        lines = [TooLong(bytes(it[:HEAD_BYTES])) if len(it) > limit else bytes(it.strip()) for it in ended]
-        if len(self._rest) > limit or self._discarding:
-            if not self._discarding:
-                lines.append(TooLong(bytes(self._rest[:HEAD_BYTES])))
-            self._rest, self._discarding = bytearray(), True
-        return [line for line in lines if line]
+        del self._rest[self._kept_bytes :]
+        return [line for it in ended if (line := bytes(it[: self._kept_bytes].strip()))]
 
 
 @dataclasses.dataclass(eq=False)
@@ -4968,8 +4978,6 @@ class Client:
     """One WebSocket client: its subscription and its queue. It is small, since there may be thousands."""
 
     sock: socket.socket
-    head: bytes = b""  # of the opening handshake, as far as received
-    is_open: bool = False  # after the handshake
     parser: FrameParser | None = None  # while a message of the client is partly received
     queue: list[memoryview] = dataclasses.field(default_factory=list)
     queued: int = 0  # bytes in it
@@ -4989,20 +4997,17 @@ class Client:
 
 @dataclasses.dataclass(eq=False)
 class WebSocketServer:
-    """The connections of WebSocket clients: handshakes, frames, pings, bounded queues."""
+    """The connections of WebSocket clients, after their handshakes: frames, pings, bounded queues."""
 
     loop: EventLoop
-    listener: socket.socket
-    admit: Callable[[Request, socket.socket], str]  # returns a pairing; RequestError refuses a handshake
     opened: Callable[[Client], None]
-    received: Callable[[Client, str], None]  # gets the text of a message
+    received: Callable[[Client, str | bytes], None]  # gets the content of a text or binary message
     connection_limit: int
     queue_limit_bytes: int
     clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
     closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
-        self.loop.listen(self.listener, self.adopt)
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
 
     # Sending
@@ -5061,17 +5066,12 @@ class WebSocketServer:
         """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
         if client.closing:
             return
-        if not client.is_open:
-            self._drop(client)
-            return
         client.closing = True
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
         self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
 
     def close_all(self) -> None:
-        """Stop listening and close every client's connection."""
-        self.loop.unwatch(self.listener)
-        self.listener.close()
+        """Close every client's connection."""
         for client in list(self.clients.values()):
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
@@ -5116,8 +5116,8 @@ class WebSocketServer:
 
     # Receiving
 
-    def adopt(self, sock: socket.socket, response: bytes = b"", pairing: str = "") -> None:
-        """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
+    def adopt(self, sock: socket.socket, response: bytes, rest: bytes, pairing: str = "") -> None:
+        """Take a connection whose handshake `response` ends; `rest` came after it. Refuse too many."""
         sock.setblocking(False)
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
@@ -5128,10 +5128,9 @@ class WebSocketServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = self.clients[sock] = Client(sock, pairing=pairing)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        if response:
-            self._open(client, response)
-        else:
-            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
+        self._write(client, response)
+        self.opened(client)
+        self._take_frames(client, rest)
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
@@ -5146,34 +5145,8 @@ class WebSocketServer:
             data = b""
         if not data:
             self._drop(client)
-        elif client.is_open:
-            self._take_frames(client, data)
         else:
-            self._take_head(client, data)
-
-    def _take_head(self, client: Client, data: bytes) -> None:
-        client.head += data
-        head, end, rest = client.head.partition(b"\r\n\r\n")
-        if not end and len(client.head) <= HEAD_LIMIT_BYTES:
-            return
-        try:
-            if len(head) > HEAD_LIMIT_BYTES:
-                raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
-            request = parse_request_head(head)
-            client.pairing = self.admit(request, client.sock)
-            response = handshake_response(request)
-        except RequestError as error:
-            with contextlib.suppress(OSError):
-                client.sock.send(refusal(error))
-            self._drop(client)
-            return
-        self._open(client, response)
-        self._take_frames(client, rest)
-
-    def _open(self, client: Client, response: bytes) -> None:
-        client.head, client.is_open = b"", True
-        self._write(client, response)
-        self.opened(client)
+            self._take_frames(client, data)
 
     def _take_frames(self, client: Client, data: bytes) -> None:
         parser = client.parser or FrameParser()
@@ -5185,21 +5158,15 @@ class WebSocketServer:
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
-            elif message.opcode is Opcode.TEXT:
-                if not client.closing:
-                    self.received(client, message.data)
             elif message.opcode is Opcode.PING:
                 self.send(client, encode_frame(Opcode.PONG, message.data))
             elif message.opcode is Opcode.PONG:
                 client.unanswered_pings = 0
-            else:
-                self._take_binary(client, message.data)
-
-    def _take_binary(self, client: Client, _data: bytes) -> None:
-        self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+            elif not client.closing:
+                self.received(client, message.data)
 
     def _ping_all(self) -> None:
-        for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
+        for client in [client for client in self.clients.values() if not client.closing]:
             if client.unanswered_pings >= UNANSWERED_PINGS:
                 log.info("a client was closed: it did not answer %d pings", client.unanswered_pings)
                 self._drop(client)
@@ -5265,12 +5232,6 @@ _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
-def redis_address(client: Any) -> tuple[Any, Any]:
-    """Return (host, port) of a client of `emit_event.redis_client`."""
-    options = client.connection_pool.connection_kwargs
-    return options.get("host"), options.get("port")
-
-
 class RemoteLine(NamedTuple):
     """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
 
@@ -5327,7 +5288,6 @@ class Subscription(threading.Thread):
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
-                    self._check_primary()
                     if not self._link.inbox.waiting:  # during a flood the channel must not wait
                         self._read_stream()
         except Exception as error:  # the link logs it
@@ -5358,19 +5318,6 @@ class Subscription(threading.Thread):
             if key not in self._by_stream:
                 self._by_channel.add(key)
                 self._add(message["data"], None)
-
-    def _check_primary(self) -> None:
-        """Raise ConnectionError if sentinels or the cluster have elected another primary."""
-        import redis
-
-        if not (self._link.values["redis.sentinels"] or self._link.values["redis.cluster"]):
-            return
-        try:
-            now = redis_address(emit_event.redis_client(self._link.values))
-        except redis.RedisError:
-            return  # no primary is known now, and ours still replies
-        if now != redis_address(self._client):
-            raise redis.ConnectionError(f"the primary is now {now[0]}:{now[1]}")
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
@@ -5613,7 +5560,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 # HTTP: the page, the API, and who may use them
 #
-# Owns: the HTTP port, its threads, and the access rules for both ports.
+# Owns: both TCP ports, their threads, and the access rules. The WebSocket port takes handshakes only.
 # A handler thread reads event files itself and asks the loop thread (`Api.ask`) for everything else.
 # ---------------------------------------------------------------------------
 
@@ -5695,25 +5642,24 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
     """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
     if not is_loopback(peer_address(sock)):
         return False
-    row = peer_row(sock) if sys.platform == "linux" else []
-    return not row if sys.platform != "linux" else row != [] and int(row[7]) == os.getuid()
+    return sys.platform != "linux" or peer_owner(sock)[0] == os.getuid()
 
 
-def peer_row(sock: socket.socket) -> list[str]:
-    """Return the fields of the other end of a TCP connection in /proc/net/tcp; [] if it is not there."""
+def peer_owner(sock: socket.socket) -> tuple[int, str]:
+    """Return (user, inode) of the other end of a TCP connection on this Linux machine; (-1, "") elsewhere."""
     try:
-        peer, local = sock.getpeername(), sock.getsockname()
+        peer, local = _proc_address(sock.getpeername()), _proc_address(sock.getsockname())
     except OSError:
-        return []
+        return -1, ""
     # The peer's end of the connection is a row of its own, with local and remote address exchanged.
-    wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
-    for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
+    is_ipv4 = peer.startswith(_proc_address(("::ffff:0.0.0.0", 0))[:24])
+    for table, skipped in [("/proc/net/tcp", 24)] * is_ipv4 + [("/proc/net/tcp6", 0)]:
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            for line in file:
-                fields = line.split()
-                if len(fields) > 9 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
-                    return fields
-    return []
+            _, *found = file.read().split(f": {peer[skipped:]} {local[skipped:]} ")
+            for fields in (it.split(None, 7) for it in found):
+                if fields[0] != "06":  # TIME_WAIT
+                    return int(fields[4]), fields[6]
+    return -1, ""
 
 
 def _proc_address(address: tuple[Any, ...]) -> str:
@@ -5792,10 +5738,6 @@ class Query(dict[str, str]):
         return time_range(start, end, self.zone())
 
 
-class MessageError(Exception):
-    """A client's message that cannot be carried out; the text is the reason."""
-
-
 class Api:
     """Handles requests to the API in HTTP threads; `ask` runs a function in the loop thread."""
 
@@ -5832,10 +5774,8 @@ class Api:
             lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
-        page, more = lines[:limit], len(lines) > limit
-        if after is None:
-            page.reverse()
-        return Response(200, b'{"events":[%b],"more":%b}' % (b",".join(page), b"true" if more else b"false"))
+        page = b",".join(lines[:limit] if after is not None else lines[:limit][::-1])
+        return Response(200, b'{"events":[%b],"more":%b}' % (page, encode_json(len(lines) > limit)))
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
         seq = query.integer("seq")
@@ -5868,11 +5808,10 @@ class Api:
 
     def _search_query(self, query: Query) -> SearchQuery:
         wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
-        in_state = wanted["state"]
         wanted["limit"] = query.integer("limit")
         wanted["from"], wanted["to"] = query.time_range()
-        sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
-        return search_query(wanted, sessions)
+        asked: SearchQuery = self.ask(lambda: self._monitor.search_query(wanted))
+        return asked
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
@@ -5955,7 +5894,7 @@ def page_response(path: str, ws_port: int, host: str) -> Response:
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """The HTTP port: one thread per connection, with a limit on their number and deadlines for requests."""
+    """A TCP port: one thread per connection, with a limit on their number and deadlines for requests."""
 
     daemon_threads = True
     block_on_close = False
@@ -6045,6 +5984,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
     server: HttpServer
+    rfile: io.BufferedReader
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_DEADLINE_S
@@ -6113,15 +6053,18 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
-        if path == "/" and "token=" in query_text:
+        is_websocket = path == "/ws" or server.server_port != server.access.port
+        if path == "/" and "token=" in query_text and not is_websocket:
             return self._exchange_token(request, query.get("token") or "")
         method = "GET" if self.command == "HEAD" else self.command
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
-        if path == "/ws":
+        if is_websocket:
             response = handshake_response(request)
             self.close_connection = True  # ends this thread, not the connection
+            self.connection.setblocking(False)
+            rest = self.rfile.peek()  # what came with the head
             server.upgraded_sockets.add(self.connection)
-            server.answers.adopt(request, self.connection, response)
+            server.answers.adopt(request, self.connection, response, rest)
             return None
         body = self._body(request)
         if path in ("/pair", "/api/answer"):
@@ -6316,7 +6259,7 @@ class Answers:
             self.questions[event["id"]] = OpenQuestion(event, sock, until)
             self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
-            self._monitor.release_hook(sock)
+            self._monitor.hooks.release(sock)
             if event_id in self.questions:
                 self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
             else:
@@ -6355,6 +6298,11 @@ class Answers:
 
     def _end(self, event_id: str, why: str) -> None:
         """End one wait; its hook then prints nothing."""
+
+        def push_nothing(client: Any, place: str) -> None:
+            client.rpush(place, b"")
+            client.pexpire(place, emit_event.ANSWER_AGE_MS)
+
         question = self.questions.pop(event_id)
         self._over[event_id] = why
         _drop_oldest(self._over, QUESTIONS_LIMIT)
@@ -6363,7 +6311,7 @@ class Answers:
             self._loop.unwatch(question.sock)
             question.sock.close()
         elif not question.is_taken:
-            self._threads.submit(self._at_redis, _push_nothing, "answer", event_id)
+            self._threads.submit(self._at_redis, push_nothing, "answer", event_id)
         self._monitor.feed.changed[question.event["sessionId"]] = None
 
     def close(self) -> None:
@@ -6377,29 +6325,22 @@ class Answers:
 
     def by_page(self, client: Client, message: JsonObject) -> concurrent.futures.Future[JsonObject]:
         """Carry out an answer of a page."""
-
-        def carry_out() -> JsonObject:
-            try:
-                by = self._check_page(client)
-                return self._answer(message["sessionId"], message["eventId"], message.get("answer"), by)
-            except RequestError as error:
-                raise MessageError(error.reason) from None
-
-        return self._threads.submit(carry_out)
+        asked = message["sessionId"], message["eventId"], message.get("answer")
+        return self._threads.submit(lambda: self._answer(*asked, self._check_page(client)))
 
     def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
-        """Give one answer and record it; in a thread of our own or of HTTP; raise MessageError."""
+        """Send one answer to its hook and record it, outside the loop thread; raise RequestError."""
         line = self._monitor.journal.find(event_id, session_id)
         if line is None:
-            raise MessageError("eventId: no such question is stored")
+            raise RequestError(400, "eventId: no such question is stored")
         event = parse_stored(line)
         data = event["data"]
         asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
         asked["tool_input"] = data.get("toolInput")
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
-            raise MessageError("answer: it does not fit what is asked")
+            raise RequestError(400, "answer: it does not fit what is asked")
         if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
-            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+            raise RequestError(400, "too long to be shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
         if isinstance(question, str):
             outcome, words = "late", question
@@ -6416,7 +6357,7 @@ class Answers:
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
     def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
-        """Give an answer to the hook that waits for it; return its question, or why it is too late."""
+        """Send an answer to the hook that waits for it; return its question, or why it is too late."""
         question = self.questions.get(event_id)
         if question is None:
             return self._over.get(event_id, "its hook does not wait")
@@ -6499,12 +6440,12 @@ class Answers:
 
     # The right to answer
 
-    def adopt(self, request: Request, sock: socket.socket, response: bytes) -> None:
-        """Hand a WebSocket of the HTTP port to the loop; for any thread."""
-        pairing = self.pairing_of(request, sock)
-        self._loop.call_soon(functools.partial(self._monitor.clients.adopt, sock, response, pairing))
+    def adopt(self, request: Request, sock: socket.socket, response: bytes, rest: bytes) -> None:
+        """Hand a WebSocket to the loop; for any thread."""
+        pairing = self._pairing_of(request, sock)
+        self._loop.call_soon(lambda: self._monitor.clients.adopt(sock, response, rest, pairing))
 
-    def pairing_of(self, request: Request, sock: socket.socket) -> str:
+    def _pairing_of(self, request: Request, sock: socket.socket) -> str:
         """Return the id of the pairing of a request's browser, "" if it has none; for any thread."""
         name = f"{PAIRING_COOKIE}_{self._monitor.port}"
         pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
@@ -6528,10 +6469,10 @@ class Answers:
 
     def _check_process(self, sock: socket.socket) -> int:
         """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
-        row = peer_row(sock) if sys.platform == "linux" else []
-        if not row:
+        _, inode = peer_owner(sock) if sys.platform == "linux" else (-1, "")
+        if not inode:
             return 0
-        pids, here = holders_of(row[9]), emit_event.pid_namespace()
+        pids, here = holders_of(inode), emit_event.pid_namespace()
         sessions = list(self._monitor.sessions.sessions.values())
         clients = frozenset(pid for it in sessions for pid, space in list(it.processes) if space == here)
         reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
@@ -6559,10 +6500,7 @@ class Answers:
             log.info("a code to pair a browser was printed")
             return json_response({"code": self._code})
         wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
-        try:
-            return json_response(self._answer(*wanted, "a terminal"))
-        except MessageError as error:
-            raise RequestError(400, str(error)) from None
+        return json_response(self._answer(*wanted, "a terminal"))
 
     def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
         """Exchange a code for a cookie."""
@@ -6619,12 +6557,6 @@ class Answers:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
-
-
-def _push_nothing(client: Any, place: str) -> None:
-    """End a wait at Redis: its hook then prints nothing."""
-    client.rpush(place, b"")
-    client.pexpire(place, emit_event.ANSWER_AGE_MS)
 
 
 def browser_name(agent: str) -> str:
@@ -6694,7 +6626,7 @@ LIMIT_LABELS = {"fiveHour": "account, 5 hours", "sevenDay": "account, 7 days"}
 
 
 class Notice(NamedTuple):
-    """Something that people may want to know, while it holds; `key` is the same after a restart."""
+    """A fact that people may want to know while it holds; `key` is the same after a restart."""
 
     key: str
     kind: str  # of NOTICE_KINDS, or "test"
@@ -6717,7 +6649,7 @@ class Delivery(NamedTuple):
 
 
 def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
-    """Return what a session has to say now."""
+    """Return the notices of a session that hold now."""
     about = session.session_id, session.label[0], session.machine_id
     found: list[Notice] = []
 
@@ -7012,20 +6944,18 @@ UPDATE_INTERVAL_S = 0.1
 SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
-FILES_INTERVAL_S = 5.0  # between two searches for files that we cannot use
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
 SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
-PROCESS_WATCHES = 256  # processes beyond these are checked every second
 CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
-DEFERRED_LIMIT = 1000
+LOADING = "stored sessions are still being read; try again in a moment"
 ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
@@ -7033,7 +6963,7 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection to acknowledge it on
+Arrival = tuple[bytes, socket.socket]  # a line, and the connection to acknowledge it on
 
 
 @dataclasses.dataclass
@@ -7050,7 +6980,6 @@ class HookPort:
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
     paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
-    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after the acknowledgement
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -7088,10 +7017,7 @@ class HookPort:
         self.waiting[sock] = len(lines)
         for line in lines:
             self.received.add((line, sock))
-        if not data and lines:
-            self.ended.add(sock)
-            self.loop.unwatch(sock)
-        elif not data:
+        if not data and not lines:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -7104,12 +7030,9 @@ class HookPort:
         except BlockingIOError:
             pass  # the sender does not read its acknowledgements
         except OSError:
-            self.ended.add(sock)
-        if self.waiting[sock] > 0:
-            return
-        if sock in self.ended:
             self.drop(sock)
-        elif sock in self.paused:
+            return
+        if self.waiting[sock] == 0 and sock in self.paused:
             self.paused.discard(sock)
             self._watch(sock)
 
@@ -7119,11 +7042,10 @@ class HookPort:
         sock.close()
 
     def release(self, sock: socket.socket) -> None:
-        """Give up a connection without closing it."""
+        """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
         self.paused.discard(sock)
-        self.ended.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
@@ -7154,69 +7076,6 @@ class HookPort:
         unlock_file(self.path + ".lock", self._lock)
 
 
-def lock_is_held(path: str) -> bool:
-    """True while a process holds the lock on a file; the check itself holds it for a moment."""
-    try:
-        with os.fdopen(emit_event.open_own(path, os.O_RDWR)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    return False
-
-
-@dataclasses.dataclass
-class SpoolDrain:
-    """Read the spool's segments into the monitor, a few lines a turn.
-
-    A segment is removed when all its events are stored. After a failure it is read again from its beginning;
-    ids show what is stored already.
-    """
-
-    loop: EventLoop
-    home: str
-    take: Callable[[Sequence[bytes]], bool]
-    dropped: int = 0  # events that the spool dropped because it was full
-    draining: bool = False
-
-    def check(self) -> None:
-        """Start to drain the spool, unless it is being drained or a publisher still runs."""
-        if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True
-            self._go_on(self._steps())
-
-    def _go_on(self, steps: Iterator[bool]) -> None:
-        try:
-            self.draining = next(steps, False)
-        except Exception as error:  # `check` tries again
-            is_known = isinstance(error, OSError)
-            log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
-            self.draining = False
-        if self.draining:
-            self.loop.call_soon(lambda: self._go_on(steps))
-
-    def _steps(self) -> Iterator[bool]:
-        events, _ = emit_event.take_dropped(self.home + "/spool")
-        if events:
-            self.dropped += events
-            log.warning("the spool was full: %d events were dropped before the monitor ran", events)
-        for segment, size in emit_event.spool_segments(self.home + "/spool"):
-            try:
-                path = emit_event.take_segment(segment)
-            except (FileNotFoundError, BlockingIOError):
-                continue
-            except OSError as error:
-                log.warning("%s cannot be drained: %s", segment, error.strerror)
-                continue
-            log.info("draining %s (%d bytes)", os.path.basename(path), size)
-            with open(path, "rb", opener=emit_event.open_own) as file:
-                while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
-                    yield True
-                    if not self.take([line.strip() for line in lines if line.strip()]):
-                        return
-            with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large and dropped it
-                os.unlink(path)
-
-
 class Ingest:
     """Build events from received lines, store each once, and count them by machine."""
 
@@ -7237,7 +7096,7 @@ class Ingest:
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
-        self, lines: Sequence[bytes | TooLong], remote: bool = False, late: Sequence[bool] = ()
+        self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
         """Store the events of a batch of lines.
 
@@ -7251,7 +7110,7 @@ class Ingest:
         settled = [True] * len(lines)
         for number, line in enumerate(lines):
             try:
-                if isinstance(line, TooLong) or len(line) > emit_event.LINE_LIMIT_BYTES:
+                if len(line) > emit_event.LINE_LIMIT_BYTES:
                     raise MalformedEvent(f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
                 event, text = self._build(line, remote, received_ms)
             except MemoryError:
@@ -7324,10 +7183,9 @@ class Ingest:
                 self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
-    def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
-        head = line.head if isinstance(line, TooLong) else line
+    def _quarantine(self, line: bytes, error: Exception) -> None:
         self.counts["quarantined"] += 1
-        shown, reason = emit_event.shown_head(head, 200, self._privacy), str(error)
+        shown, reason = emit_event.shown_head(line, 200, self._privacy), str(error)
         if isinstance(error, MalformedEvent):
             log.warning("not an event (%s): %r", reason, shown)
         elif self._privacy.metadata_only:  # an error's text may quote content
@@ -7336,7 +7194,7 @@ class Ingest:
         else:
             log.error("an event could not be built: %r", shown, exc_info=error)
         try:
-            emit_event.keep_in_quarantine(self._quarantine_path, head, reason, self._privacy)
+            emit_event.keep_in_quarantine(self._quarantine_path, line, reason, self._privacy)
         except OSError as trouble:
             log.warning("the quarantine could not be written: %s", trouble)
 
@@ -7485,23 +7343,18 @@ class Retention:
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
-        self._rests_until = 0.0  # time.monotonic(): checking many files takes a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
         """Prune now and periodically."""
-        self.prune(dry_run=False)
-        self.loop.call_every(RETENTION_INTERVAL_S, self._prune_if_rested)
-
-    def _prune_if_rested(self) -> None:
-        if time.monotonic() >= self._rests_until:
-            self.prune(dry_run=False)
+        self.prune()
+        self.loop.call_every(RETENTION_INTERVAL_S, self.prune)
 
     def check_clock(self, save: bool = False) -> None:
         """Record whether the clock was set; to be called at least once a second."""
         self._clock.look(self.last_seq(), save)
 
-    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
+    def prune(self, dry_run: bool = False, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
@@ -7509,7 +7362,6 @@ class Retention:
         time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
-            begun_s = time.thread_time()
             try:
                 plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
@@ -7518,7 +7370,6 @@ class Retention:
                 log.warning("%s", self._error)
             else:
                 self.loop.call_soon(lambda: finish(plan, gone))
-            self._rests_until = time.monotonic() + 1000 * (time.thread_time() - begun_s)
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -7560,7 +7411,7 @@ class MessageHandlers:
     """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
 
     A method returns the answer: a message, an encoded one, a future of one from the reader thread, or None
-    for no answer. Messages that change something wait until the stored sessions are loaded.
+    for no answer. Messages that change something are refused while stored sessions are being read.
     """
 
     QUESTIONS = frozenset(
@@ -7604,10 +7455,13 @@ class MessageHandlers:
         about["mayAnswer"] = client.pairing != ""
         self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
 
-    def take(self, client: Client, text: str) -> None:
+    def take(self, client: Client, data: str | bytes) -> None:
         """Carry out one WebSocket message and answer it."""
+        if isinstance(data, bytes):
+            self._monitor.clients.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+            return
         try:
-            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
+            message = emit_event.parse_event_line(data.encode("utf-8", "surrogatepass"))
         except MalformedEvent as error:
             self._reply(client, {}, error)
         else:
@@ -7618,8 +7472,6 @@ class MessageHandlers:
         kind = emit_event.id_or(message.get("type"), "")
         if kind in ("subscribe", "unsubscribe", "set_show_hidden", "set_visible", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
-        if self._monitor.loading is not None and kind not in self.QUESTIONS:
-            raise RequestError(503, "stored sessions are still being read; try again in a moment")
         client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
@@ -7627,8 +7479,6 @@ class MessageHandlers:
             answer = done.result(120)
         except concurrent.futures.TimeoutError:  # before Python 3.11 another than the built-in one
             raise TimeoutError("the monitor is too busy to answer") from None
-        if isinstance(answer, (MessageError, SearchError)):
-            raise RequestError(400, str(answer))
         if isinstance(answer, Exception):
             raise answer
         return with_request_id(message, answer or {"type": "done"})
@@ -7636,18 +7486,16 @@ class MessageHandlers:
     def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
         """Call `done` with the answer to a message, or the exception, in the loop thread."""
         kind, monitor = emit_event.id_or(message.get("type"), ""), self._monitor
-        if monitor.loading is not None and kind not in self.QUESTIONS:
-            if len(monitor.deferred) < DEFERRED_LIMIT:
-                monitor.deferred.append(lambda: self._carry_out(client, message, done))
-            return
         handler = getattr(self, f"_on_{kind}", self._act if kind in self.META else None)
         try:
             if handler is None:
-                raise MessageError(f"unknown type {one_line(kind, 40)!r}")
+                raise RequestError(400, f"unknown type {one_line(kind, 40)!r}")
+            if monitor.loading is not None and kind not in self.QUESTIONS:
+                raise RequestError(503, LOADING)
             for name, expected in self.FIELDS.items():
                 value = message.get(name)
                 if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
-                    raise MessageError(f"{name}: expected {expected}")
+                    raise RequestError(400, f"{name}: expected {expected}")
             answer = handler(client, message)
         except Exception as error:  # the client gets an error in any case
             answer = error
@@ -7661,7 +7509,7 @@ class MessageHandlers:
         """Send the answer to a message; an error names it, and its requestId comes back."""
         if isinstance(answer, Exception):
             words, kind = str(answer), message.get("type")
-            if not isinstance(answer, (MalformedEvent, MessageError, SearchError)):  # e.g. an unreadable file
+            if not isinstance(answer, (MalformedEvent, RequestError, SearchError)):  # e.g. an unreadable file
                 log.error("a message could not be answered", exc_info=answer)
                 words = f"could not be read: {words}"
             answer = {"type": "error", "message": words, "request": kind if isinstance(kind, str) else None}
@@ -7738,14 +7586,12 @@ class MessageHandlers:
         names = {name: name for name in (*SEARCH_FIELDS, "from", "to", "limit")}
         names.update(q="query", type="eventType")
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
-        history, state = self._monitor.history, wanted["state"]
-        known = isinstance(state, str) and state != ""
-        query = search_query(wanted, self._monitor.sessions.in_state(str(state)) if known else None)
+        history, query = self._monitor.history, self._monitor.search_query(wanted)
         return self._monitor.reader.submit(lambda: {"type": "search_results", **history.search(query)})
 
     def _on_reconnect_redis(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.redis:
-            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+            raise RequestError(400, "the monitor runs in local mode: there is no Redis to connect to")
         self._monitor.redis.reconnect()
         return {"type": "status", **self._monitor.status.to_json()}
 
@@ -7755,7 +7601,7 @@ class MessageHandlers:
 
     def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
         if self._monitor.notifier is None:
-            raise MessageError('no target is configured: add "notify" to the configuration (.docs/config.md)')
+            raise RequestError(400, 'no target is configured: add "notify" to the configuration')
         return self._monitor.notifier.test()
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
@@ -7776,7 +7622,7 @@ class MessageHandlers:
         if parent is not None:
             self._session(message, "parentSessionId")
             if session.session_id in self._monitor.sessions.lineage(parent):
-                raise MessageError("parentSessionId: a session cannot be below itself")
+                raise RequestError(400, "parentSessionId: a session cannot be below itself")
         self._store_action(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
@@ -7795,7 +7641,7 @@ class MessageHandlers:
 
     def _on_prune(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.settings["persistence.enabled"]:
-            raise MessageError("events are kept in memory only, there is nothing to delete")
+            raise RequestError(400, "events are kept in memory only, there is nothing to delete")
         dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
         pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         done = pruned.set_result
@@ -7805,7 +7651,7 @@ class MessageHandlers:
     def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
         session = self._monitor.sessions.sessions.get(message.get(name) or "")
         if session is None:
-            raise MessageError(f"{name}: no session with this id is known")
+            raise RequestError(400, f"{name}: no session with this id is known")
         return session
 
     def _store_action(self, session: Session, data: JsonObject) -> None:
@@ -7813,7 +7659,7 @@ class MessageHandlers:
         kind = {"eventType": "session_meta", "hookType": "Monitor", "data": data}
         where = {"machineId": self._monitor.settings.machine_id, "workingDirectory": session.directory}
         if not self._monitor.take_now(encode_json({**kind, **where, "sessionId": session.session_id})):
-            raise MessageError(f"it could not be stored: {self._monitor.journal.error}")
+            raise RequestError(503, f"it could not be stored: {self._monitor.journal.error}")
 
 
 def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
@@ -7887,7 +7733,7 @@ def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
-    running = state["state"] != "stopped" and lock_is_held(home + "/publisher.lock")
+    running = state["state"] != "stopped" and lock_holder(home + "/publisher.lock") is not None
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
 
 
@@ -7899,8 +7745,6 @@ class Status:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._foreign: list[tuple[str, str, str]] = []  # the last result of `foreign_files`
-        self._foreign_at = -math.inf  # time.monotonic() of that result
         self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
 
     def encoded(self) -> bytes:
@@ -7913,25 +7757,12 @@ class Status:
 
     def to_json(self) -> JsonObject:
         """Return the response of /api/status and the `status` message."""
-        status, monitor = self.core(), self._monitor
+        monitor = self._monitor
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
         shown = [
             {**machines[key], "clockSkewMs": skew_ms(key)}
             for key in itertools.islice(reversed(machines), MACHINES_SHOWN)
         ]
-        status["machines"] = machine_lines(shown, monitor.settings)
-        status["problems"] += machine_problems(status["machines"])
-        return {**status, "facts": status_facts(status)}
-
-    def core(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the status without lists of machines and facts.
-
-        `foreign_age_s`: the age up to which the last result of `foreign_files` is used again.
-        """
-        monitor = self._monitor
-        if time.monotonic() - self._foreign_at >= foreign_age_s:
-            self._foreign_at = time.monotonic()
-            self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
@@ -7957,11 +7788,11 @@ class Status:
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": (monitor.spool.dropped if monitor.spool else 0)
-                + sum(machine["dropped"] for machine in ingest.machines.values()),
+                "dropped": monitor.spool_dropped + sum(it["dropped"] for it in ingest.machines.values()),
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
+            "machines": machine_lines(shown, monitor.settings),
             "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
             "answers": monitor.answers.status(),
             "redis": redis.status() if redis else None,
@@ -7972,7 +7803,8 @@ class Status:
             "notify": monitor.notifier.status() if monitor.notifier else [],
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        return {**status, "problems": status_problems(status, unsaved, self._foreign)}
+        problems = status_problems(status, unsaved, foreign_files(monitor.settings.home))
+        return {**status, "problems": problems, "facts": status_facts(status)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
@@ -8000,23 +7832,18 @@ class Status:
         if session is not None:
             return self._monitor.sessions.to_json(session)
         if self._monitor.loading is not None:
-            raise RequestError(503, "stored sessions are still being read; try again in a moment")
+            raise RequestError(503, LOADING)
         raise RequestError(404, "no session with this id is known")
 
 
 def steady_part(status: JsonObject) -> list[object]:
     """Return the part of a status whose changes the clients get at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
-    is_building = index["total"] and index["state"] != "ready"
-    return [
-        *(
-            status[name]
-            for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits", "answers")
-        ),
-        (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
-        *(redis.get(name) for name in ("state", "attempt")),
-        *(publisher.get(name) for name in ("running", "state", "stream")),
-    ]
+    names = ("problems", "store", "spool", "loading", "demo", "limits", "answers", "otherMachines")
+    steady = [status[name] for name in names] + [len(status["machines"]), index["state"]]
+    steady += [index["state"] != "ready" and 100 * index["done"] // (index["total"] or 1)]
+    steady += [redis.get(name) for name in ("state", "attempt")]
+    return steady + [publisher.get(name) for name in ("running", "state", "stream")]
 
 
 class Monitor:
@@ -8039,14 +7866,14 @@ class Monitor:
         self.counts = EventCounts()
         self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
-        self.spool: SpoolDrain | None = None
+        self.spool_dropped = 0  # events that the spool of this machine dropped because it was full
+        self._is_draining = False
         self.redis: RedisLink | None = None
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
         self._notice_changes: set[str] = set()  # sessions that may have something else to say
         self._short = ""  # content of the file `short`, for prompts
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
@@ -8056,7 +7883,7 @@ class Monitor:
         self.retention = Retention(
             settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
         )
-        self._processes = ProcessWatch(self.loop)
+        self._containers = Containers()
         self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -8087,17 +7914,10 @@ class Monitor:
         # before any event is taken, which may have come before
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
-        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
-
-        def admit(request: Request, sock: socket.socket) -> str:
-            access.check(request, self.ws_port, lambda: same_user_on_loopback(sock))
-            return self.answers.pairing_of(request, sock)
-
+        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
-            ws_socket,
-            admit=admit,
             opened=handlers.greet,
             received=handlers.take,
             connection_limit=settings["limits.connections"],
@@ -8108,7 +7928,9 @@ class Monitor:
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         limit = settings["limits.connections"]
-        self.http = HttpServer(http_socket, access, page, api, self.answers, limit)
+        self.http = [
+            HttpServer(it, access, page, api, self.answers, limit) for it in (http_socket, ws_socket)
+        ]
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
@@ -8139,7 +7961,7 @@ class Monitor:
         if self._stopping:
             return
         self._stopping = True
-        self._hooks.stop_listening()
+        self.hooks.stop_listening()
         self.clients.close_all()
         # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
@@ -8149,7 +7971,8 @@ class Monitor:
             self._store_received()
         if self.redis:
             self.redis.close()
-        self.http.stop()
+        for server in self.http:
+            server.stop()
         self.answers.close()
         if self.notifier:
             self.notifier.close()
@@ -8161,7 +7984,7 @@ class Monitor:
         if self.loading is None:
             collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
-        self._hooks.close()
+        self.hooks.close()
         # A user may remove the newest files before the next start.
         save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
@@ -8226,9 +8049,6 @@ class Monitor:
         if self.notifier:
             self._notice_changes = set(self.sessions.sessions)
             self.loop.call_every(NOTICE_INTERVAL_S, self._notify)
-        for callback in self.deferred:
-            self.loop.call_soon(callback)
-        self.deferred.clear()
 
     def _snapshot_steps(self) -> Iterator[bool]:
         """Save snapshots of changed sessions, or of all in a new index file; a start continues from them."""
@@ -8253,8 +8073,6 @@ class Monitor:
         if self.settings["mode"] == "redis":
             self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
         else:
-            take = functools.partial(self._take_all, remote=False)
-            self.spool = SpoolDrain(self.loop, self.settings.home, take)
             self.ingest.registry.start()
         self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
@@ -8271,12 +8089,44 @@ class Monitor:
         settled, stored = self.ingest.take([line for line, _ in arrivals])
         counts = collections.Counter(itertools.compress((sender for _, sender in arrivals), settled))
         for sender, count in counts.items():
-            self._hooks.acknowledge(sender, count)
+            self.hooks.acknowledge(sender, count)
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
-                self._hooks.drop(sender)
-        found = ((isinstance(line, bytes) and ASKING_LINE.match(line), sender) for line, sender in arrivals)
+                self.hooks.drop(sender)
+        found = ((ASKING_LINE.match(line), sender) for line, sender in arrivals)
         self._show(stored, {match[1].decode(): sender for match, sender in found if match})
+
+    def _drain_spool(self) -> Iterator[bool]:
+        """Store the events of the spool's segments; remove each segment when all of them are stored.
+
+        After a failure a segment is read again from its beginning; ids show what is stored already.
+        """
+        self._is_draining, spool = True, self.settings.path("spool")
+        try:
+            events, _ = emit_event.take_dropped(spool)
+            if events:
+                self.spool_dropped += events
+                log.warning("the spool was full: %d events were dropped before the monitor ran", events)
+            for segment, size in emit_event.spool_segments(spool):
+                try:
+                    path = emit_event.take_segment(segment)
+                except (FileNotFoundError, BlockingIOError):
+                    continue
+                except OSError as error:
+                    log.warning("%s cannot be drained: %s", segment, error.strerror)
+                    continue
+                log.info("draining %s (%d bytes)", os.path.basename(path), size)
+                with open(path, "rb", opener=emit_event.open_own) as file:
+                    while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
+                        yield False
+                        if not self._take_all([it.strip() for it in lines if it.strip()], remote=False):
+                            return
+                with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large
+                    os.unlink(path)
+        except OSError as error:
+            log.warning("the spool could not be drained, trying again: %s", error)
+        finally:
+            self._is_draining = False
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - LATE_MS
@@ -8357,12 +8207,8 @@ class Monitor:
         self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
 
-    def release_hook(self, sock: socket.socket) -> None:
-        """Leave a hook's connection, whose events are acknowledged, to another part."""
-        self._hooks.release(sock)
-
     def _notify(self) -> None:
-        """Give the notifier what now holds for the sessions that changed."""
+        """Pass the notices of changed sessions to the notifier."""
         if self.notifier is None:
             return
         current: dict[str, list[Notice]] = {}
@@ -8393,15 +8239,16 @@ class Monitor:
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
-            self._sent_status = [*steady, len(self.ingest.machines)]
+            before, status = self._sent_status, self.status.to_json()
+            self._sent_status = steady_part(status)
             if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
+                self.clients.broadcast((), text_frame({"type": "status", **status}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
-        if self.spool:
-            self.spool.check()
+        if self.redis is None:
+            if not self._is_draining and lock_holder(self.settings.path("publisher.lock")) is None:
+                self._advance(self._drain_spool())
         else:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-1, os.WNOHANG)  # reap a publisher that was started here
@@ -8421,7 +8268,7 @@ class Monitor:
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
             self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)
-            self._hooks.restore()
+            self.hooks.restore()
 
     def _note_store_error(self) -> None:
         self.store_error = self.journal.error
@@ -8434,11 +8281,17 @@ class Monitor:
     def _end_sessions_without_process(self) -> list[Session]:
         """End the sessions of this machine whose client no longer runs."""
         is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
-        watch = self._processes
-        gone = self.sessions.check_processes(self._pid_namespace, watch.ran_at, now_ms(), is_sure, watch.find)
+        find = self._containers.find
+        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         return gone
+
+    def search_query(self, wanted: JsonObject) -> SearchQuery:
+        """Return a query of the API or of a client, whose `state` is that of sessions now."""
+        state = wanted["state"]
+        is_known = isinstance(state, str) and state != ""
+        return search_query(wanted, self.sessions.in_state(str(state)) if is_known else None)
 
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after the last attempt failed; for any thread."""
@@ -8543,21 +8396,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
-def status_problems(
-    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
-) -> list[JsonObject]:
-    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
-
-    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
-    """
-    found: list[JsonObject] = []
-
-    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
-        because = f": {reason.rstrip('.')}" if reason else ""
-        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
-
-    redis, publisher = status["redis"] or {}, status["publisher"] or {}
-    store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
+def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: JsonObject) -> None:
+    """Add what is wrong with Redis, by the parts of a status."""
     if redis.get("state") == "waiting":
         words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
         add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
@@ -8576,6 +8416,23 @@ def status_problems(
     if redis.get("gaps"):
         words = f"{redis['gaps']} times the stream was trimmed before it was read: events may be missing"
         add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
+
+
+def status_problems(
+    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
+) -> list[JsonObject]:
+    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
+
+    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
+    """
+    found: list[JsonObject] = []
+
+    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
+        because = f": {reason.rstrip('.')}" if reason else ""
+        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
+
+    add_redis_problems(add, status["redis"] or {}, status["publisher"] or {})
+    store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
         advice = "Free space on its disk; the monitor then continues by itself."
@@ -8602,25 +8459,15 @@ def status_problems(
         count = len(status["answers"]["refused"])
         advice = "If that was not you, look at what runs on this machine."
         add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
-    return found + foreign_problems(foreign) + notify_problems(status["notify"])
-
-
-def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
-    """Return the problems of `machine_lines`: names that several machines have."""
-    advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
-    words = "Several machines have the same name, "
-    return [
-        {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
-        for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
-    ]
-
-
-def notify_problems(targets: Sequence[JsonObject]) -> list[JsonObject]:
-    """Return the problems in the results of `Notifier.status`."""
-    failing = (it for it in targets if it["ok"] is False)
-    texts = [f"Notifications do not arrive: {it['name']}: {it['words']}" for it in failing]
-    advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
-    return [{"kind": "notify", "level": "warn", "words": words, "advice": advice} for words in texts]
+    for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
+        advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
+        add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
+    for target in status["notify"]:
+        if target["ok"] is False:
+            advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
+            words = f"Notifications do not arrive: {target['name']}"
+            add("notify", "warn", words, target["words"], advice)
+    return found + foreign_problems(foreign)
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
@@ -8677,12 +8524,15 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the pid in the file at `path` while it is locked, else None; it may be one of a container."""
+    """Return the pid in the file at `path` while it is locked, else None.
+
+    It may be one of a container, or 0 in a file without a pid. The check itself locks the file for a moment.
+    """
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return int(file.read(32).strip() or b"0") or None
+            return int(file.read(32).strip() or b"0")
     return None
 
 
@@ -8764,28 +8614,22 @@ def contained_processes() -> dict[tuple[int, int], int]:
     return found
 
 
-class ProcessWatch:
-    """Checks which processes run, in the loop thread.
+def ran_at(pid: int, time_ms: int) -> bool:
+    """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
+    start = emit_event.process_start(pid)
+    if start is None or sys.platform != "linux":
+        return start is not None
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
+    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
-    With pidfds (Linux 5.3) it checks a running process once, and then the kernel reports its end.
-    """
 
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._starts: dict[int, int] = {}  # pid → its `process_start`; of those whose end the kernel reports
+class Containers:
+    """Finds processes in containers of this machine, in the loop thread."""
+
+    def __init__(self) -> None:
         self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
         self._next_search_s = 0.0  # time.monotonic()
-
-    def ran_at(self, pid: int, time_ms: int) -> bool:
-        """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
-        start = self._starts.get(pid)
-        if start is None:
-            start = self._watch(pid)
-        if start is None or sys.platform != "linux":
-            return start is not None
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
-        return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
     def find(self, process: tuple[int, int]) -> int:
         """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
@@ -8796,23 +8640,6 @@ class ProcessWatch:
         if process not in self._found and process in self._contained:
             self._found[process] = self._contained[process]
         return self._found.get(process, 0)
-
-    def _watch(self, pid: int) -> int | None:
-        fd = -1
-        with contextlib.suppress(AttributeError, OSError):  # not supported, another user's, none left
-            fd = os.pidfd_open(pid)
-        start = emit_event.process_start(pid)
-        if fd >= 0 and (start is None or len(self._starts) >= PROCESS_WATCHES):
-            os.close(fd)
-        elif fd >= 0 and start is not None:
-            self._starts[pid] = start
-            self._loop.watch(fd, selectors.EVENT_READ, lambda _events: self._ended(pid, fd))
-        return start
-
-    def _ended(self, pid: int, fd: int) -> None:
-        del self._starts[pid]
-        self._loop.unwatch(fd)
-        os.close(fd)
 
 
 # ---------------------------------------------------------------------------
@@ -8880,33 +8707,20 @@ def ask_monitor(
     return answer
 
 
-class EventSender:
-    """Send events to the running monitor as hooks do; they are stored when `send` returns."""
-
-    BATCH = 200
-
-    def __init__(self, socket_path: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(60)
-        self._sock.connect(socket_path)
-
-    def __enter__(self) -> EventSender:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def send(self, events: Sequence[JsonObject]) -> None:
-        """Send events; raise CommandError when they cannot be stored."""
-        for start in range(0, len(events), self.BATCH):
-            batch = events[start : start + self.BATCH]
-            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            taken = 0
-            while taken < len(batch):
-                answer = self._sock.recv(self.BATCH)
-                if not answer:
+def send_events(socket_path: str, events: Sequence[JsonObject]) -> None:
+    """Send events to the running monitor as hooks do, until they are stored; raise CommandError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(60)
+        sock.connect(socket_path)
+        for start in range(0, len(events), 200):
+            batch = events[start : start + 200]
+            sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            left = len(batch)
+            while left:
+                taken = len(sock.recv(left))
+                if not taken:
                     raise CommandError("the monitor could not store an event; run `status` for the reason")
-                taken += len(answer)
+                left -= taken
 
 
 # ---------------------------------------------------------------------------
@@ -11457,14 +11271,13 @@ def command_import(args: argparse.Namespace) -> int:
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
-    with EventSender(about["socketPath"]) as sender:
-        machine, names = settings.machine_id, {file.name for file in store.files()}
-        batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
-        for session_id, events, size in batches:
-            wanted = new_events(store, session_id, events)
-            known += len(events) - len(wanted)
-            sender.send(wanted)
-            progress.add(len(wanted), size)
+    machine, names = settings.machine_id, {file.name for file in store.files()}
+    batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
+    for session_id, events, size in batches:
+        wanted = new_events(store, session_id, events)
+        known += len(events) - len(wanted)
+        send_events(about["socketPath"], wanted)
+        progress.add(len(wanted), size)
     for words in skipped[:10]:
         print_status(f"skipped {words}")
     if len(skipped) > 10:
@@ -11573,10 +11386,9 @@ def command_demo(args: argparse.Namespace) -> int:
     if args.live:
         print_status(f"the page shows the demo live for {args.live:.0f} s; Ctrl-C ends it")
     day = list(demo_day(now_ms(), args.live))
-    with EventSender(about["socketPath"]) as sender:
-        for timestamp, event in day:
-            time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
-            sender.send([event])
+    for timestamp, event in day:
+        time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
+        send_events(about["socketPath"], [event])
     print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 
@@ -11659,7 +11471,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_start: _SERVING,
     command_stop: (),
     command_restart: _SERVING,
-    command_status: (_JSON, _switch("--short", "one line, for a prompt")),
+    command_status: (_JSON, _switch("--short", "one line, for a prompt; `python3 -m` is faster")),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
                              choices=("pair", "key")),),

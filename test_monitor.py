@@ -2357,22 +2357,19 @@ def test_a_link_in_the_place_of_a_segment_is_not_followed(hook_alone, monitor):
 
 
 def test_a_fault_while_the_spool_is_drained_does_not_stop_it_for_good(tmp_path):
-    calls: list[Any] = []
-    loop = types.SimpleNamespace(call_every=lambda *_: None, call_soon=calls.append)
     ee.append_to_spool(str(tmp_path / "spool"), b'{"a":1}\n')
     taken: list[bytes] = []
 
-    def take(lines: list[bytes]) -> bool:
+    def take(lines: list[bytes], remote: bool) -> bool:
         taken.extend(lines)
         if len(taken) == 1:
             raise OSError("a damaged file")
         return True
 
-    drain = cm.SpoolDrain(loop, str(tmp_path), take)
+    settings = types.SimpleNamespace(path=lambda name: str(tmp_path / name))
+    monitor: Any = types.SimpleNamespace(settings=settings, _take_all=take)
     for _ in range(2):
-        drain.check()
-        while calls:
-            calls.pop(0)()
+        assert set(cm.Monitor._drain_spool(monitor)) == {False} and not monitor._is_draining
     assert taken == [b'{"a":1}'] * 2 and not ee.spool_segments(str(tmp_path / "spool"))
 
 
@@ -3834,7 +3831,7 @@ def test_a_refused_handshake_is_answered_in_json_and_ends(spoken, status):
     for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
         head = protocol_head(f"Host: 127.0.0.1:{port}", change).replace(b" / ", path, 1)
         got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
-        assert got == (403 if status == 405 and port == spoken.port else status)
+        assert got == (403 if status == 405 else status)
         assert ("x-content-type-options", "nosniff") in headers
         assert json.loads(body)["error"]
 
@@ -4457,7 +4454,6 @@ def protocol_stop(port: int, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("send", [protocol_drip, protocol_stop])
 def test_a_request_that_is_never_finished_is_cut_off_on_both_ports(monkeypatch, send):
-    monkeypatch.setattr(cm, "HEAD_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm.RequestHandler, "timeout", 0.3 if send is protocol_stop else 10.0)
     with protocol_inside() as inside, contextlib.closing(ProtocolPeer(inside.ws_port)) as good:
@@ -5024,7 +5020,7 @@ def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() 
     with protocol_inside() as inside, ours, theirs:
 
         def in_one_turn() -> None:
-            inside._hooks.connections[ours], inside._hooks.waiting[ours] = cm.LineSplitter(), 1
+            inside.hooks.connections[ours], inside.hooks.waiting[ours] = cm.LineSplitter(), 1
             inside._arrivals.add((STOP, ours))
             inside.status.encoded()
 
@@ -9004,7 +9000,7 @@ def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor,
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
     running.emit(payload("Stop"))
-    assert cm.lock_is_held(running.socket_path + ".lock") and cm.lock_is_held(running.home + "/monitor.pid")
+    assert None not in map(cm.lock_holder, (running.socket_path + ".lock", running.home + "/monitor.pid"))
     running.write_config({})
     eventually(lambda: in_process(running, "status").returncode == 0)
     assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
@@ -9061,40 +9057,35 @@ def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(running, cl
     )
 
 
-@pytest.mark.parametrize("has_pidfd", [True, False])
-def test_the_end_of_a_watched_process_is_noticed(monkeypatch, client, has_pidfd):
-    """With a pidfd one look is enough; a process that began later does not count for an earlier time."""
-    if not has_pidfd:
-        monkeypatch.delattr(os, "pidfd_open", raising=False)
-    elif not hasattr(os, "pidfd_open"):
-        pytest.skip("no pidfd here")
-    looks, look = [], ee.process_start
-    monkeypatch.setattr(ee, "process_start", lambda pid: (looks.append(pid), look(pid))[1])
-    loop = cm.EventLoop()
-    watch, fds = cm.ProcessWatch(loop), len(os.listdir("/dev/fd"))
-    assert [watch.ran_at(client.pid, ee.now_ms()) for _ in range(3)] == [True] * 3
-    assert len(looks) == (1 if has_pidfd else 3)
-    assert sys.platform != "linux" or not watch.ran_at(client.pid, ee.now_ms() - 3_600_000)
-    client.kill()
-    loop.call_later(0.2, loop.stop)
-    loop.run()  # its parent has not waited for it: it is a zombie
-    assert not watch.ran_at(client.pid, ee.now_ms())
+def test_a_process_ends_and_a_later_one_does_not_count_for_an_earlier_time(client: Any) -> None:
+    assert cm.ran_at(client.pid, ee.now_ms())
+    assert sys.platform != "linux" or not cm.ran_at(client.pid, ee.now_ms() - 3_600_000)
+    client.kill()  # its parent has not waited for it: it is a zombie
+    eventually(lambda: not cm.ran_at(client.pid, ee.now_ms()))
     client.wait()
-    assert not watch.ran_at(client.pid, ee.now_ms()) and len(os.listdir("/dev/fd")) == fds
-    loop.close()
-
-
-def test_more_processes_than_can_be_watched_are_looked_at(monkeypatch):
-    monkeypatch.setattr(cm, "PROCESS_WATCHES", 1)
-    loop = cm.EventLoop()
-    watch, pids = cm.ProcessWatch(loop), (os.getpid(), os.getppid())
-    assert watch.ran_at(pids[0], ee.now_ms())
-    fds = os.listdir("/dev/fd")
-    assert all(watch.ran_at(pid, ee.now_ms()) for pid in pids * 2) and os.listdir("/dev/fd") == fds
-    loop.close()
+    assert not cm.ran_at(client.pid, ee.now_ms())
 
 
 # The command line
+
+
+def test_the_short_status_is_the_same_by_file_and_by_module(monitor: RunningMonitor) -> None:
+    def short(is_fast: bool = True) -> tuple[str, int]:
+        """Return what both forms print, and their exit status; if `is_fast`, without other imports."""
+        forms = [f"{ROOT}/contextuate_monitor.py"], ["-X", "importtime", "-m", "contextuate_monitor"]
+        options: Any = {"cwd": ROOT, "env": monitor.environment, "capture_output": True, "text": True}
+        done = [subprocess.run([sys.executable, *it, "status", "--short"], **options) for it in forms]
+        assert ("argparse" not in done[1].stderr) is is_fast
+        ((said, status),) = {(it.stdout, it.returncode) for it in done}
+        return said, status
+
+    assert short(is_fast=False) == ("not running\n", 1)
+    monitor.serve().emit(*hooks("@short prompt Hello"))
+    place = pathlib.Path(monitor.home, "short")
+    eventually(lambda: place.exists() and place.read_text() == "1 working\n")
+    assert short() == ("1 working\n", 0)
+    monitor.kill()  # leaves the line behind
+    assert place.exists() and short() == ("not running\n", 1)
 
 
 def test_every_command_has_help(monitor: RunningMonitor) -> None:
@@ -11416,15 +11407,26 @@ def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, pr
     machine.end_publisher()
 
 
+def serve_handshakes(listener: socket.socket, clients: cm.WebSocketServer) -> None:
+    """Admit everyone to the monitor's own WebSocket side."""
+
+    def adopt(_request: cm.Request, *connection: Any) -> None:
+        clients.loop.call_soon(functools.partial(clients.adopt, *connection))
+
+    access: Any = types.SimpleNamespace(port=0, check=lambda *_, **__: None)
+    answers: Any = types.SimpleNamespace(adopt=adopt)
+    cm.HttpServer(listener, access, lambda _: cm.Response(404, b""), answers, answers, 2000)
+
+
 def safe_serve_echo(listener: socket.socket) -> None:
     """Run the monitor's own WebSocket side, which gives back what it gets."""
 
-    def echo(opcode: cm.Opcode, client: cm.Client, data: Any) -> None:
-        server.reply(client, cm.encode_frame(opcode, data if isinstance(data, bytes) else data.encode()))
+    def echo(client: cm.Client, data: str | bytes) -> None:
+        opcode, raw = (1, data.encode()) if isinstance(data, str) else (2, data)
+        server.reply(client, cm.encode_frame(opcode, raw))
 
-    callbacks = (lambda request, sock: None, lambda client: None, functools.partial(echo, cm.Opcode.TEXT))
-    server = cm.WebSocketServer(cm.EventLoop(), listener, *callbacks, 64, 1 << 20)
-    server._take_binary = functools.partial(echo, cm.Opcode.BINARY)  # type: ignore[method-assign]
+    server = cm.WebSocketServer(cm.EventLoop(), lambda client: None, echo, 64, 1 << 20)
+    serve_handshakes(listener, server)
     server.loop.run()
 
 
@@ -15901,8 +15903,8 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
         page.say(type="subscribe", view="rows")
         page.next("status")
         sock.connect(inside.settings["socketPath"])
-        really_read, really_end_turn = inside._hooks._read, inside.loop.on_turn_end
-        inside._hooks._read, inside.loop.on_turn_end = read, end_turn  # type: ignore[method-assign]
+        really_read, really_end_turn = inside.hooks._read, inside.loop.on_turn_end
+        inside.hooks._read, inside.loop.on_turn_end = read, end_turn  # type: ignore[method-assign]
         for number in range(12):
             call = {"tool_name": "Bash", "tool_input": {"command": "make"}, "tool_use_id": f"toolu_{number}"}
             hook = payload("PreToolUse", **call)

@@ -826,10 +826,8 @@ def serve_broadcast(listener: socket.socket, orders: socket.socket) -> None:
             clients.broadcast(stored_events()[:waiting])
             waiting = 0
 
-    clients = cm.WebSocketServer(
-        loop, listener, admit=lambda request, sock: "", opened=opened, received=lambda client, text: None,
-        connection_limit=2000, queue_limit_bytes=1 << 20,
-    )  # fmt: skip
+    clients = cm.WebSocketServer(loop, opened, lambda client, text: None, 2000, 1 << 20)
+    tests.serve_handshakes(listener, clients)
     loop.on_turn_end = end_turn
     loop.watch(orders, selectors.EVENT_READ, receive)
     loop.run()
