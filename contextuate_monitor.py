@@ -1147,9 +1147,8 @@ class DeletedIds:
 # Sessions: the state machine: who works, who waits and who has ended
 #
 # Without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from files;
-# `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by seconds;
-# an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an event is
-# computed once, when it arrives (`Sessions._clock`).
+# `tick` applies the passing of time. An event that a later one overtook is `late`. All times are on the
+# monitor's clock: the time of an event is computed once, when it arrives (`Sessions._clock`).
 #
 # RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
@@ -1202,12 +1201,12 @@ SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
-REORDER_WINDOW_MS = 5000  # events overtake each other by less; calls of one round begin within this time
-REORDER_EVENTS = 256  # of one session that are kept for reordering
+REORDER_WINDOW_MS = 5000  # hooks overtake each other by less; calls of one round begin within this time
 CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
 SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
 SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
 STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
+CLOSED_KEPT = 8  # calls of a turn that has ended: their end, or that of their round, may be late
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
@@ -1395,7 +1394,7 @@ class Session:
     # agent id → (label, parent, background), from results of calls that launched agents
     launched: dict[str, tuple[str, str, bool]] = dataclasses.field(default_factory=dict)
     open_calls: dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    closed_calls: dict[str, bool] = dataclasses.field(default_factory=dict)  # id → False: interrupted
+    closed_calls: dict[str, int] = dataclasses.field(default_factory=dict)  # id → Outcome; OPEN: no end came
     parent_id: str | None = None
     parent_by_user: bool = False
     continued_from: str | None = None
@@ -1410,16 +1409,6 @@ class Session:
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
     agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
-
-    def clone(self) -> Session:
-        """Return a copy that shares no mutable value."""
-        copy = Session(*_values(self))
-        for name in _MUTABLE:
-            setattr(copy, name, getattr(copy, name).copy())
-        for agent_id, agent in self.agents.items():
-            copy.agents[agent_id] = own = Agent(*_agent_values(agent))
-            own.counts = own.counts.copy()
-        return copy
 
     def shift(self, step_ms: int) -> None:
         """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
@@ -1470,8 +1459,6 @@ class Session:
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
-_agent_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Agent)))
-_MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(field.default_factory)]
 
 
 # Text and targets
@@ -1670,10 +1657,8 @@ def task_notification(event: JsonObject) -> str | None:
 
 
 class Step(NamedTuple):
-    """An event to apply to its session; steps are sorted by their first two fields."""
+    """An event to apply to its session."""
 
-    timestamp: int  # on the emitter's clock, which gives the exact order on one machine
-    number: int
     event: JsonObject
     kind: str
     at: int  # when it happened, on the monitor's clock
@@ -1683,10 +1668,10 @@ class Step(NamedTuple):
 def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False) -> None:
     """Apply one event to its session.
 
-    A `late` event happened long before the last one, and ends nothing that began after it. If its agent has
-    made progress since, the event is stale: it is only counted, and its calls and agents are paired.
+    A `late` event happened before the last one, and ends nothing that began after it. If its agent has made
+    progress since, the event is stale: it is only counted, and its calls and agents are paired.
     """
-    _, _, event, kind, at, facts = step
+    event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
@@ -1701,9 +1686,9 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     silence_ms = at - session.last_event
     is_stale = late and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
-    session.last_timestamp = session.last_timestamp if late else step.timestamp
+    session.last_timestamp = session.last_timestamp if late else event["timestamp"]
     if not is_stale:
-        if rule.turn or kind == "subagent_stop":
+        if rule.turn or kind in ("round_end", "subagent_stop"):
             session.last_step[agent_id] = at
         if session.end_presumed:
             session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
@@ -1718,7 +1703,11 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if session.waits:
         over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
         _end_waits(session, step, over)
-    if rule.turn and not is_stale and not agent_id:
+    # Of an end that is known already: the error that caused it, or its real reason.
+    is_cause = kind == "turn_error" and session.turn in ("idle", "ended")
+    is_cause = is_cause and session.turn_since - at < REORDER_WINDOW_MS
+    is_last_word = is_cause or (kind == "session_end" and session.end_reason == "replaced")
+    if rule.turn and not agent_id and (is_last_word or not is_stale):
         _apply_turn(session, event, kind, at, late)
     if kind == "client_status" and session.turn != "ended":
         _apply_client_status(session, step, until, silence_ms, is_stale)
@@ -2122,7 +2111,8 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     if ends != "call" and not (ends == "turn" and agent_id):
         _end_agents(session, is_over, at, until)
     if ends == "turn" and not agent_id and all(agent.end is not None for agent in session.agents.values()):
-        session.closed_calls, session.launched = {}, {}  # of the turn that has ended
+        session.launched = {}
+        _drop_oldest(session.closed_calls, CLOSED_KEPT)
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
@@ -2155,7 +2145,7 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
     for call in list(session.open_calls.values()):
         if call.since <= until and (agent_ids is None or call.agent_id in agent_ids):
             del session.open_calls[call.tool_use_id]
-            session.closed_calls[call.tool_use_id] = False
+            session.closed_calls[call.tool_use_id] = 0
             session.counts["interrupted"] += 1
 
 
@@ -2172,27 +2162,27 @@ def _running_tasks(event: JsonObject, kind: str = "") -> list[JsonObject]:
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     """Open or close a call; return True if it is new.
 
-    Its first outcome counts, and replaces an interruption; further ones change nothing.
+    The highest of several outcomes counts, as in statistics.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
-    has_outcome = session.closed_calls.get(fact.use_id)  # False: interrupted, None: not closed
-    is_new = has_outcome is None and fact.use_id not in session.open_calls
+    before = session.closed_calls.get(fact.use_id)  # None: not closed
+    is_new = before is None and fact.use_id not in session.open_calls
     if is_new:
         session.turn_calls += 1
         for counts in own_counts:
             counts["toolCalls"] += 1
-    if fact.outcome is not Outcome.OPEN and not has_outcome:
-        session.counts["interrupted"] -= has_outcome is False  # its end arrived late
+    if fact.outcome > (before or Outcome.OPEN):
+        session.counts["interrupted"] -= before == Outcome.OPEN  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
-        session.closed_calls[fact.use_id] = True
-        if fact.outcome is not Outcome.OK:
-            for counts in own_counts:
-                counts["toolErrors"] += 1
+        session.closed_calls[fact.use_id] = int(fact.outcome)
+        was_error = before is not None and before not in (Outcome.OPEN, Outcome.OK)
+        for counts in own_counts:
+            counts["toolErrors"] += (fact.outcome is not Outcome.OK) - was_error
         if fact.outcome is not Outcome.INTERRUPTED:
             _apply_outcome(session, fact, at)
     elif is_new and _already_ended(session, fact.agent_id, at, late):
-        session.closed_calls[fact.use_id] = False
+        session.closed_calls[fact.use_id] = 0
         session.counts["interrupted"] += 1
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
@@ -2202,7 +2192,7 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         session.open_calls[fact.use_id] = call
     if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
         for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
-            session.closed_calls[dropped] = False
+            session.closed_calls[dropped] = 0
             session.counts["interrupted"] += 1
         _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
@@ -2221,7 +2211,7 @@ def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool
     if session.turn == "ended":
         return agent_id != MAIN or _has_just_ended(session, at, late)
     if agent_id == MAIN:
-        return late and session.turn != "working" and at < session.turn_since
+        return late and at < (session.turn_start if session.turn == "working" else session.turn_since)
     agent = session.agents.get(agent_id)
     return agent is not None and agent.end is not None and (late or at == agent.end) and at <= agent.end
 
@@ -2309,7 +2299,8 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     server = text_of(data.get("mcp_server_name"))
     answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
-        is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
+        is_own = wait.agent_id == step.event.get("agentId", MAIN)
+        may_end = is_own and over != ""
         is_answer = kind == "elicitation_result" and wait.kind == "question"
         is_decided = (
             kind == "permission_result" and data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
@@ -2317,11 +2308,11 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
         if (
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
-            or (is_own and (over == "agent" or wait.kind == "input"))
+            or (may_end and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
-            or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
-            or (is_own and is_decided)
-            or (is_own and is_answer and (not server or wait.tool in (None, server)))
+            or (may_end and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
+            or (may_end and is_decided)
+            or (may_end and is_answer and (not server or wait.tool in (None, server)))
             or (kind == "answer" and wait.event_id == answered)
         ):
             continue
@@ -2364,7 +2355,11 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
                     event_id=wait.event_id, held_until=wait.held_until, by_client=False
                 )
             return
-    session.waits = [*(it for it in session.waits if not it.by_client), wait]
+    if kind == "notification":
+        kept = [it for it in session.waits if not it.by_client]
+    else:  # a request says more than the client's status, or a notification that overtook it
+        kept = [it for it in session.waits if it.event_id or it.kind == "input"]
+    session.waits = [*kept, wait]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
@@ -2467,19 +2462,27 @@ def _has_just_ended(session: Session, at: int, late: bool) -> bool:
 
 
 def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> None:
-    turn, data = RULES[kind].turn, event["data"]
+    turn, data, failure = RULES[kind].turn, event["data"], None
     is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # not about the previous turn
+    if kind == "turn_error":
+        text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
+        error = one_line(text_of(data.get("error"))) or "error"
+        failure = Reason("error", None, f"{error}: {text}" if text else error, at)
     if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
+        if failure and late and session.end_reason == "other":  # `claude -p` may end before this hook
+            session.failure, session.unseen_failure = failure, True
         return
     if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
         return  # clients before 2.1.78 end a failed turn like any other
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
-            since = session.unchanged_since if session.unchanged_turns else session.turn_start
+            since = session.unchanged_since if session.unchanged_turns else session.turn_start or at
             session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
         session.turn_calls, session.turn_changed = 0, False
-        session.turn_start = at if begins else session.turn_start
+        if begins:  # perhaps by a call that overtook its prompt
+            is_prompt = kind == "user_prompt"
+            session.turn_start = at if is_prompt else max(session.turn_since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
     session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
@@ -2491,17 +2494,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
         end_session(session, at, why, presumed=False)
         return
-    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", None, False
+    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", failure, False
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
             for task in _running_tasks(event)
         ]
         session.wakeup = _wakeup_of(data)
-    elif kind == "turn_error":
-        text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
-        error = one_line(text_of(data.get("error"))) or "error"
-        session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
 
 
 def _wakeup_of(data: JsonObject) -> str:
@@ -2563,10 +2562,6 @@ class Sessions:
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         self._accounts: list[Account] = []  # the most recently active last
-        # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
-        # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
-        self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
-        self._numbers = itertools.count()
         self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
@@ -2602,16 +2597,15 @@ class Sessions:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", *FIGURE_KINDS):
-            for version in self._versions(session_id):
-                if kind == "session_meta":
-                    _apply_user_action(version, event["data"])
-                elif kind == "status_line":
-                    _apply_gauges(version, event["data"], at)
-                _apply_usage(version, event["data"].get("usage"), at)
+            if kind == "session_meta":
+                _apply_user_action(session, event["data"])
+            elif kind == "status_line":
+                _apply_gauges(session, event["data"], at)
+            _apply_usage(session, event["data"].get("usage"), at)
             if kind == "status_line" and session.gauges and session.gauges.limits:
                 _apply_limits(self._account_of(session), session, at)
         else:
-            session = self._apply_in_order(session, event, kind, at, received)
+            self._apply_step(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2620,8 +2614,7 @@ class Sessions:
         self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
-                for version in self._versions(session_id):
-                    version.parent_id = parent_before
+                session.parent_id = parent_before
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
@@ -2709,7 +2702,7 @@ class Sessions:
         at = after.source_time
         end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
         end.update(data={"reason": "replaced"}, timestamp=event["timestamp"] + at - session.source_time)
-        before = self._apply_in_order(before, end, "replaced", at, received)
+        self._apply_step(before, end, "replaced", at, received)
         self._linked.add(before.session_id)
         self._link(before, "session_end")
 
@@ -2722,64 +2715,21 @@ class Sessions:
         known = self._machines.get(machine)
         return None if known is None or known.skew is None else round(known.skew)
 
-    def _apply_in_order(
-        self, session: Session, event: JsonObject, kind: str, at: int, received: int
-    ) -> Session:
-        """Apply an event, and again the events that overtook it; return the resulting session."""
-        session_id = session.session_id
-        key = self._key_of(event)
+    def _apply_step(self, session: Session, event: JsonObject, kind: str, at: int, received: int) -> None:
+        key, timestamp = self._key_of(event), event["timestamp"]
         is_elsewhere = key != session.machine_key and not event.get("imported")
         if kind == "session_end" and session.processes and "pid" in event:
             is_elsewhere = is_elsewhere and process_of(event) in session.processes
         if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
             # The session was resumed on another machine, which has its own pids and timestamps.
             session.machine_key, session.processes, session.last_timestamp = key, {}, 0
-            self._stages.pop(session_id, None)
         if key == session.machine_key:
             session.machine_id = event["machineId"]
-        facts = call_facts(event)
-        if facts and facts[0].use_id.startswith(UNNAMED):
-            facts = self._unnamed.paired(event, facts)
-        step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
-        while self._stages:
-            first_id = next(iter(self._stages))
-            if abs(received - self.sessions[first_id].received) <= 2 * REORDER_WINDOW_MS:
-                break
-            del self._stages[first_id]  # no older event is expected any more
-        stages = self._stages[session_id] = self._stages.pop(session_id, [])
+        # Events of one machine are in the order of its clock, unless that or ours was set back.
+        late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
         session.received = received
-        steps = [step]
-        if step.timestamp < session.last_timestamp:
-            window_end = step.timestamp + REORDER_WINDOW_MS
-            earlier = [  # numbers of the stages after which it happened
-                number
-                for number, (before, since) in enumerate(stages)
-                if before.last_timestamp <= step.timestamp and since[0].timestamp < window_end
-            ]
-            if earlier:
-                session = self.sessions[session_id] = stages[earlier[-1]][0]
-                session.received = received
-                steps = sorted([step, *(each for _, since in stages[earlier[-1] :] for each in since)])
-                del stages[earlier[-1] :]
-            elif at < session.last_event and at < received - REORDER_WINDOW_MS:
-                for version in self._versions(session_id):
-                    apply_event(version, step, self._quiet_ms, late=True)
-                return session
-            else:
-                stages.clear()  # our clock or its machine's was set back
-        for step in steps:
-            since = stages[-1][1] if stages else ()
-            if 0 < len(since) < REORDER_EVENTS // 2 and step[0] - since[0][0] < REORDER_WINDOW_MS:
-                since.append(step)
-            else:
-                stages.append((session.clone(), [step]))
-                del stages[:-2]
-            apply_event(session, step, self._quiet_ms)
-        return session
-
-    def _versions(self, session_id: str) -> list[Session]:
-        """Return a session and its copies in the stages."""
-        return [self.sessions[session_id], *(before for before, _ in self._stages.get(session_id, ()))]
+        step = Step(event, kind, at, self._unnamed.paired(event, call_facts(event)))
+        apply_event(session, step, self._quiet_ms, late)
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
         """Apply the passing of time until `time_ms` (our clock); return the sessions that changed.
@@ -2792,9 +2742,6 @@ class Sessions:
             if abs(step_ms) > CLOCK_STEP_MS:
                 self._apply_clock_step(time_ms, step_ms, self._ticked[2])
         self._ticked = (time_ms, steady_now_ms, self._seq)
-        for session_id in list(self._stages):
-            if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
-                del self._stages[session_id]
         changed = []
         while self._due and self._due[0][0] <= time_ms:
             due, session_id = heapq.heappop(self._due)
@@ -2841,7 +2788,6 @@ class Sessions:
 
         An event since the last tick came before or after the step: it belongs to the clock it is nearer to.
         """
-        self._stages.clear()
 
         def is_before(known: MachineClock | Session) -> bool:
             since_ms = time_ms - known.received
@@ -2901,13 +2847,11 @@ class Sessions:
     def end_exited(self, session_id: str, time_ms: int) -> Session:
         """End a session whose process has exited without a SessionEnd; return it."""
         session = self.sessions[session_id]
-        self._stages.pop(session_id, None)
         end_session(session, time_ms, "its process exited", presumed=True)
         return session
 
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
-        self._stages.pop(session_id, None)
         self._due_at.pop(session_id, None)
         deleted = self.sessions.pop(session_id, None)
         if deleted is None:
@@ -2930,8 +2874,7 @@ class Sessions:
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Restore snapshots, as (session id, bytes), into empty Sessions.
 
-        Applying the events after them gives the same state as processing live, except that events are not
-        reordered across a snapshot: they count in order of arrival.
+        Applying the events after them gives the same state as processing live.
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
@@ -3006,14 +2949,13 @@ class Sessions:
 
     def _continue(self, before: Session, session: Session) -> None:
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
-        for version in self._versions(session.session_id):
-            version.continued_from = before.session_id
-            version.user_label = version.user_label or before.user_label
-            version.model = version.model or before.model
-            version.pinned = version.pinned or before.pinned
-            inherits = not version.parent_by_user and version.parent_id is None
-            if inherits and session.session_id not in self.lineage(before.parent_id):
-                version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
+        session.continued_from = before.session_id
+        session.user_label = session.user_label or before.user_label
+        session.model = session.model or before.model
+        session.pinned = session.pinned or before.pinned
+        inherits = not session.parent_by_user and session.parent_id is None
+        if inherits and session.session_id not in self.lineage(before.parent_id):
+            session.parent_id, session.parent_by_user = before.parent_id, before.parent_by_user
 
     # JSON for clients
 
