@@ -3160,9 +3160,9 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread fills the file through
-# one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while events
-# arrive, it works at most a tenth of the time. Readers have read-only connections; they never block writes.
+# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread reads the journal and
+# fills the file, at most a tenth of the time while events arrive. Readers have connections of their own, so
+# they never block writes.
 # A search reads events that are not indexed yet from the journal.
 #
 # The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
@@ -3174,9 +3174,8 @@ INDEX_VERSION = 4
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
-INDEX_QUEUE_BYTES = 256 << 10  # of queued lines; further events are read from the journal
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
-INDEX_GATHER_S = 0.1  # between the first event of a batch and indexing it
+INDEX_GATHER_S = 1.0  # between the first event of a batch and indexing it
 INDEX_LOOK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
 INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
@@ -3719,40 +3718,20 @@ def readable(lines: Iterable[bytes]) -> Iterator[StoredEvent]:
             yield StoredEvent(line_seq(line), parse_stored(line), line)
 
 
-class IndexReader:
-    """A read-only connection for any thread, kept open. One query at a time."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._connection = functools.lru_cache(1)(self._connect)  # as long as the files are the same
-
-    def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
-        address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
-        if not os.path.isfile(self._path):  # a FIFO would block
-            raise sqlite3.OperationalError("there is no index file")
-        db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+@contextlib.contextmanager
+def reading_index(path: str, budget_s: float) -> Iterator[sqlite3.Connection]:
+    """Yield a read-only connection in a transaction; raise sqlite3.Error, "interrupt…" after `budget_s`."""
+    if not os.path.isfile(path):  # a FIFO would block
+        raise sqlite3.OperationalError("there is no index file")
+    address = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None)) as db:
+        deadline = time.monotonic() + budget_s
+        db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-        return db
-
-    @contextlib.contextmanager
-    def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in a transaction; raise sqlite3.Error, with "interrupt" after `budget_s`."""
-        with self._lock:
-            db = self._connection(index_inodes(self._path))
-            deadline = time.monotonic() + budget_s
-            db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
-            db.execute("BEGIN")
-            try:
-                if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
-                    raise sqlite3.OperationalError("there is no index of this version yet")
-                yield db
-            finally:
-                db.rollback()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.cache_clear()
+        db.execute("BEGIN")
+        if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
+            raise sqlite3.OperationalError("there is no index of this version yet")
+        yield db
 
 
 _PLACE = "seq, days.name, files.name"  # what `Journal.line` takes
@@ -4031,10 +4010,6 @@ class NoStatistics(Exception):
     """Statistics are not available now; the message gives the reason."""
 
 
-# Stored events to index, or another operation on the file.
-_Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
-
-
 class History:
     """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
@@ -4046,7 +4021,6 @@ class History:
         self._journal = journal
         self._path = path
         self._prices = prices or PriceList()
-        self._searcher, self._counter = IndexReader(path), IndexReader(path)
         self.generation = 0
         self._error = ""
         if sqlite3 is None:
@@ -4055,10 +4029,8 @@ class History:
             self._error = "events are kept in memory only"
         self._is_used = self._full_text = not self._error
         self._state = "building" if self._is_used else "off"
-        self._lock = threading.Lock()
-        self._jobs: list[_Job] = []  # in order
-        self._queued_bytes = 0  # of the events among them
-        self._behind = True  # events are read from the journal until there are no more, not queued
+        self._lock, self._counting = threading.Lock(), threading.Lock()
+        self._jobs: list[Callable[[IndexFile], None]] = []  # other operations on the file, in order
         self._written = self._indexed = 0  # seq
         self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
@@ -4072,28 +4044,19 @@ class History:
             self._thread.start()
 
     def stop(self) -> None:
-        """Write what is queued, end the thread and close everything."""
+        """Do what is queued, and end the thread."""
         self._stopping.set()
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(10)
-        self._searcher.close()
-        self._counter.close()
 
     def add(self, stored: Sequence[StoredEvent]) -> None:
-        """Queue events that were just stored; for the thread that appends to the journal."""
+        """Index events that were just stored; for the thread that appends to the journal."""
         if self._thread.ident is None or not stored:
             return
-        size = sum(len(entry.line) + 1 for entry in stored)
         with self._lock:
             self._written = stored[-1].seq
-            self._total += size
-            self._behind = self._behind or self._queued_bytes + size > INDEX_QUEUE_BYTES
-            if not self._behind:
-                if not self._jobs or callable(self._jobs[-1]):
-                    self._jobs.append([])
-                self._jobs[-1] += stored  # type: ignore[operator]
-                self._queued_bytes += size
+            self._total += sum(len(entry.line) + 1 for entry in stored)
         self._last_live = time.monotonic()
         if not self._wake.is_set():
             self._wake.set()
@@ -4112,7 +4075,7 @@ class History:
         if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
-            with self._counter.reading(60.0) as db:
+            with reading_index(self._path, 60.0) as db:
                 checkpoint = read_meta(db, "checkpoint")
                 rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
             if any(zlib.crc32(state) != crc for _, state, crc in rows):
@@ -4161,7 +4124,7 @@ class History:
         if self._full_text:
             before = self._state
             try:
-                with self._searcher.reading(SEARCH_BUDGET_S * 2) as db:
+                with reading_index(self._path, SEARCH_BUDGET_S * 2) as db:
                     page = search_page(query, indexed_lines(db, self._journal, query))
                 page["complete"] = page["complete"] and before == self._state == "ready"
             except sqlite3.Error as error:
@@ -4177,7 +4140,7 @@ class History:
     def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
         """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
         if session_id is None and before and self._state == "ready":
-            with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
+            with contextlib.suppress(sqlite3.Error), reading_index(self._path, SEARCH_BUDGET_S) as db:
                 lines = indexed_lines(db, self._journal, SearchQuery(before=before))
                 return list(itertools.islice(lines, count))
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
@@ -4192,7 +4155,7 @@ class History:
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")
         try:
-            with self._counter.reading(60.0) as db:
+            with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
                 counted = Statistics(db, self._journal, self._prices, session_id)
                 return {**counted.to_json(from_ms, to_ms, offset_minutes, zone), "index": status}
         except sqlite3.Error as error:
@@ -4231,7 +4194,6 @@ class History:
             was_open = True
             self._is_open.clear()
             with self._lock:
-                self._behind = True
                 self._jobs.clear()
 
     def _write_failed(self, error: Exception) -> float:
@@ -4253,24 +4215,18 @@ class History:
         while not file.is_removed():
             self._wake.clear()
             with self._lock:
-                jobs, self._jobs, self._queued_bytes = self._jobs, [], 0
+                jobs, self._jobs = self._jobs, []
             for job in jobs:
-                if callable(job):
-                    job(file)
-                    continue
-                entries = (entry for entry in job if entry.seq > file.indexed)
-                while self._batch(file, entries):
-                    pass
-                job.clear()
+                job(file)
             if self._stopping.is_set():
                 return
-            if self._behind:
+            if file.indexed < self._written:
                 self._catch_up(file)
             else:
                 if self._state != "ready":
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
-                    if not self._jobs:
+                    if file.indexed == self._written:
                         # Lines that are no events, or were added by hand, count in neither.
                         self._total = self._done
                 self._state, self._error = "ready", ""
@@ -4285,8 +4241,6 @@ class History:
                 return
         file.flush(until)
         self._indexed = until
-        with self._lock:
-            self._behind = self._written > until
 
     def _compare(self, file: IndexFile) -> None:
         """Delete rows of files that were removed, and read files that were added by hand."""

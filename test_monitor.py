@@ -14312,8 +14312,7 @@ def test_a_line_is_found_by_its_number_also_in_an_edited_file(tmp_path: Any) -> 
         assert journal.line(1, "2026-01-01", "gone.jsonl") is None
 
 
-def test_more_than_the_queue_holds_is_read_from_the_journal(indexed: IndexCase, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cm, "INDEX_QUEUE_BYTES", 3000)
+def test_many_small_batches_index_every_event_once(indexed: IndexCase, monkeypatch: Any) -> None:
     monkeypatch.setattr(cm, "INDEX_SLICE_EVENTS", 3)
     monkeypatch.setattr(cm, "INDEX_BATCH_S", 0)
     indexed.ready()
