@@ -1211,9 +1211,8 @@ STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same 
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 PROCESSES_LIMIT = 8  # that are kept per session
-PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
+PROCESSES_PER_TICK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
-LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
@@ -1280,7 +1279,6 @@ class SessionUsage(NamedTuple):
     time: int
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
-    partial: bool = False  # the transcripts were not read to their end
     context: int | None = None  # tokens in the main agent's last request
 
     @property
@@ -1288,33 +1286,14 @@ class SessionUsage(NamedTuple):
         """Return the sum over all models."""
         return sum(self.models.values(), Tokens())
 
-    def to_json(self) -> JsonObject:
-        """Return the totals in the form of the API."""
-        return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
-
-
-class Gauges(NamedTuple):
-    """What the client's status line reported last; None: not known."""
-
-    time: int
-    percent: float | None = None  # of the context that is used
-    used: int | None = None  # tokens
-    size: int | None = None
-    cost_usd: float | None = None  # of the session
-    lines_added: int | None = None
-    lines_removed: int | None = None
-    cache_expires: int | None = None  # ms
-    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
-
 
 @dataclasses.dataclass(**_SLOTS)
 class LimitWindow:
     """One window of an account's limits, such as the current five hours."""
 
     resets_at: int
-    samples: list[
-        tuple[int, float]
-    ]  # (time, percent), each higher than the last: of the last hour, one before
+    # (time, percent), each higher than the last: of the last hour, and one before
+    samples: list[tuple[int, float]]
     costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
 
 
@@ -1368,7 +1347,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
-    gauges: Gauges | None = None  # None: there is no status line
+    gauges: JsonObject | None = None  # of its last status line, under their names in JSON
+    gauges_time: int = 0
     effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
@@ -1571,7 +1551,6 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
             CallFact(call["tool_use_id"], text_of(call.get("tool_name")) or "?", call.get("tool_input"),
                      agent_id, timestamp, None, None, Outcome.FAILED_BY_ROUND, call.get("tool_response"))
             for call in _batch_calls(event)
-            if isinstance(call.get("tool_use_id"), str)
         )  # fmt: skip
     outcome, use_id = _OUTCOMES.get(effective_type(event)), data.get("toolUseId")
     if outcome is None or (outcome is Outcome.FAILED_BY_ROUND and not use_id):
@@ -1616,7 +1595,8 @@ class UnnamedCalls:
 
 
 def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    return emit_event.objects_in(event["data"].get("tool_calls"))
+    calls = emit_event.objects_in(event["data"].get("tool_calls"))
+    return [call for call in calls if isinstance(call.get("tool_use_id"), str)]
 
 
 # Statuses that are no client's own: its process has ended, or its transcript is evidence.
@@ -1684,7 +1664,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
-    is_stale = late and at < session.last_step.get(agent_id, 0)
+    is_stale = late and kind != "replaced" and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
     session.last_timestamp = session.last_timestamp if late else event["timestamp"]
     if not is_stale:
@@ -1818,7 +1798,7 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     model = one_line(model) if isinstance(model, str) else None
     context = about.get("context")
     context = context if type(context) is int and 0 < context <= 1e9 else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
+    read = SessionUsage(time_ms, used, model, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1831,11 +1811,12 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
 # Gauges: figures of the status line. Any program can send them, so each is checked.
 
 # Name in JSON → (the client's name, its length)
+Limit = tuple[str, float, int]  # (name of a window, used percent, time of its reset)
 LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
 
 
-def gauges_of(given: Any, time_ms: int) -> Gauges:
-    """Return the plausible figures in the objects of a status line, under the client's names."""
+def gauges_of(given: Any, time_ms: int) -> tuple[JsonObject, list[Limit]]:
+    """Return the plausible figures in the objects of a status line: those of the session, and its limits."""
 
     def figure(limit: float, *path: str) -> Any:
         value = given
@@ -1857,33 +1838,37 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
         resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
         if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
             limits.append((window, used, resets_at))
-    return Gauges(
-        time_ms,
-        percent("context_window"),
-        whole(1e9, "context_window", "total_input_tokens"),
-        whole(1e9, "context_window", "context_window_size") or None,
-        figure(1e6, "cost", "total_cost_usd"),
-        whole(1e9, "cost", "total_lines_added"),
-        whole(1e9, "cost", "total_lines_removed"),
-        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
-        tuple(limits),
-    )
+    context = {
+        "percent": percent("context_window"),
+        "used": whole(1e9, "context_window", "total_input_tokens"),
+        "size": whole(1e9, "context_window", "context_window_size") or None,
+    }
+    gauges = {
+        "context": context,
+        "costUsd": figure(1e6, "cost", "total_cost_usd"),
+        "linesAdded": whole(1e9, "cost", "total_lines_added"),
+        "linesRemoved": whole(1e9, "cost", "total_lines_removed"),
+        "cacheExpiresAt": whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+    }
+    return gauges, limits
 
 
-def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
-    """Apply the data of a status line; the newest replace older ones."""
-    if session.gauges is None or at >= session.gauges.time:
-        session.gauges = gauges_of(data.get("gauges"), at)
-        effort, model = data.get("effort"), data.get("model")
-        level = effort.get("level") if isinstance(effort, dict) else None
-        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
-        session.model = one_line(model) if isinstance(model, str) and model else session.model
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
+    """Apply the data of a status line, unless it is older than the last one; return its limits."""
+    if at < session.gauges_time:
+        return []
+    session.gauges_time, (session.gauges, limits) = at, gauges_of(data.get("gauges"), at)
+    effort, model = data.get("effort"), data.get("model")
+    level = effort.get("level") if isinstance(effort, dict) else None
+    session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+    session.model = one_line(model) if isinstance(model, str) and model else session.model
+    return limits
 
 
-def _apply_limits(account: Account, session: Session, at: int) -> None:
+def _apply_limits(account: Account, session: Session, limits: list[Limit], at: int) -> None:
     """Apply what a session reported of the limits of its account."""
-    cost = session.gauges and session.gauges.cost_usd
-    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+    cost: float | None = (session.gauges or _NO_GAUGES)["costUsd"]
+    for name, percent, resets_at in limits:
         window = account.windows.get(name)
         if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
             before = window.costs if window else {}
@@ -1993,6 +1978,19 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+_NO_GAUGES = gauges_of(None, 0)[0]
+
+
+def _estimated_context(session: Session) -> JsonObject | None:
+    """Return the context of a session without a status line, as far as its transcript gives it."""
+    used = session.usage and session.usage.context
+    if not session.usage or not used:
+        return None
+    size = context_size(session.model or session.usage.model or "", used)
+    percent = min(100, round(100 * used / size)) if size else None
+    return {"percent": percent, "used": used, "size": size, "estimated": True}
 
 
 def context_size(model: str, used: int) -> int | None:
@@ -2566,8 +2564,6 @@ class Sessions:
         self._seq = 0  # of the last event
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
-        # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
-        self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
         self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
         # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
@@ -2597,13 +2593,14 @@ class Sessions:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", *FIGURE_KINDS):
+            limits: list[Limit] = []
             if kind == "session_meta":
                 _apply_user_action(session, event["data"])
             elif kind == "status_line":
-                _apply_gauges(session, event["data"], at)
+                limits = _apply_gauges(session, event["data"], at)
             _apply_usage(session, event["data"].get("usage"), at)
-            if kind == "status_line" and session.gauges and session.gauges.limits:
-                _apply_limits(self._account_of(session), session, at)
+            if limits:
+                _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
             self._apply_step(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
@@ -2611,7 +2608,7 @@ class Sessions:
                 self._link(session, kind)
         session.seq = seq
         self._seq = max(seq, self._seq)
-        self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
+        self._schedule_check(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 session.parent_id = parent_before
@@ -2648,18 +2645,17 @@ class Sessions:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
-    def _account_of(self, session: Session) -> Account:
-        """Return the account that a session reports; its windows are the same, or one begins after the other.
+    def _account_of(self, key: str, limits: list[Limit]) -> Account:
+        """Return the account that a machine reports: its windows are the same, or one begins after the other.
 
         Where all are new, the machine decides.
         """
-        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
 
         def is_same(account: Account) -> bool:
-            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
-                     if name in account.windows}  # fmt: skip
-            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
-            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            known = [it for it in limits if it[0] in account.windows]
+            apart = [(name, abs(at - account.windows[name].resets_at)) for name, _, at in known]
+            equal = [ms <= RESET_TOLERANCE_MS for _, ms in apart]
+            whole = [ms >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, ms in apart]
             return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
 
         same = [account for account in self._accounts if is_same(account)]
@@ -2704,7 +2700,8 @@ class Sessions:
         end.update(data={"reason": "replaced"}, timestamp=event["timestamp"] + at - session.source_time)
         self._apply_step(before, end, "replaced", at, received)
         self._linked.add(before.session_id)
-        self._link(before, "session_end")
+        if before is session:  # else the start of the session is linked next
+            self._link(before, "session_end")
 
     def forget_machines(self, since_ms: int) -> None:
         """Forget the clocks of machines that sent nothing since then."""
@@ -2772,10 +2769,10 @@ class Sessions:
             if is_quiet or is_long:
                 changed.append(session)
             times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
-            self._look_after(session, min((at for at in times if at > time_ms), default=_NEVER))
+            self._schedule_check(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
 
-    def _look_after(self, session: Session, time_ms: int) -> None:
+    def _schedule_check(self, session: Session, time_ms: int) -> None:
         """Schedule the next check of a session, at this time at the latest, and those of its processes."""
         if time_ms < self._due_at.get(session.session_id, _NEVER):
             self._due_at[session.session_id] = time_ms
@@ -2784,25 +2781,16 @@ class Sessions:
             self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
-        """Shift the times of all sessions that have not ended to our clock after a step.
-
-        An event since the last tick came before or after the step: it belongs to the clock it is nearer to.
-        """
-
-        def is_before(known: MachineClock | Session) -> bool:
-            since_ms = time_ms - known.received
-            return known.seq <= ticked_seq or abs(since_ms) >= abs(since_ms - step_ms)
-
+        """Shift the times of sessions and machines to our clock after a step, unless an event came since."""
         for name, machine in self._machines.items():
-            if is_before(machine):
-                self._machines[name] = machine._replace(
-                    received=machine.received + step_ms, last_event=machine.last_event + step_ms
-                )
-        for session in filter(is_before, self.sessions.values()):
-            session.shift(step_ms)
+            if machine.seq <= ticked_seq:
+                received, last_event = machine.received + step_ms, machine.last_event + step_ms
+                self._machines[name] = machine._replace(received=received, last_event=last_event)
         self._due, self._due_at = [], {}
         for session in self.sessions.values():
-            self._look_after(session, time_ms)
+            if session.seq <= ticked_seq:
+                session.shift(step_ms)
+            self._schedule_check(session, time_ms)
 
     def check_processes(
         self,
@@ -2820,7 +2808,7 @@ class Sessions:
         not before its last event.
         """
         ended = []
-        for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
+        for session_id in list(itertools.islice(self._with_process, PROCESSES_PER_TICK)):
             del self._with_process[session_id]
             session = self.sessions.get(session_id)
             if session is None or session.turn == "ended" or not self._is_watched(session):
@@ -2874,7 +2862,8 @@ class Sessions:
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Restore snapshots, as (session id, bytes), into empty Sessions.
 
-        Applying the events after them gives the same state as processing live.
+        Applying the events after them gives the same state as processing live, unless events of one process
+        overtook each other across a snapshot.
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
@@ -2894,14 +2883,12 @@ class Sessions:
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
-            self._look_after(session, _NEVER if session.state == "ended" else session.last_event)
+            self._schedule_check(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
                 place = session.machine_key, process
                 # a session that was replaced may be restored after the one that replaced it
                 if session.turn != "ended" or place not in self._running:
                     self._running[place] = session.session_id
-            if session.start_source in _CONTINUED_REASONS or session.end_reason in _CONTINUABLE_REASONS:
-                self._linkable[session.session_id] = None
 
     # Links between sessions
 
@@ -2926,10 +2913,7 @@ class Sessions:
         begins = kind == "session_start" and session.start_source in _CONTINUED_REASONS
         if not begins and (kind != "session_end" or session.end_reason not in _CONTINUABLE_REASONS):
             return
-        self._linkable.pop(session.session_id, None)
-        others = [self.sessions[session_id] for session_id in self._linkable if session_id in self.sessions]
-        candidates = [*self._linkable, session.session_id][-LINK_CANDIDATES_LIMIT:]
-        self._linkable = dict.fromkeys(candidates)
+        others = (other for other in self.sessions.values() if other is not session)
         pairs = [(other, session) if begins else (session, other) for other in others]
         pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_WINDOW_MS and self._is_continued_by(*pair)]
         if pairs:
@@ -2937,13 +2921,12 @@ class Sessions:
 
     def _is_continued_by(self, before: Session, after: Session) -> bool:
         """True if `after` continues `before`, which ended for a matching reason, in the same process."""
-        continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
             and (before.machine_key, before.directory) == (after.machine_key, after.directory)
             and (before.process == after.process or None in (before.process, after.process))
             and not after.continued_from
-            and before.session_id not in continued
+            and all(other.continued_from != before.session_id for other in self.sessions.values())
             and after.session_id not in self.lineage(before.continued_from, "continued_from")
         )
 
@@ -2961,17 +2944,17 @@ class Sessions:
 
     def to_json(self, session: Session, children: dict[str, list[str]] | None = None) -> JsonObject:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
-        label, source = session.label
+        label, label_source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage, gauges = session.usage, session.gauges or Gauges(0)
+        usage = session.usage
         estimate = usage and self._prices.estimate(usage)
-        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
-        if session.gauges is None:
-            context = self._estimated_context(session, usage.context) if usage and usage.context else None
+        gauges = session.gauges or {**_NO_GAUGES, "context": _estimated_context(session)}
+        costs = {"client": gauges["costUsd"], "estimate": estimate}
+        source = next((name for name, cost_usd in costs.items() if cost_usd is not None), None)
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
-            "labelSource": source,
+            "labelSource": label_source,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
@@ -2985,7 +2968,7 @@ class Sessions:
                 if it.event_id
             ],
             "childSessionIds": children.get(session.session_id, []),
-            "agents": _agents_json(session) if session.agents else [],
+            "agents": _agents_json(session),
             "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
@@ -2993,27 +2976,15 @@ class Sessions:
             ],
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
-            "tokenUsage": usage and usage.to_json(),
+            "tokenUsage": usage and usage.total.to_json(),
             "estimatedCostUsd": estimate,
-            "context": context,
-            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
-            "costSource": "client"
-            if gauges.cost_usd is not None
-            else "estimate"
-            if estimate is not None
-            else None,
-            "linesAdded": gauges.lines_added,
-            "linesRemoved": gauges.lines_removed,
-            "cacheExpiresAt": gauges.cache_expires,
+            **gauges,
+            "costUsd": source and costs[source],
+            "costSource": source,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
-
-    def _estimated_context(self, session: Session, used: int) -> JsonObject:
-        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
-        percent = min(100, round(100 * used / size)) if size else None
-        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -3038,7 +3009,7 @@ class Sessions:
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
     each.__name__: each
-    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    for each in (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -3096,26 +3067,26 @@ def _agents_json(session: Session) -> list[JsonObject]:
     """Return the newest agents; those that run come before others."""
     agents = session.agents.values()
     newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
-    sent = {agent.agent_id for agent in newest}
-    calls = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
-    return [_agent_json(session, it, calls.get(it.agent_id)) for it in agents if it.agent_id in sent]
-
-
-def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
-    waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
-    used = session.agent_usage.get(agent.agent_id)
-    return {
-        "agentId": agent.agent_id,
-        "agentType": agent.agent_type,
-        "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
-        "state": "ended" if agent.end is not None else "waiting" if waits else "working",
-        "startTime": agent.start,
-        "endTime": agent.end,
-        "activity": newest.activity if newest else "",
-        "counts": dict(agent.counts),
-        "tokenUsage": used and used[1].to_json(),
-    }
+    sent, waiting = {agent.agent_id for agent in newest}, {wait.agent_id for wait in session.waits}
+    states = ("working", "waiting")
+    activities = {call.agent_id: call.activity for call in session.open_calls.values()} if sent else {}
+    tokens = {it: session.agent_usage[it][1].to_json() for it in sent & session.agent_usage.keys()}
+    return [
+        {
+            "agentId": agent.agent_id,
+            "agentType": agent.agent_type,
+            "label": agent.label or agent.agent_type or "agent",
+            "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
+            "state": states[agent.agent_id in waiting] if agent.end is None else "ended",
+            "startTime": agent.start,
+            "endTime": agent.end,
+            "activity": activities.get(agent.agent_id, ""),
+            "counts": dict(agent.counts),
+            "tokenUsage": tokens.get(agent.agent_id),
+        }
+        for agent in agents
+        if agent.agent_id in sent
+    ]
 
 
 _ROW_DATA = (
@@ -3143,10 +3114,9 @@ def event_row(event: JsonObject) -> JsonObject:
             small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    calls = _batch_calls(event) if "tool_calls" in event["data"] else ()
-    batch = [call["tool_use_id"] for call in calls if isinstance(call.get("tool_use_id"), str)]
+    batch = _batch_calls(event) if "tool_calls" in data else ()
     if batch:
-        small["toolUseIds"] = batch[:50]
+        small["toolUseIds"] = [call["tool_use_id"] for call in batch[:50]]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))
@@ -3175,10 +3145,10 @@ INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
-INDEX_GATHER_S = 1.0  # between the first event of a batch and indexing it
-INDEX_LOOK_S = 5.0  # between two checks that the file still exists
+INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
+INDEX_WAIT_S = 2.0  # statistics wait this long for the events that were stored before
+INDEX_CHECK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
-INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
 LIVE_S = 0.1  # events are arriving if the last one is younger than this
 LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
 NAMES_KEPT = 10_000  # in memory; any other is looked up
@@ -3299,26 +3269,17 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return tuple(dict.fromkeys(terms))
 
 
-def collect_texts(value: Any, found: list[str]) -> None:
-    """Append every text inside a JSON value that a person may search for."""
+def event_texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (field, text) of everything in an event's data that a person may search for."""
     if isinstance(value, str):
-        found.append(without_colours(value))
+        yield field, without_colours(value)
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_SEARCHED:
-                collect_texts(inner, found)
+                yield from event_texts(inner, field or name)
     elif isinstance(value, list):
         for inner in value:
-            collect_texts(inner, found)
-
-
-def event_texts(data: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of everything in an event's data that a person may search for."""
-    for name, value in data.items():
-        if name not in _NOT_SEARCHED:
-            found: list[str] = []
-            collect_texts(value, found)
-            yield from ((name, text) for text in found)
+            yield from event_texts(inner, field)
 
 
 def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
@@ -3524,7 +3485,7 @@ class IndexFile:
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
         self._closed_calls = SeenIds()
         self._unnamed = UnnamedCalls()
-        self._inodes = index_inodes(path)
+        self._inodes = self._find_inodes()
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3543,7 +3504,10 @@ class IndexFile:
 
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
-        return index_inodes(self.path) != self._inodes
+        return self._find_inodes() != self._inodes
+
+    def _find_inodes(self) -> list[int]:
+        return [about.st_ino for about in index_files(self.path).values()]
 
     def transaction(self) -> sqlite3.Connection:
         """Begin a transaction, for `with`: all of it is committed, or nothing."""
@@ -3587,7 +3551,7 @@ class IndexFile:
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
         if kind == "status_line":
-            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp)[0]["costUsd"]
             models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
@@ -3615,7 +3579,7 @@ class IndexFile:
         data = event["data"]
         if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
             calls, closed = _batch_calls(event), self._closed_calls
-            calls = [call for call in calls if text_of(call.get("tool_use_id")) not in closed]
+            calls = [call for call in calls if call["tool_use_id"] not in closed]
             data = {**data, "tool_calls": calls}
         texts = [text for _, text in event_texts(data)]
         if kind in ("tool_result", "tool_error"):
@@ -3692,11 +3656,6 @@ def index_files(path: str) -> dict[str, os.stat_result]:
         with contextlib.suppress(FileNotFoundError):
             found[path + suffix] = os.stat(path + suffix)
     return found
-
-
-def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the inodes of these files, which change if one is replaced."""
-    return tuple(about.st_ino for about in index_files(path).values())
 
 
 def index_bytes(path: str) -> int:
@@ -3794,9 +3753,10 @@ class Cell(NamedTuple):
 
     session: int
     hour: int  # the quarter that it begins with
-    counts: tuple[int, ...]  # _COUNTED
+    counts: tuple[int, ...] = (0,) * len(_COUNTED)
     model: int | None = None  # of the tokens
     tokens: Tokens = Tokens()
+    client_cost: int | None = None  # from the client itself, in millionths of a USD
 
 
 class Statistics:
@@ -3840,10 +3800,8 @@ class Statistics:
             return (cell.hour * 15 + offset_of(cell.hour)) // 60
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
-        cells = list(self._cells())
-        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
-        exact_sessions = {cell.session for cell in cells if cell.model == client}
-        table = functools.partial(self._table, cells, client, exact_sessions)
+        self._cells, table = list(self._read_cells()), self._table
+        self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3857,72 +3815,60 @@ class Statistics:
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
-        by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
-        hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(
-            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
-        )
+        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
         sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
-            "totals": next(iter(table(every, lambda _: 0)), nothing),
+            "totals": table(every, lambda _: 0, keys=(0,))[0],
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
             "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
             "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
             "days": days,
-            "hours": [hours.get(it, {"hour": it, **dict.fromkeys(of_hour, 0)}) for it in range(24)],
-            "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * QUARTER_MS}),
+            "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
+            "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
             "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
         }
 
     def _table(
         self,
-        cells: Sequence[Cell],
-        client: int,
-        exact_sessions: set[int],
         fields: Iterable[str],
         key_of: Callable[[Cell], int | None],
         about: Callable[[int], JsonObject] = lambda _: {},
+        keys: Iterable[int] = (),
     ) -> list[JsonObject]:
-        """Add up the cells of each key; return a row of `about(key)` and `fields` for each.
-
-        `client`: the number of the model under which a client's own cost is kept, for `exact_sessions`.
-        """
-        sessions: dict[int, set[int]] = collections.defaultdict(set)
-        counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
-        tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
-        rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
-        exact: dict[int, int] = collections.defaultdict(int)
-        for cell in cells:
+        """Return a row of `about(key)` and `fields` for each key of the cells, and for `keys`."""
+        groups: dict[int, list[Cell]] = {key: [] for key in keys}
+        for cell in self._cells:
             key = key_of(cell)
             if key is not None:
-                sessions[key].add(cell.session)
-                counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                exact[key] += cell.tokens.input if cell.model == client else 0
-                for by in (tokens, rest) if cell.session not in exact_sessions else (tokens,):
-                    if cell.model not in (None, client):
-                        by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
-        rows = []
-        for key in sorted(counts):
-            row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-            used, others = (
-                SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
-                for by in (tokens, rest)
-            )
-            row["tokenUsage"] = used.to_json() if used.models else None
-            row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
-            part = self._prices.estimate(others)
-            is_known = part is not None and (used.models or exact[key])
-            row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
-            row["estimatedPartUsd"] = part if is_known else None
-            rows.append({**about(key), **{name: row[name] for name in fields}})
-        return rows
+                groups.setdefault(key, []).append(cell)
+        rows = ((key, self._row(groups[key])) for key in sorted(groups))
+        return [{**about(key), **{name: row[name] for name in fields}} for key, row in rows]
 
-    def _cells(self) -> Iterator[Cell]:
+    def _row(self, cells: Sequence[Cell]) -> JsonObject:
+        """Return what some cells add up to."""
+        used: dict[str, Tokens] = {}
+        rest: dict[str, Tokens] = {}  # of sessions whose client reported no cost
+        for cell in cells:
+            for by in () if cell.model is None else (used,) if cell.session in self._exact else (used, rest):
+                by[self._names[cell.model]] = by.get(self._names[cell.model], Tokens()) + cell.tokens
+        usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
+        exact = sum(cell.client_cost or 0 for cell in cells)
+        is_known = part is not None and bool(used or exact)
+        counts = [sum(column) for column in zip(*(cell.counts for cell in cells))]
+        return {
+            "sessions": len({cell.session for cell in cells}),
+            **dict(zip(_COUNTED, counts or [0] * len(_COUNTED))),
+            "tokenUsage": usage.total.to_json() if used else None,
+            "estimatedCostUsd": self._prices.estimate(usage) if used else None,
+            "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
+            "estimatedPartUsd": part if is_known else None,
+        }
+
+    def _read_cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
         for row in self._db.execute(
             f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
@@ -3947,7 +3893,10 @@ class Statistics:
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
                 grown = Tokens(*map(operator.sub, after, before))
-                yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
+                if self._names[model] == _CLIENT_COST:
+                    yield Cell(session, at, client_cost=grown.input)
+                else:
+                    yield Cell(session, at, model=model, tokens=grown)
 
     def _tools(self) -> JsonObject:
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
@@ -4034,7 +3983,7 @@ class History:
         self._written = self._indexed = 0  # seq
         self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
-        self._wake, self._is_open, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
@@ -4149,8 +4098,11 @@ class History:
         self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
-        if self._state == "building" and self._thread.is_alive():
-            self._is_open.wait(INDEX_OPENS_S)
+        wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
+        while self._state == "building" or (self._state == "ready" and self._indexed < wanted):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
         status = self.status()
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")
@@ -4170,7 +4122,6 @@ class History:
     def _remove(self, why: str) -> None:
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
-        self._is_open.clear()
         with contextlib.suppress(OSError):
             remove_index(self._path)
 
@@ -4185,14 +4136,12 @@ class History:
                     self._state = "building"  # from here on snapshots are queued, for this generation or none
                     self.generation += file.is_new or was_open
                     self._full_text, self._indexed = file.full_text, file.indexed
-                    self._is_open.set()
                     self._fill(file)
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
             except Exception as error:  # searching the files still works
                 pause_s = self._write_failed(error)
             was_open = True
-            self._is_open.clear()
             with self._lock:
                 self._jobs.clear()
 
@@ -4230,7 +4179,7 @@ class History:
                         # Lines that are no events, or were added by hand, count in neither.
                         self._total = self._done
                 self._state, self._error = "ready", ""
-                if self._wake.wait(INDEX_LOOK_S):
+                if self._wake.wait(INDEX_CHECK_S):
                     self._stopping.wait(INDEX_GATHER_S)
 
     def _catch_up(self, file: IndexFile) -> None:
@@ -4419,7 +4368,7 @@ class ClockMemory:
                 ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
             self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
 
-    def look(self, seq: int, save: bool = False) -> None:
+    def compare(self, seq: int, save: bool = False) -> None:
         """Compare the clocks and record a step; `seq`: of the last event; `save`: also without a step."""
         time_ms = now_ms()
         ahead_ms = round(time_ms - steady_ms())
@@ -7395,7 +7344,7 @@ class Retention:
 
     def check_clock(self, save: bool = False) -> None:
         """Record whether the clock was set; to be called at least once a second."""
-        self._clock.look(self.last_seq(), save)
+        self._clock.compare(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
