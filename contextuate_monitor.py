@@ -1347,7 +1347,7 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
-    gauges: JsonObject | None = None  # of its last status line, under their names in JSON
+    gauges: JsonObject | None = None  # of its last status line, in the form of the API
     gauges_time: int = 0
     effort: str = ""
     start_source: str = ""  # of its last SessionStart
@@ -1683,11 +1683,11 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if session.waits:
         over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
         _end_waits(session, step, over)
-    # Of an end that is known already: the error that caused it, or its real reason.
+    # An end that is known already has its reason, or the error that caused it, from a late event.
     is_cause = kind == "turn_error" and session.turn in ("idle", "ended")
-    is_cause = is_cause and session.turn_since - at < REORDER_WINDOW_MS
-    is_last_word = is_cause or (kind == "session_end" and session.end_reason == "replaced")
-    if rule.turn and not agent_id and (is_last_word or not is_stale):
+    explains_end = is_cause and session.turn_since - at < REORDER_WINDOW_MS
+    explains_end = explains_end or (kind == "session_end" and session.end_reason == "replaced")
+    if rule.turn and not agent_id and (explains_end or not is_stale):
         _apply_turn(session, event, kind, at, late)
     if kind == "client_status" and session.turn != "ended":
         _apply_client_status(session, step, until, silence_ms, is_stale)
