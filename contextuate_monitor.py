@@ -1983,12 +1983,12 @@ def model_family(model: str) -> str:
 _NO_GAUGES = gauges_of(None, 0)[0]
 
 
-def _estimated_context(session: Session) -> JsonObject | None:
+def _estimated_context(session: Session, usage: SessionUsage) -> JsonObject | None:
     """Return the context of a session without a status line, as far as its transcript gives it."""
-    used = session.usage and session.usage.context
-    if not session.usage or not used:
+    used = usage.context
+    if not used:
         return None
-    size = context_size(session.model or session.usage.model or "", used)
+    size = context_size(session.model or usage.model or "", used)
     percent = min(100, round(100 * used / size)) if size else None
     return {"percent": percent, "used": used, "size": size, "estimated": True}
 
@@ -2725,8 +2725,10 @@ class Sessions:
         # Events of one machine are in the order of its clock, unless that or ours was set back.
         late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
         session.received = received
-        step = Step(event, kind, at, self._unnamed.paired(event, call_facts(event)))
-        apply_event(session, step, self._quiet_ms, late)
+        facts = call_facts(event)
+        if facts and facts[0].use_id.startswith(UNNAMED):
+            facts = self._unnamed.paired(event, facts)
+        apply_event(session, Step(event, kind, at, facts), self._quiet_ms, late)
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
         """Apply the passing of time until `time_ms` (our clock); return the sessions that changed.
@@ -2948,7 +2950,7 @@ class Sessions:
         children = self.children(session.session_id) if children is None else children
         usage = session.usage
         estimate = usage and self._prices.estimate(usage)
-        gauges = session.gauges or {**_NO_GAUGES, "context": _estimated_context(session)}
+        gauges = session.gauges or {**_NO_GAUGES, "context": usage and _estimated_context(session, usage)}
         costs = {"client": gauges["costUsd"], "estimate": estimate}
         source = next((name for name, cost_usd in costs.items() if cost_usd is not None), None)
         return {
@@ -2968,7 +2970,7 @@ class Sessions:
                 if it.event_id
             ],
             "childSessionIds": children.get(session.session_id, []),
-            "agents": _agents_json(session),
+            "agents": _agents_json(session) if session.agents else [],
             "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
