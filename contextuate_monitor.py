@@ -1177,9 +1177,8 @@ class DeletedIds:
 # Sessions: the state machine: who works, who waits and who has ended
 #
 # Without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from files;
-# `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by seconds;
-# an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an event is
-# computed once, when it arrives (`Sessions._clock`).
+# `tick` applies the passing of time. An event that a later one overtook is `late`. All times are on the
+# monitor's clock: the time of an event is computed once, when it arrives (`Sessions._clock`).
 #
 # RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
@@ -1232,19 +1231,18 @@ SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
-REORDER_WINDOW_MS = 5000  # events overtake each other by less; calls of one round begin within this time
-REORDER_EVENTS = 256  # of one session that are kept for reordering
+REORDER_WINDOW_MS = 5000  # hooks overtake each other by less; calls of one round begin within this time
 CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
 SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
 SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
 STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
+CLOSED_KEPT = 8  # calls of a turn that has ended: their end, or that of their round, may be late
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 PROCESSES_LIMIT = 8  # that are kept per session
-PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
+PROCESSES_PER_TICK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
-LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
@@ -1311,7 +1309,6 @@ class SessionUsage(NamedTuple):
     time: int
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
-    partial: bool = False  # the transcripts were not read to their end
     context: int | None = None  # tokens in the main agent's last request
 
     @property
@@ -1319,33 +1316,14 @@ class SessionUsage(NamedTuple):
         """Return the sum over all models."""
         return sum(self.models.values(), Tokens())
 
-    def to_json(self) -> JsonObject:
-        """Return the totals in the form of the API."""
-        return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
-
-
-class Gauges(NamedTuple):
-    """What the client's status line reported last; None: not known."""
-
-    time: int
-    percent: float | None = None  # of the context that is used
-    used: int | None = None  # tokens
-    size: int | None = None
-    cost_usd: float | None = None  # of the session
-    lines_added: int | None = None
-    lines_removed: int | None = None
-    cache_expires: int | None = None  # ms
-    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
-
 
 @dataclasses.dataclass(**_SLOTS)
 class LimitWindow:
     """One window of an account's limits, such as the current five hours."""
 
     resets_at: int
-    samples: list[
-        tuple[int, float]
-    ]  # (time, percent), each higher than the last: of the last hour, one before
+    # (time, percent), each higher than the last: of the last hour, and one before
+    samples: list[tuple[int, float]]
     costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
 
 
@@ -1399,7 +1377,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
-    gauges: Gauges | None = None  # None: there is no status line
+    gauges: JsonObject | None = None  # of its last status line, in the form of the API
+    gauges_time: int = 0
     effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
@@ -1425,7 +1404,7 @@ class Session:
     # agent id → (label, parent, background), from results of calls that launched agents
     launched: dict[str, tuple[str, str, bool]] = dataclasses.field(default_factory=dict)
     open_calls: dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    closed_calls: dict[str, bool] = dataclasses.field(default_factory=dict)  # id → False: interrupted
+    closed_calls: dict[str, int] = dataclasses.field(default_factory=dict)  # id → Outcome; OPEN: no end came
     parent_id: str | None = None
     parent_by_user: bool = False
     continued_from: str | None = None
@@ -1440,16 +1419,6 @@ class Session:
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
     agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
-
-    def clone(self) -> Session:
-        """Return a copy that shares no mutable value."""
-        copy = Session(*_values(self))
-        for name in _MUTABLE:
-            setattr(copy, name, getattr(copy, name).copy())
-        for agent_id, agent in self.agents.items():
-            copy.agents[agent_id] = own = Agent(*_agent_values(agent))
-            own.counts = own.counts.copy()
-        return copy
 
     def shift(self, step_ms: int) -> None:
         """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
@@ -1500,8 +1469,6 @@ class Session:
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
-_agent_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Agent)))
-_MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(field.default_factory)]
 
 
 # Text and targets
@@ -1614,7 +1581,6 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
             CallFact(call["tool_use_id"], text_of(call.get("tool_name")) or "?", call.get("tool_input"),
                      agent_id, timestamp, None, None, Outcome.FAILED_BY_ROUND, call.get("tool_response"))
             for call in _batch_calls(event)
-            if isinstance(call.get("tool_use_id"), str)
         )  # fmt: skip
     outcome, use_id = _OUTCOMES.get(effective_type(event)), data.get("toolUseId")
     if outcome is None or (outcome is Outcome.FAILED_BY_ROUND and not use_id):
@@ -1659,7 +1625,8 @@ class UnnamedCalls:
 
 
 def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    return emit_event.objects_in(event["data"].get("tool_calls"))
+    calls = emit_event.objects_in(event["data"].get("tool_calls"))
+    return [call for call in calls if isinstance(call.get("tool_use_id"), str)]
 
 
 # Statuses that are no client's own: its process has ended, or its transcript is evidence.
@@ -1700,10 +1667,8 @@ def task_notification(event: JsonObject) -> str | None:
 
 
 class Step(NamedTuple):
-    """An event to apply to its session; steps are sorted by their first two fields."""
+    """An event to apply to its session."""
 
-    timestamp: int  # on the emitter's clock, which gives the exact order on one machine
-    number: int
     event: JsonObject
     kind: str
     at: int  # when it happened, on the monitor's clock
@@ -1713,10 +1678,10 @@ class Step(NamedTuple):
 def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False) -> None:
     """Apply one event to its session.
 
-    A `late` event happened long before the last one, and ends nothing that began after it. If its agent has
-    made progress since, the event is stale: it is only counted, and its calls and agents are paired.
+    A `late` event happened before the last one, and ends nothing that began after it. If its agent has made
+    progress since, the event is stale: it is only counted, and its calls and agents are paired.
     """
-    _, _, event, kind, at, facts = step
+    event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
@@ -1729,11 +1694,11 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
-    is_stale = late and at < session.last_step.get(agent_id, 0)
+    is_stale = late and kind != "replaced" and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
-    session.last_timestamp = session.last_timestamp if late else step.timestamp
+    session.last_timestamp = session.last_timestamp if late else event["timestamp"]
     if not is_stale:
-        if rule.turn or kind == "subagent_stop":
+        if rule.turn or kind in ("round_end", "subagent_stop"):
             session.last_step[agent_id] = at
         if session.end_presumed:
             session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
@@ -1748,7 +1713,11 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if session.waits:
         over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
         _end_waits(session, step, over)
-    if rule.turn and not is_stale and not agent_id:
+    # An end that is known already has its reason, or the error that caused it, from a late event.
+    is_cause = kind == "turn_error" and session.turn in ("idle", "ended")
+    explains_end = is_cause and session.turn_since - at < REORDER_WINDOW_MS
+    explains_end = explains_end or (kind == "session_end" and session.end_reason == "replaced")
+    if rule.turn and not agent_id and (explains_end or not is_stale):
         _apply_turn(session, event, kind, at, late)
     if kind == "client_status" and session.turn != "ended":
         _apply_client_status(session, step, until, silence_ms, is_stale)
@@ -1859,7 +1828,7 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     model = one_line(model) if isinstance(model, str) else None
     context = about.get("context")
     context = context if type(context) is int and 0 < context <= 1e9 else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
+    read = SessionUsage(time_ms, used, model, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1872,11 +1841,12 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
 # Gauges: figures of the status line. Any program can send them, so each is checked.
 
 # Name in JSON → (the client's name, its length)
+Limit = tuple[str, float, int]  # (name of a window, used percent, time of its reset)
 LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
 
 
-def gauges_of(given: Any, time_ms: int) -> Gauges:
-    """Return the plausible figures in the objects of a status line, under the client's names."""
+def gauges_of(given: Any, time_ms: int) -> tuple[JsonObject, list[Limit]]:
+    """Return the plausible figures in the objects of a status line: those of the session, and its limits."""
 
     def figure(limit: float, *path: str) -> Any:
         value = given
@@ -1898,33 +1868,37 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
         resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
         if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
             limits.append((window, used, resets_at))
-    return Gauges(
-        time_ms,
-        percent("context_window"),
-        whole(1e9, "context_window", "total_input_tokens"),
-        whole(1e9, "context_window", "context_window_size") or None,
-        figure(1e6, "cost", "total_cost_usd"),
-        whole(1e9, "cost", "total_lines_added"),
-        whole(1e9, "cost", "total_lines_removed"),
-        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
-        tuple(limits),
-    )
+    context = {
+        "percent": percent("context_window"),
+        "used": whole(1e9, "context_window", "total_input_tokens"),
+        "size": whole(1e9, "context_window", "context_window_size") or None,
+    }
+    gauges = {
+        "context": context,
+        "costUsd": figure(1e6, "cost", "total_cost_usd"),
+        "linesAdded": whole(1e9, "cost", "total_lines_added"),
+        "linesRemoved": whole(1e9, "cost", "total_lines_removed"),
+        "cacheExpiresAt": whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+    }
+    return gauges, limits
 
 
-def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
-    """Apply the data of a status line; the newest replace older ones."""
-    if session.gauges is None or at >= session.gauges.time:
-        session.gauges = gauges_of(data.get("gauges"), at)
-        effort, model = data.get("effort"), data.get("model")
-        level = effort.get("level") if isinstance(effort, dict) else None
-        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
-        session.model = one_line(model) if isinstance(model, str) and model else session.model
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
+    """Apply the data of a status line, unless it is older than the last one; return its limits."""
+    if at < session.gauges_time:
+        return []
+    session.gauges_time, (session.gauges, limits) = at, gauges_of(data.get("gauges"), at)
+    effort, model = data.get("effort"), data.get("model")
+    level = effort.get("level") if isinstance(effort, dict) else None
+    session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+    session.model = one_line(model) if isinstance(model, str) and model else session.model
+    return limits
 
 
-def _apply_limits(account: Account, session: Session, at: int) -> None:
+def _apply_limits(account: Account, session: Session, limits: list[Limit], at: int) -> None:
     """Apply what a session reported of the limits of its account."""
-    cost = session.gauges and session.gauges.cost_usd
-    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+    cost: float | None = (session.gauges or _NO_GAUGES)["costUsd"]
+    for name, percent, resets_at in limits:
         window = account.windows.get(name)
         if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
             before = window.costs if window else {}
@@ -2034,6 +2008,19 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+_NO_GAUGES = gauges_of(None, 0)[0]
+
+
+def _estimated_context(session: Session, usage: SessionUsage) -> JsonObject | None:
+    """Return the context of a session without a status line, as far as its transcript gives it."""
+    used = usage.context
+    if not used:
+        return None
+    size = context_size(session.model or usage.model or "", used)
+    percent = min(100, round(100 * used / size)) if size else None
+    return {"percent": percent, "used": used, "size": size, "estimated": True}
 
 
 def context_size(model: str, used: int) -> int | None:
@@ -2152,7 +2139,8 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     if ends != "call" and not (ends == "turn" and agent_id):
         _end_agents(session, is_over, at, until)
     if ends == "turn" and not agent_id and all(agent.end is not None for agent in session.agents.values()):
-        session.closed_calls, session.launched = {}, {}  # of the turn that has ended
+        session.launched = {}
+        _drop_oldest(session.closed_calls, CLOSED_KEPT)
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
@@ -2185,7 +2173,7 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
     for call in list(session.open_calls.values()):
         if call.since <= until and (agent_ids is None or call.agent_id in agent_ids):
             del session.open_calls[call.tool_use_id]
-            session.closed_calls[call.tool_use_id] = False
+            session.closed_calls[call.tool_use_id] = 0
             session.counts["interrupted"] += 1
 
 
@@ -2202,27 +2190,27 @@ def _running_tasks(event: JsonObject, kind: str = "") -> list[JsonObject]:
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     """Open or close a call; return True if it is new.
 
-    Its first outcome counts, and replaces an interruption; further ones change nothing.
+    The highest of several outcomes counts, as in statistics.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
-    has_outcome = session.closed_calls.get(fact.use_id)  # False: interrupted, None: not closed
-    is_new = has_outcome is None and fact.use_id not in session.open_calls
+    before = session.closed_calls.get(fact.use_id)  # None: not closed
+    is_new = before is None and fact.use_id not in session.open_calls
     if is_new:
         session.turn_calls += 1
         for counts in own_counts:
             counts["toolCalls"] += 1
-    if fact.outcome is not Outcome.OPEN and not has_outcome:
-        session.counts["interrupted"] -= has_outcome is False  # its end arrived late
+    if fact.outcome > (before or Outcome.OPEN):
+        session.counts["interrupted"] -= before == Outcome.OPEN  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
-        session.closed_calls[fact.use_id] = True
-        if fact.outcome is not Outcome.OK:
-            for counts in own_counts:
-                counts["toolErrors"] += 1
+        session.closed_calls[fact.use_id] = int(fact.outcome)
+        was_error = before is not None and before not in (Outcome.OPEN, Outcome.OK)
+        for counts in own_counts:
+            counts["toolErrors"] += (fact.outcome is not Outcome.OK) - was_error
         if fact.outcome is not Outcome.INTERRUPTED:
             _apply_outcome(session, fact, at)
     elif is_new and _already_ended(session, fact.agent_id, at, late):
-        session.closed_calls[fact.use_id] = False
+        session.closed_calls[fact.use_id] = 0
         session.counts["interrupted"] += 1
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
@@ -2232,7 +2220,7 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         session.open_calls[fact.use_id] = call
     if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
         for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
-            session.closed_calls[dropped] = False
+            session.closed_calls[dropped] = 0
             session.counts["interrupted"] += 1
         _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
@@ -2251,7 +2239,7 @@ def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool
     if session.turn == "ended":
         return agent_id != MAIN or _has_just_ended(session, at, late)
     if agent_id == MAIN:
-        return late and session.turn != "working" and at < session.turn_since
+        return late and at < (session.turn_start if session.turn == "working" else session.turn_since)
     agent = session.agents.get(agent_id)
     return agent is not None and agent.end is not None and (late or at == agent.end) and at <= agent.end
 
@@ -2339,7 +2327,8 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     server = text_of(data.get("mcp_server_name"))
     answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
-        is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
+        is_own = wait.agent_id == step.event.get("agentId", MAIN)
+        may_end = is_own and over != ""
         is_answer = kind == "elicitation_result" and wait.kind == "question"
         is_decided = (
             kind == "permission_result" and data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
@@ -2347,11 +2336,11 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
         if (
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
-            or (is_own and (over == "agent" or wait.kind == "input"))
+            or (may_end and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
-            or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
-            or (is_own and is_decided)
-            or (is_own and is_answer and (not server or wait.tool in (None, server)))
+            or (may_end and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
+            or (may_end and is_decided)
+            or (may_end and is_answer and (not server or wait.tool in (None, server)))
             or (kind == "answer" and wait.event_id == answered)
         ):
             continue
@@ -2394,7 +2383,11 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
                     event_id=wait.event_id, held_until=wait.held_until, by_client=False
                 )
             return
-    session.waits = [*(it for it in session.waits if not it.by_client), wait]
+    if kind == "notification":
+        kept = [it for it in session.waits if not it.by_client]
+    else:  # a request says more than the client's status, or a notification that overtook it
+        kept = [it for it in session.waits if it.event_id or it.kind == "input"]
+    session.waits = [*kept, wait]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
@@ -2497,19 +2490,27 @@ def _has_just_ended(session: Session, at: int, late: bool) -> bool:
 
 
 def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> None:
-    turn, data = RULES[kind].turn, event["data"]
+    turn, data, failure = RULES[kind].turn, event["data"], None
     is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # not about the previous turn
+    if kind == "turn_error":
+        text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
+        error = one_line(text_of(data.get("error"))) or "error"
+        failure = Reason("error", None, f"{error}: {text}" if text else error, at)
     if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
+        if failure and late and session.end_reason == "other":  # `claude -p` may end before this hook
+            session.failure, session.unseen_failure = failure, True
         return
     if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
         return  # clients before 2.1.78 end a failed turn like any other
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
-            since = session.unchanged_since if session.unchanged_turns else session.turn_start
+            since = session.unchanged_since if session.unchanged_turns else session.turn_start or at
             session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
         session.turn_calls, session.turn_changed = 0, False
-        session.turn_start = at if begins else session.turn_start
+        if begins:  # perhaps by a call that overtook its prompt
+            is_prompt = kind == "user_prompt"
+            session.turn_start = at if is_prompt else max(session.turn_since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
     session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
@@ -2521,17 +2522,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
         end_session(session, at, why, presumed=False)
         return
-    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", None, False
+    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", failure, False
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
             for task in _running_tasks(event)
         ]
         session.wakeup = _wakeup_of(data)
-    elif kind == "turn_error":
-        text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
-        error = one_line(text_of(data.get("error"))) or "error"
-        session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
 
 
 def _wakeup_of(data: JsonObject) -> str:
@@ -2593,16 +2590,10 @@ class Sessions:
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         self._accounts: list[Account] = []  # the most recently active last
-        # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
-        # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
-        self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
-        self._numbers = itertools.count()
         self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
-        # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
-        self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
         self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
         # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
@@ -2632,26 +2623,25 @@ class Sessions:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", *FIGURE_KINDS):
-            for version in self._versions(session_id):
-                if kind == "session_meta":
-                    _apply_user_action(version, event["data"])
-                elif kind == "status_line":
-                    _apply_gauges(version, event["data"], at)
-                _apply_usage(version, event["data"].get("usage"), at)
-            if kind == "status_line" and session.gauges and session.gauges.limits:
-                _apply_limits(self._account_of(session), session, at)
+            limits: list[Limit] = []
+            if kind == "session_meta":
+                _apply_user_action(session, event["data"])
+            elif kind == "status_line":
+                limits = _apply_gauges(session, event["data"], at)
+            _apply_usage(session, event["data"].get("usage"), at)
+            if limits:
+                _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
-            session = self._apply_in_order(session, event, kind, at, received)
+            self._apply_step(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
         session.seq = seq
         self._seq = max(seq, self._seq)
-        self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
+        self._schedule_check(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
-                for version in self._versions(session_id):
-                    version.parent_id = parent_before
+                session.parent_id = parent_before
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
@@ -2685,18 +2675,17 @@ class Sessions:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
-    def _account_of(self, session: Session) -> Account:
-        """Return the account that a session reports; its windows are the same, or one begins after the other.
+    def _account_of(self, key: str, limits: list[Limit]) -> Account:
+        """Return the account that a machine reports: its windows are the same, or one begins after the other.
 
         Where all are new, the machine decides.
         """
-        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
 
         def is_same(account: Account) -> bool:
-            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
-                     if name in account.windows}  # fmt: skip
-            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
-            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            known = [it for it in limits if it[0] in account.windows]
+            apart = [(name, abs(at - account.windows[name].resets_at)) for name, _, at in known]
+            equal = [ms <= RESET_TOLERANCE_MS for _, ms in apart]
+            whole = [ms >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, ms in apart]
             return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
 
         same = [account for account in self._accounts if is_same(account)]
@@ -2739,9 +2728,10 @@ class Sessions:
         at = after.source_time
         end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
         end.update(data={"reason": "replaced"}, timestamp=event["timestamp"] + at - session.source_time)
-        before = self._apply_in_order(before, end, "replaced", at, received)
+        self._apply_step(before, end, "replaced", at, received)
         self._linked.add(before.session_id)
-        self._link(before, "session_end")
+        if before is session:  # else the start of the session is linked next
+            self._link(before, "session_end")
 
     def forget_machines(self, since_ms: int) -> None:
         """Forget the clocks of machines that sent nothing since then."""
@@ -2752,64 +2742,23 @@ class Sessions:
         known = self._machines.get(machine)
         return None if known is None or known.skew is None else round(known.skew)
 
-    def _apply_in_order(
-        self, session: Session, event: JsonObject, kind: str, at: int, received: int
-    ) -> Session:
-        """Apply an event, and again the events that overtook it; return the resulting session."""
-        session_id = session.session_id
-        key = self._key_of(event)
+    def _apply_step(self, session: Session, event: JsonObject, kind: str, at: int, received: int) -> None:
+        key, timestamp = self._key_of(event), event["timestamp"]
         is_elsewhere = key != session.machine_key and not event.get("imported")
         if kind == "session_end" and session.processes and "pid" in event:
             is_elsewhere = is_elsewhere and process_of(event) in session.processes
         if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
             # The session was resumed on another machine, which has its own pids and timestamps.
             session.machine_key, session.processes, session.last_timestamp = key, {}, 0
-            self._stages.pop(session_id, None)
         if key == session.machine_key:
             session.machine_id = event["machineId"]
+        # Events of one machine are in the order of its clock, unless that or ours was set back.
+        late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
+        session.received = received
         facts = call_facts(event)
         if facts and facts[0].use_id.startswith(UNNAMED):
             facts = self._unnamed.paired(event, facts)
-        step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
-        while self._stages:
-            first_id = next(iter(self._stages))
-            if abs(received - self.sessions[first_id].received) <= 2 * REORDER_WINDOW_MS:
-                break
-            del self._stages[first_id]  # no older event is expected any more
-        stages = self._stages[session_id] = self._stages.pop(session_id, [])
-        session.received = received
-        steps = [step]
-        if step.timestamp < session.last_timestamp:
-            window_end = step.timestamp + REORDER_WINDOW_MS
-            earlier = [  # numbers of the stages after which it happened
-                number
-                for number, (before, since) in enumerate(stages)
-                if before.last_timestamp <= step.timestamp and since[0].timestamp < window_end
-            ]
-            if earlier:
-                session = self.sessions[session_id] = stages[earlier[-1]][0]
-                session.received = received
-                steps = sorted([step, *(each for _, since in stages[earlier[-1] :] for each in since)])
-                del stages[earlier[-1] :]
-            elif at < session.last_event and at < received - REORDER_WINDOW_MS:
-                for version in self._versions(session_id):
-                    apply_event(version, step, self._quiet_ms, late=True)
-                return session
-            else:
-                stages.clear()  # our clock or its machine's was set back
-        for step in steps:
-            since = stages[-1][1] if stages else ()
-            if 0 < len(since) < REORDER_EVENTS // 2 and step[0] - since[0][0] < REORDER_WINDOW_MS:
-                since.append(step)
-            else:
-                stages.append((session.clone(), [step]))
-                del stages[:-2]
-            apply_event(session, step, self._quiet_ms)
-        return session
-
-    def _versions(self, session_id: str) -> list[Session]:
-        """Return a session and its copies in the stages."""
-        return [self.sessions[session_id], *(before for before, _ in self._stages.get(session_id, ()))]
+        apply_event(session, Step(event, kind, at, facts), self._quiet_ms, late)
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
         """Apply the passing of time until `time_ms` (our clock); return the sessions that changed.
@@ -2822,9 +2771,6 @@ class Sessions:
             if abs(step_ms) > CLOCK_STEP_MS:
                 self._apply_clock_step(time_ms, step_ms, self._ticked[2])
         self._ticked = (time_ms, steady_now_ms, self._seq)
-        for session_id in list(self._stages):
-            if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
-                del self._stages[session_id]
         changed = []
         while self._due and self._due[0][0] <= time_ms:
             due, session_id = heapq.heappop(self._due)
@@ -2855,10 +2801,10 @@ class Sessions:
             if is_quiet or is_long:
                 changed.append(session)
             times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
-            self._look_after(session, min((at for at in times if at > time_ms), default=_NEVER))
+            self._schedule_check(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
 
-    def _look_after(self, session: Session, time_ms: int) -> None:
+    def _schedule_check(self, session: Session, time_ms: int) -> None:
         """Schedule the next check of a session, at this time at the latest, and those of its processes."""
         if time_ms < self._due_at.get(session.session_id, _NEVER):
             self._due_at[session.session_id] = time_ms
@@ -2867,26 +2813,16 @@ class Sessions:
             self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
-        """Shift the times of all sessions that have not ended to our clock after a step.
-
-        An event since the last tick came before or after the step: it belongs to the clock it is nearer to.
-        """
-        self._stages.clear()
-
-        def is_before(known: MachineClock | Session) -> bool:
-            since_ms = time_ms - known.received
-            return known.seq <= ticked_seq or abs(since_ms) >= abs(since_ms - step_ms)
-
+        """Shift the times of sessions and machines to our clock after a step, unless an event came since."""
         for name, machine in self._machines.items():
-            if is_before(machine):
-                self._machines[name] = machine._replace(
-                    received=machine.received + step_ms, last_event=machine.last_event + step_ms
-                )
-        for session in filter(is_before, self.sessions.values()):
-            session.shift(step_ms)
+            if machine.seq <= ticked_seq:
+                received, last_event = machine.received + step_ms, machine.last_event + step_ms
+                self._machines[name] = machine._replace(received=received, last_event=last_event)
         self._due, self._due_at = [], {}
         for session in self.sessions.values():
-            self._look_after(session, time_ms)
+            if session.seq <= ticked_seq:
+                session.shift(step_ms)
+            self._schedule_check(session, time_ms)
 
     def check_processes(
         self,
@@ -2904,7 +2840,7 @@ class Sessions:
         not before its last event.
         """
         ended = []
-        for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
+        for session_id in list(itertools.islice(self._with_process, PROCESSES_PER_TICK)):
             del self._with_process[session_id]
             session = self.sessions.get(session_id)
             if session is None or session.turn == "ended" or not self._is_watched(session):
@@ -2931,13 +2867,11 @@ class Sessions:
     def end_exited(self, session_id: str, time_ms: int) -> Session:
         """End a session whose process has exited without a SessionEnd; return it."""
         session = self.sessions[session_id]
-        self._stages.pop(session_id, None)
         end_session(session, time_ms, "its process exited", presumed=True)
         return session
 
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
-        self._stages.pop(session_id, None)
         self._due_at.pop(session_id, None)
         deleted = self.sessions.pop(session_id, None)
         if deleted is None:
@@ -2960,8 +2894,8 @@ class Sessions:
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Restore snapshots, as (session id, bytes), into empty Sessions.
 
-        Applying the events after them gives the same state as processing live, except that events are not
-        reordered across a snapshot: they count in order of arrival.
+        Applying the events after them gives the same state as processing live, unless events of one process
+        overtook each other across a snapshot.
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
@@ -2981,14 +2915,12 @@ class Sessions:
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
-            self._look_after(session, _NEVER if session.state == "ended" else session.last_event)
+            self._schedule_check(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
                 place = session.machine_key, process
                 # a session that was replaced may be restored after the one that replaced it
                 if session.turn != "ended" or place not in self._running:
                     self._running[place] = session.session_id
-            if session.start_source in _CONTINUED_REASONS or session.end_reason in _CONTINUABLE_REASONS:
-                self._linkable[session.session_id] = None
 
     # Links between sessions
 
@@ -3013,10 +2945,7 @@ class Sessions:
         begins = kind == "session_start" and session.start_source in _CONTINUED_REASONS
         if not begins and (kind != "session_end" or session.end_reason not in _CONTINUABLE_REASONS):
             return
-        self._linkable.pop(session.session_id, None)
-        others = [self.sessions[session_id] for session_id in self._linkable if session_id in self.sessions]
-        candidates = [*self._linkable, session.session_id][-LINK_CANDIDATES_LIMIT:]
-        self._linkable = dict.fromkeys(candidates)
+        others = (other for other in self.sessions.values() if other is not session)
         pairs = [(other, session) if begins else (session, other) for other in others]
         pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_WINDOW_MS and self._is_continued_by(*pair)]
         if pairs:
@@ -3024,42 +2953,40 @@ class Sessions:
 
     def _is_continued_by(self, before: Session, after: Session) -> bool:
         """True if `after` continues `before`, which ended for a matching reason, in the same process."""
-        continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
             and (before.machine_key, before.directory) == (after.machine_key, after.directory)
             and (before.process == after.process or None in (before.process, after.process))
             and not after.continued_from
-            and before.session_id not in continued
+            and all(other.continued_from != before.session_id for other in self.sessions.values())
             and after.session_id not in self.lineage(before.continued_from, "continued_from")
         )
 
     def _continue(self, before: Session, session: Session) -> None:
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
-        for version in self._versions(session.session_id):
-            version.continued_from = before.session_id
-            version.user_label = version.user_label or before.user_label
-            version.model = version.model or before.model
-            version.pinned = version.pinned or before.pinned
-            inherits = not version.parent_by_user and version.parent_id is None
-            if inherits and session.session_id not in self.lineage(before.parent_id):
-                version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
+        session.continued_from = before.session_id
+        session.user_label = session.user_label or before.user_label
+        session.model = session.model or before.model
+        session.pinned = session.pinned or before.pinned
+        inherits = not session.parent_by_user and session.parent_id is None
+        if inherits and session.session_id not in self.lineage(before.parent_id):
+            session.parent_id, session.parent_by_user = before.parent_id, before.parent_by_user
 
     # JSON for clients
 
     def to_json(self, session: Session, children: dict[str, list[str]] | None = None) -> JsonObject:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
-        label, source = session.label
+        label, label_source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage, gauges = session.usage, session.gauges or Gauges(0)
+        usage = session.usage
         estimate = usage and self._prices.estimate(usage)
-        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
-        if session.gauges is None:
-            context = self._estimated_context(session, usage.context) if usage and usage.context else None
+        gauges = session.gauges or {**_NO_GAUGES, "context": usage and _estimated_context(session, usage)}
+        costs = {"client": gauges["costUsd"], "estimate": estimate}
+        source = next((name for name, cost_usd in costs.items() if cost_usd is not None), None)
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
-            "labelSource": source,
+            "labelSource": label_source,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
@@ -3081,27 +3008,15 @@ class Sessions:
             ],
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
-            "tokenUsage": usage and usage.to_json(),
+            "tokenUsage": usage and usage.total.to_json(),
             "estimatedCostUsd": estimate,
-            "context": context,
-            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
-            "costSource": "client"
-            if gauges.cost_usd is not None
-            else "estimate"
-            if estimate is not None
-            else None,
-            "linesAdded": gauges.lines_added,
-            "linesRemoved": gauges.lines_removed,
-            "cacheExpiresAt": gauges.cache_expires,
+            **gauges,
+            "costUsd": source and costs[source],
+            "costSource": source,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
-
-    def _estimated_context(self, session: Session, used: int) -> JsonObject:
-        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
-        percent = min(100, round(100 * used / size)) if size else None
-        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -3126,7 +3041,7 @@ class Sessions:
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
     each.__name__: each
-    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    for each in (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -3184,26 +3099,26 @@ def _agents_json(session: Session) -> list[JsonObject]:
     """Return the newest agents; those that run come before others."""
     agents = session.agents.values()
     newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
-    sent = {agent.agent_id for agent in newest}
-    calls = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
-    return [_agent_json(session, it, calls.get(it.agent_id)) for it in agents if it.agent_id in sent]
-
-
-def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
-    waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
-    used = session.agent_usage.get(agent.agent_id)
-    return {
-        "agentId": agent.agent_id,
-        "agentType": agent.agent_type,
-        "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
-        "state": "ended" if agent.end is not None else "waiting" if waits else "working",
-        "startTime": agent.start,
-        "endTime": agent.end,
-        "activity": newest.activity if newest else "",
-        "counts": dict(agent.counts),
-        "tokenUsage": used and used[1].to_json(),
-    }
+    sent, waiting = {agent.agent_id for agent in newest}, {wait.agent_id for wait in session.waits}
+    states = ("working", "waiting")
+    activities = {call.agent_id: call.activity for call in session.open_calls.values()} if sent else {}
+    tokens = {it: session.agent_usage[it][1].to_json() for it in sent & session.agent_usage.keys()}
+    return [
+        {
+            "agentId": agent.agent_id,
+            "agentType": agent.agent_type,
+            "label": agent.label or agent.agent_type or "agent",
+            "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
+            "state": states[agent.agent_id in waiting] if agent.end is None else "ended",
+            "startTime": agent.start,
+            "endTime": agent.end,
+            "activity": activities.get(agent.agent_id, ""),
+            "counts": dict(agent.counts),
+            "tokenUsage": tokens.get(agent.agent_id),
+        }
+        for agent in agents
+        if agent.agent_id in sent
+    ]
 
 
 _ROW_DATA = (
@@ -3231,10 +3146,9 @@ def event_row(event: JsonObject) -> JsonObject:
             small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    calls = _batch_calls(event) if "tool_calls" in event["data"] else ()
-    batch = [call["tool_use_id"] for call in calls if isinstance(call.get("tool_use_id"), str)]
+    batch = _batch_calls(event) if "tool_calls" in data else ()
     if batch:
-        small["toolUseIds"] = batch[:50]
+        small["toolUseIds"] = [call["tool_use_id"] for call in batch[:50]]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))
@@ -3248,9 +3162,9 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread fills the file through
-# one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while events
-# arrive, it works at most a tenth of the time. Readers have read-only connections; they never block writes.
+# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread reads the journal and
+# fills the file, at most a tenth of the time while events arrive. Readers have connections of their own, so
+# they never block writes.
 # A search reads events that are not indexed yet from the journal.
 #
 # The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
@@ -3262,12 +3176,11 @@ INDEX_VERSION = 4
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
-INDEX_QUEUE_BYTES = 256 << 10  # of queued lines; further events are read from the journal
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
-INDEX_GATHER_S = 0.1  # between the first event of a batch and indexing it
-INDEX_LOOK_S = 5.0  # between two checks that the file still exists
+INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
+INDEX_WAIT_S = 2.0  # statistics wait this long for the events that were stored before
+INDEX_CHECK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
-INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
 LIVE_S = 0.1  # events are arriving if the last one is younger than this
 LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
 NAMES_KEPT = 10_000  # in memory; any other is looked up
@@ -3388,26 +3301,17 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return tuple(dict.fromkeys(terms))
 
 
-def collect_texts(value: Any, found: list[str]) -> None:
-    """Append every text inside a JSON value that a person may search for."""
+def event_texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (field, text) of everything in an event's data that a person may search for."""
     if isinstance(value, str):
-        found.append(without_colours(value))
+        yield field, without_colours(value)
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_SEARCHED:
-                collect_texts(inner, found)
+                yield from event_texts(inner, field or name)
     elif isinstance(value, list):
         for inner in value:
-            collect_texts(inner, found)
-
-
-def event_texts(data: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of everything in an event's data that a person may search for."""
-    for name, value in data.items():
-        if name not in _NOT_SEARCHED:
-            found: list[str] = []
-            collect_texts(value, found)
-            yield from ((name, text) for text in found)
+            yield from event_texts(inner, field)
 
 
 def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
@@ -3613,7 +3517,7 @@ class IndexFile:
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
         self._closed_calls = SeenIds()
         self._unnamed = UnnamedCalls()
-        self._inodes = index_inodes(path)
+        self._inodes = self._find_inodes()
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3632,7 +3536,10 @@ class IndexFile:
 
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
-        return index_inodes(self.path) != self._inodes
+        return self._find_inodes() != self._inodes
+
+    def _find_inodes(self) -> list[int]:
+        return [about.st_ino for about in index_files(self.path).values()]
 
     def transaction(self) -> sqlite3.Connection:
         """Begin a transaction, for `with`: all of it is committed, or nothing."""
@@ -3676,7 +3583,7 @@ class IndexFile:
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
         if kind == "status_line":
-            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp)[0]["costUsd"]
             models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
@@ -3704,7 +3611,7 @@ class IndexFile:
         data = event["data"]
         if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
             calls, closed = _batch_calls(event), self._closed_calls
-            calls = [call for call in calls if text_of(call.get("tool_use_id")) not in closed]
+            calls = [call for call in calls if call["tool_use_id"] not in closed]
             data = {**data, "tool_calls": calls}
         texts = [text for _, text in event_texts(data)]
         if kind in ("tool_result", "tool_error"):
@@ -3783,11 +3690,6 @@ def index_files(path: str) -> dict[str, os.stat_result]:
     return found
 
 
-def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the inodes of these files, which change if one is replaced."""
-    return tuple(about.st_ino for about in index_files(path).values())
-
-
 def index_bytes(path: str) -> int:
     """Return the size of the index on disk."""
     return sum(about.st_size for about in index_files(path).values())
@@ -3807,40 +3709,20 @@ def readable(lines: Iterable[bytes]) -> Iterator[StoredEvent]:
             yield StoredEvent(line_seq(line), parse_stored(line), line)
 
 
-class IndexReader:
-    """A read-only connection for any thread, kept open. One query at a time."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._connection = functools.lru_cache(1)(self._connect)  # as long as the files are the same
-
-    def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
-        address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
-        if not os.path.isfile(self._path):  # a FIFO would block
-            raise sqlite3.OperationalError("there is no index file")
-        db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+@contextlib.contextmanager
+def reading_index(path: str, budget_s: float) -> Iterator[sqlite3.Connection]:
+    """Yield a read-only connection in a transaction; raise sqlite3.Error, "interrupt…" after `budget_s`."""
+    if not os.path.isfile(path):  # a FIFO would block
+        raise sqlite3.OperationalError("there is no index file")
+    address = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None)) as db:
+        deadline = time.monotonic() + budget_s
+        db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-        return db
-
-    @contextlib.contextmanager
-    def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in a transaction; raise sqlite3.Error, with "interrupt" after `budget_s`."""
-        with self._lock:
-            db = self._connection(index_inodes(self._path))
-            deadline = time.monotonic() + budget_s
-            db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
-            db.execute("BEGIN")
-            try:
-                if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
-                    raise sqlite3.OperationalError("there is no index of this version yet")
-                yield db
-            finally:
-                db.rollback()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.cache_clear()
+        db.execute("BEGIN")
+        if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
+            raise sqlite3.OperationalError("there is no index of this version yet")
+        yield db
 
 
 _PLACE = "seq, days.name, files.name"  # what `Journal.line` takes
@@ -3903,9 +3785,10 @@ class Cell(NamedTuple):
 
     session: int
     hour: int  # the quarter that it begins with
-    counts: tuple[int, ...]  # _COUNTED
+    counts: tuple[int, ...] = (0,) * len(_COUNTED)
     model: int | None = None  # of the tokens
     tokens: Tokens = Tokens()
+    client_cost: int | None = None  # from the client itself, in millionths of a USD
 
 
 class Statistics:
@@ -3949,10 +3832,8 @@ class Statistics:
             return (cell.hour * 15 + offset_of(cell.hour)) // 60
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
-        cells = list(self._cells())
-        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
-        exact_sessions = {cell.session for cell in cells if cell.model == client}
-        table = functools.partial(self._table, cells, client, exact_sessions)
+        self._cells, table = list(self._read_cells()), self._table
+        self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3966,72 +3847,60 @@ class Statistics:
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
-        by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
-        hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(
-            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
-        )
+        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
         sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
-            "totals": next(iter(table(every, lambda _: 0)), nothing),
+            "totals": table(every, lambda _: 0, keys=(0,))[0],
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
             "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
             "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
             "days": days,
-            "hours": [hours.get(it, {"hour": it, **dict.fromkeys(of_hour, 0)}) for it in range(24)],
-            "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * QUARTER_MS}),
+            "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
+            "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
             "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
         }
 
     def _table(
         self,
-        cells: Sequence[Cell],
-        client: int,
-        exact_sessions: set[int],
         fields: Iterable[str],
         key_of: Callable[[Cell], int | None],
         about: Callable[[int], JsonObject] = lambda _: {},
+        keys: Iterable[int] = (),
     ) -> list[JsonObject]:
-        """Add up the cells of each key; return a row of `about(key)` and `fields` for each.
-
-        `client`: the number of the model under which a client's own cost is kept, for `exact_sessions`.
-        """
-        sessions: dict[int, set[int]] = collections.defaultdict(set)
-        counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
-        tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
-        rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
-        exact: dict[int, int] = collections.defaultdict(int)
-        for cell in cells:
+        """Return a row of `about(key)` and `fields` for each key of the cells, and for `keys`."""
+        groups: dict[int, list[Cell]] = {key: [] for key in keys}
+        for cell in self._cells:
             key = key_of(cell)
             if key is not None:
-                sessions[key].add(cell.session)
-                counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                exact[key] += cell.tokens.input if cell.model == client else 0
-                for by in (tokens, rest) if cell.session not in exact_sessions else (tokens,):
-                    if cell.model not in (None, client):
-                        by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
-        rows = []
-        for key in sorted(counts):
-            row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-            used, others = (
-                SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
-                for by in (tokens, rest)
-            )
-            row["tokenUsage"] = used.to_json() if used.models else None
-            row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
-            part = self._prices.estimate(others)
-            is_known = part is not None and (used.models or exact[key])
-            row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
-            row["estimatedPartUsd"] = part if is_known else None
-            rows.append({**about(key), **{name: row[name] for name in fields}})
-        return rows
+                groups.setdefault(key, []).append(cell)
+        rows = ((key, self._row(groups[key])) for key in sorted(groups))
+        return [{**about(key), **{name: row[name] for name in fields}} for key, row in rows]
 
-    def _cells(self) -> Iterator[Cell]:
+    def _row(self, cells: Sequence[Cell]) -> JsonObject:
+        """Return what some cells add up to."""
+        used: dict[str, Tokens] = {}
+        rest: dict[str, Tokens] = {}  # of sessions whose client reported no cost
+        for cell in cells:
+            for by in () if cell.model is None else (used,) if cell.session in self._exact else (used, rest):
+                by[self._names[cell.model]] = by.get(self._names[cell.model], Tokens()) + cell.tokens
+        usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
+        exact = sum(cell.client_cost or 0 for cell in cells)
+        is_known = part is not None and bool(used or exact)
+        counts = [sum(column) for column in zip(*(cell.counts for cell in cells))]
+        return {
+            "sessions": len({cell.session for cell in cells}),
+            **dict(zip(_COUNTED, counts or [0] * len(_COUNTED))),
+            "tokenUsage": usage.total.to_json() if used else None,
+            "estimatedCostUsd": self._prices.estimate(usage) if used else None,
+            "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
+            "estimatedPartUsd": part if is_known else None,
+        }
+
+    def _read_cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
         for row in self._db.execute(
             f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
@@ -4056,7 +3925,10 @@ class Statistics:
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
                 grown = Tokens(*map(operator.sub, after, before))
-                yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
+                if self._names[model] == _CLIENT_COST:
+                    yield Cell(session, at, client_cost=grown.input)
+                else:
+                    yield Cell(session, at, model=model, tokens=grown)
 
     def _tools(self) -> JsonObject:
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
@@ -4119,10 +3991,6 @@ class NoStatistics(Exception):
     """Statistics are not available now; the message gives the reason."""
 
 
-# Stored events to index, or another operation on the file.
-_Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
-
-
 class History:
     """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
@@ -4134,7 +4002,6 @@ class History:
         self._journal = journal
         self._path = path
         self._prices = prices or PriceList()
-        self._searcher, self._counter = IndexReader(path), IndexReader(path)
         self.generation = 0
         self._error = ""
         if sqlite3 is None:
@@ -4143,14 +4010,12 @@ class History:
             self._error = "events are kept in memory only"
         self._is_used = self._full_text = not self._error
         self._state = "building" if self._is_used else "off"
-        self._lock = threading.Lock()
-        self._jobs: list[_Job] = []  # in order
-        self._queued_bytes = 0  # of the events among them
-        self._behind = True  # events are read from the journal until there are no more, not queued
+        self._lock, self._counting = threading.Lock(), threading.Lock()
+        self._jobs: list[Callable[[IndexFile], None]] = []  # other operations on the file, in order
         self._written = self._indexed = 0  # seq
         self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
-        self._wake, self._is_open, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
@@ -4160,28 +4025,19 @@ class History:
             self._thread.start()
 
     def stop(self) -> None:
-        """Write what is queued, end the thread and close everything."""
+        """Do what is queued, and end the thread."""
         self._stopping.set()
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(10)
-        self._searcher.close()
-        self._counter.close()
 
     def add(self, stored: Sequence[StoredEvent]) -> None:
-        """Queue events that were just stored; for the thread that appends to the journal."""
+        """Index events that were just stored; for the thread that appends to the journal."""
         if self._thread.ident is None or not stored:
             return
-        size = sum(len(entry.line) + 1 for entry in stored)
         with self._lock:
             self._written = stored[-1].seq
-            self._total += size
-            self._behind = self._behind or self._queued_bytes + size > INDEX_QUEUE_BYTES
-            if not self._behind:
-                if not self._jobs or callable(self._jobs[-1]):
-                    self._jobs.append([])
-                self._jobs[-1] += stored  # type: ignore[operator]
-                self._queued_bytes += size
+            self._total += sum(len(entry.line) + 1 for entry in stored)
         self._last_live = time.monotonic()
         if not self._wake.is_set():
             self._wake.set()
@@ -4200,7 +4056,7 @@ class History:
         if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
-            with self._counter.reading(60.0) as db:
+            with reading_index(self._path, 60.0) as db:
                 checkpoint = read_meta(db, "checkpoint")
                 rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
             if any(zlib.crc32(state) != crc for _, state, crc in rows):
@@ -4249,7 +4105,7 @@ class History:
         if self._full_text:
             before = self._state
             try:
-                with self._searcher.reading(SEARCH_BUDGET_S * 2) as db:
+                with reading_index(self._path, SEARCH_BUDGET_S * 2) as db:
                     page = search_page(query, indexed_lines(db, self._journal, query))
                 page["complete"] = page["complete"] and before == self._state == "ready"
             except sqlite3.Error as error:
@@ -4265,7 +4121,7 @@ class History:
     def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
         """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
         if session_id is None and before and self._state == "ready":
-            with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
+            with contextlib.suppress(sqlite3.Error), reading_index(self._path, SEARCH_BUDGET_S) as db:
                 lines = indexed_lines(db, self._journal, SearchQuery(before=before))
                 return list(itertools.islice(lines, count))
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
@@ -4274,13 +4130,16 @@ class History:
         self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
-        if self._state == "building" and self._thread.is_alive():
-            self._is_open.wait(INDEX_OPENS_S)
+        wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
+        while self._state == "building" or (self._state == "ready" and self._indexed < wanted):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
         status = self.status()
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")
         try:
-            with self._counter.reading(60.0) as db:
+            with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
                 counted = Statistics(db, self._journal, self._prices, session_id)
                 return {**counted.to_json(from_ms, to_ms, offset_minutes, zone), "index": status}
         except sqlite3.Error as error:
@@ -4295,7 +4154,6 @@ class History:
     def _remove(self, why: str) -> None:
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
-        self._is_open.clear()
         with contextlib.suppress(OSError):
             remove_index(self._path)
 
@@ -4310,16 +4168,13 @@ class History:
                     self._state = "building"  # from here on snapshots are queued, for this generation or none
                     self.generation += file.is_new or was_open
                     self._full_text, self._indexed = file.full_text, file.indexed
-                    self._is_open.set()
                     self._fill(file)
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
             except Exception as error:  # searching the files still works
                 pause_s = self._write_failed(error)
             was_open = True
-            self._is_open.clear()
             with self._lock:
-                self._behind = True
                 self._jobs.clear()
 
     def _write_failed(self, error: Exception) -> float:
@@ -4341,28 +4196,22 @@ class History:
         while not file.is_removed():
             self._wake.clear()
             with self._lock:
-                jobs, self._jobs, self._queued_bytes = self._jobs, [], 0
+                jobs, self._jobs = self._jobs, []
             for job in jobs:
-                if callable(job):
-                    job(file)
-                    continue
-                entries = (entry for entry in job if entry.seq > file.indexed)
-                while self._batch(file, entries):
-                    pass
-                job.clear()
+                job(file)
             if self._stopping.is_set():
                 return
-            if self._behind:
+            if file.indexed < self._written:
                 self._catch_up(file)
             else:
                 if self._state != "ready":
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
-                    if not self._jobs:
+                    if file.indexed == self._written:
                         # Lines that are no events, or were added by hand, count in neither.
                         self._total = self._done
                 self._state, self._error = "ready", ""
-                if self._wake.wait(INDEX_LOOK_S):
+                if self._wake.wait(INDEX_CHECK_S):
                     self._stopping.wait(INDEX_GATHER_S)
 
     def _catch_up(self, file: IndexFile) -> None:
@@ -4373,8 +4222,6 @@ class History:
                 return
         file.flush(until)
         self._indexed = until
-        with self._lock:
-            self._behind = self._written > until
 
     def _compare(self, file: IndexFile) -> None:
         """Delete rows of files that were removed, and read files that were added by hand."""
@@ -4553,7 +4400,7 @@ class ClockMemory:
                 ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
             self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
 
-    def look(self, seq: int, save: bool = False) -> None:
+    def compare(self, seq: int, save: bool = False) -> None:
         """Compare the clocks and record a step; `seq`: of the last event; `save`: also without a step."""
         time_ms = now_ms()
         ahead_ms = round(time_ms - steady_ms())
@@ -7352,7 +7199,7 @@ class Retention:
 
     def check_clock(self, save: bool = False) -> None:
         """Record whether the clock was set; to be called at least once a second."""
-        self._clock.look(self.last_seq(), save)
+        self._clock.compare(self.last_seq(), save)
 
     def prune(self, dry_run: bool = False, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
