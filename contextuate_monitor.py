@@ -188,7 +188,8 @@ class Settings:
 NOTICE_KINDS = {  # kind → the beginning of the message's title
     "permission": "Needs your permission", "question": "Asks you a question", "plan": "Has a plan to approve",
     "input": "Waits for your prompt", "dialog": "Shows a dialog", "failed": "Has failed",
-    "stuck": "May be stuck", "limit": "Is near a limit", "ended": "Has ended",
+    "stuck": "May be stuck", "collision": "Edits the same file as another session",
+    "limit": "Is near a limit", "ended": "Has ended",
 }  # fmt: skip
 
 
@@ -1222,6 +1223,7 @@ ACCOUNTS_LIMIT = 32
 SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
+READ_KINDS = (*FIGURE_KINDS, emit_event.WORDS)  # read from files: they change no state, and begin no session
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1410,6 +1412,11 @@ class Session:
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
     agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
+    branch: str = ""
+    root: str = ""  # of its worktree
+    project: str = ""  # the same for all worktrees of a repository
+    # (path, other session) → (its agent, when the later one of the two edited)
+    collisions: dict[tuple[str, str], tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
@@ -1791,6 +1798,9 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main and isinstance(data.get("git"), dict):
+        place = map(data["git"].get, ("branch", "root", "project"))
+        session.branch, session.root, session.project = (one_line(text_of(it), 4096) for it in place)
     if by_main and isinstance(data.get("effort"), dict):
         session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
@@ -2238,6 +2248,21 @@ _EDITING_NAME = re.compile(
     r"(?!.*(?:plan|todo)).*(?:write|edit|create|update|insert|replace|delete|move|rename|apply|patch)", re.I
 )
 _STREAKS_LIMIT = 64
+COLLISION_MS = 600_000  # two sessions that edit a file within this time collide
+EDITED_FILES_LIMIT = 2000  # that are remembered
+
+
+def edited_files(event: JsonObject) -> set[str]:
+    """Return the absolute paths of the files that a successful call has changed, as its tool says."""
+    tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
+    is_done = effective_type(event) == "tool_result" and tool in (*_EDITING_TOOLS, "apply_patch")
+    if not is_done or not isinstance(given, dict):
+        return set()
+    paths = [given.get("file_path"), given.get("notebook_path")]
+    if tool == "apply_patch":
+        paths = [it for text in given.values() if isinstance(text, str) for it in _PATCHED_FILE.findall(text)]
+    named = (path for path in paths if isinstance(path, str) and 0 < len(path) <= 4096)
+    return {os.path.normpath(os.path.join(event["workingDirectory"], path)) for path in named}
 
 
 def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
@@ -2563,6 +2588,8 @@ class Sessions:
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         self._accounts: list[Account] = []  # the most recently active last
+        # (machine's key, file) → session id → when it edited it last, its agent, its path; newest last
+        self._edits: dict[tuple[str, str], dict[str, tuple[int, str, str]]] = {}
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
@@ -2593,7 +2620,7 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind in FIGURE_KINDS or (kind == "session_end" and "agent" in event):
+            if kind in READ_KINDS or (kind == "session_end" and "agent" in event):
                 return session  # Codex ends windows that never had a prompt
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
@@ -2601,7 +2628,7 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", *FIGURE_KINDS):
+        if kind in ("session_meta", *READ_KINDS):
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
@@ -2612,6 +2639,7 @@ class Sessions:
                 _apply_limits(self._account_of(session), session, at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
+            self._find_collisions(session, event, at)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2635,7 +2663,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *READ_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2684,6 +2712,41 @@ class Sessions:
                 figures = {name: _window_json(name, it) for name, it in windows.items()}
                 shown.append({"machines": list(account.machines), **figures})
         return shown
+
+    def _find_collisions(self, session: Session, event: JsonObject, at: int) -> None:
+        """Record the files that a call has edited; mark sessions that edited the same one a short time ago.
+
+        Files of all worktrees of a repository are compared by their path in its project.
+        """
+        agent_id = event.get("agentId", MAIN)
+        for path in edited_files(event) if not event.get("imported") else ():
+            below = path.removeprefix(session.root + "/") if session.root else path
+            key = session.machine_key, path if below == path else f"{session.project}/{below}"
+            edits = self._edits.pop(key, {})
+            edits.pop(session.session_id, None)
+            for other_id, theirs in list(edits.items()):
+                other = self.sessions.get(other_id)
+                if other is None or abs(at - theirs[0]) > COLLISION_MS:
+                    del edits[other_id]
+                elif not self._is_one_conversation(session, other):
+                    self._collide(session, path, other_id, theirs[1], max(at, theirs[0]))
+                    self._collide(other, theirs[2], session.session_id, agent_id, max(at, theirs[0]))
+            self._edits[key] = {**edits, session.session_id: (at, agent_id, path)}
+            if len(self._edits) > EDITED_FILES_LIMIT:
+                del self._edits[next(iter(self._edits))]
+
+    def _collide(self, session: Session, path: str, other_id: str, agent_id: str, time_ms: int) -> None:
+        self._linked.add(session.session_id)
+        for version in self._versions(session.session_id):
+            version.collisions.pop((path, other_id), None)
+            version.collisions[path, other_id] = agent_id, time_ms
+            if len(version.collisions) > SENT_OF_EACH:
+                del version.collisions[next(iter(version.collisions))]
+
+    def _is_one_conversation(self, one: Session, other: Session) -> bool:
+        """True if one session continues the other (after /clear, resume, fork)."""
+        pairs = ((one.session_id, other.continued_from), (other.session_id, one.continued_from))
+        return any(each in self.lineage(start, "continued_from") for each, start in pairs)
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2923,7 +2986,7 @@ class Sessions:
 
     def snapshot(self, session_id: str) -> bytes:
         """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
-        rest = (self._machines, self._unnamed.open, self._accounts)
+        rest = (self._machines, self._unnamed.open, self._accounts, self._edits)
         state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
@@ -2935,7 +2998,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
+        rest: Any = (self._machines, self._unnamed.open, self._accounts, self._edits)
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2944,10 +3007,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed, accounts = state
+                    rest = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
+        self._machines, self._unnamed.open, self._accounts, self._edits = rest
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -3063,6 +3126,10 @@ class Sessions:
             "linesAdded": gauges.lines_added,
             "linesRemoved": gauges.lines_removed,
             "cacheExpiresAt": gauges.cache_expires,
+            "collisions": [
+                {"path": path, "sessionId": other, **({"agent": agent} if agent else {}), "time": at}
+                for (path, other), (agent, at) in session.collisions.items()
+            ],
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
@@ -3123,7 +3190,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "agent": "agent", "effort": "effort",
+    "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -3182,8 +3249,8 @@ _ROW_DATA = (
 )  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
-    "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
-    "compact_summary", "command_name",
+    "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
+    "new_cwd", "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
     "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agent",
@@ -3307,7 +3374,7 @@ _MARK = "\ue000"  # begins a word for an attribute of an event (its session, too
 # Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
-    *("usage", "truncated", "effort", "type", "signature"),
+    *("usage", "truncated", "effort", "type", "signature", "messageId"),
 }
 
 
@@ -3658,7 +3725,7 @@ class IndexFile:
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
-        if kind != "session_meta":  # an action of the user is no event of its session
+        if kind not in ("session_meta", emit_event.WORDS):  # no events of their session
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
         for call in self._unnamed.paired(event, call_facts(event)):
@@ -6732,6 +6799,9 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
         add(session.state, session.state, session.reason.detail, session.state_since)
     for stuck in stuck_signals(session):
         add(stuck["kind"], "stuck", stuck["detail"], stuck["since"])
+    for (path, other), (_, at) in session.collisions.items():
+        if session.session_id < other and session.state != "ended":  # one message for both
+            add(f"collision {path} {other}", "collision", path, at)
     if context_percent is not None and context_percent >= LIMIT_PERCENT:
         add("context", "limit", f"context {context_percent:.0f} % full", 0)
     return [] if session.hidden or session.demo else found
@@ -7234,6 +7304,7 @@ class Ingest:
         self.registry = RegistryThread(settings.machine_key, deliver)
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
+        self._usage.keep_words(not settings.privacy.metadata_only)
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
@@ -7319,6 +7390,7 @@ class Ingest:
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
+            emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
@@ -8311,12 +8383,12 @@ class Monitor:
         return settled[0]
 
     def _take_own(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens, or the status of a client; called in their threads."""
+        """Store what a transcript contains, or the status of a client; called in their threads."""
 
         def store() -> None:
-            is_usage = event["eventType"] == "usage"
-            if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
-                self.take_now(encode_json(event))  # totals must not restore a deleted session
+            is_read = event["eventType"] in READ_KINDS
+            if not is_read or self.loading is not None or event["sessionId"] in self.sessions.sessions:
+                self.take_now(encode_json(event))  # these must not restore a deleted session
             if event["data"].get("status") == emit_event.CLIENT_EXITED:
                 self.ingest.read_transcripts(event["sessionId"])
 

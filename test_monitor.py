@@ -6836,7 +6836,7 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
     reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home))
     event = usage_event(path, session, **fields)
     before = json.dumps(event)
-    made = reader.events(event)
+    made = [it for it in reader.events(event) if it["eventType"] != ee.WORDS]
     assert json.dumps(event) == before
     if not made:
         return None
@@ -7903,7 +7903,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
 def test_tokens_are_read_where_the_file_is_whatever_the_machine_is_called(tmp_path):
     path = usage_transcript("simple")
     event = {**usage_event(path), "machineId": "3f2a9c1b77de", "machineKey": "k/9"}
-    (usage,) = ee.UsageReader(str(tmp_path)).events(event)
+    usage = ee.UsageReader(str(tmp_path)).events(event)[-1]
     assert usage_output(usage["data"]["usage"]) == 210
     assert (usage["machineId"], usage["machineKey"]) == ("3f2a9c1b77de", "k/9")
 
