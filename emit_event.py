@@ -2221,6 +2221,7 @@ _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled"'
 ).split()
+_TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
 WORDS = "agent_words"  # the type of events with what was said
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
@@ -2291,7 +2292,7 @@ class TranscriptParser:
     """Find usage, words and evidence in a transcript fed in pieces of any size; a line counts once complete.
 
     Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
-    words: `agent_words` for each text of the agent, and for each prompt (`data.role` "user"); their id is
+    words: `agent_words` for each text of the agent, and what a person typed (with `data.role`); their id is
     the same in every copy of the line. Lines that begin before `words_from` (bytes) have no words.
     """
 
@@ -2365,11 +2366,13 @@ class TranscriptParser:
         yield MessageUsage(key, agent_id, model, counts, session_id)
 
     def _prompt_in(self, entry: JsonObject, time_ms: int) -> "Iterator[JsonObject]":
-        """Yield the prompt in a line, if a person typed one."""
+        """Yield the prompt in a line, if a person typed one; `shell`: a command, which fires no hook."""
         text = "\n".join(texts_of(entry["message"].get("content")))
+        command = _TYPED_COMMAND.fullmatch(text)
         marks = list(map(entry.get, ("isMeta", "isCompactSummary", "isSidechain")))
-        if not self._agent_id and True not in marks and not NOT_TYPED.match(text):
-            yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": "user"})
+        if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
+            role, text = ("shell", command[1]) if command else ("user", text)
+            yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
 
     def _of_program(self, about: AgentFormat, entry: JsonObject, line: bytes) -> "Iterator[Any]":
         """Yield what a line of another program's transcript shows."""
@@ -2638,11 +2641,11 @@ class UsageReader:
 
     def _is_new(self, session: str, event: JsonObject) -> bool:
         """True if an event is recent evidence, or words that no session has had, and no hook has reported."""
-        if event["eventType"] != WORDS:
-            return bool(event["timestamp"] > now_ms() - EVIDENCE_MS)
+        if event["eventType"] != WORDS:  # a fork begins with copies of lines
+            return bool(event["timestamp"] > max(now_ms() - EVIDENCE_MS, self._no_hooks_ms))
+        is_by_hook = event["data"].get("role") == "user" and event["timestamp"] >= self._no_hooks_ms
         add = "INSERT OR IGNORE INTO words VALUES (?, ?)"
-        is_first = self._database.execute(add, (event["id"], session)).rowcount == 1
-        return is_first and ("role" not in event["data"] or event["timestamp"] < self._no_hooks_ms)
+        return self._database.execute(add, (event["id"], session)).rowcount == 1 and not is_by_hook
 
     def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
         # The sums belong to the first session of a chain; a fork begins with messages of another one.
