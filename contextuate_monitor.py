@@ -10432,11 +10432,6 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
 # (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
-# Lines of the type `user` that no person typed.
-_NOT_TYPED = re.compile(
-    r"\s*(?:\[Request interrupted|Caveat: The messages below"
-    r"|<(?:command-\w+|local-command-\w+|bash-\w+|task-notification|teammate-message|system-reminder)\b)"
-)
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
@@ -10547,13 +10542,16 @@ def import_batches(
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
+    usage = emit_event.UsageReader("")
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
         found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
-            reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
+            reader = TranscriptReader(
+                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage
+            )
             files: dict[str, list[bytes]] = {}  # by agent id
             named: dict[str, str] = {}
             for path in paths:
@@ -10582,22 +10580,24 @@ def import_batches(
 class TranscriptReader:
     """Converts transcripts of a session and its subagents to the events that hooks would have sent.
 
-    `seen`: shared by all readers of an import. `is_known(id)`: another source has that session's lines.
+    `seen` and `usage`: shared by all of an import. `is_known(id)`: another source has that session.
     """
 
     def __init__(
-        self, session_id: str, machine_id: str, seen: set[str], is_known: Callable[[str], bool]
+        self,
+        session_id: str,
+        machine_id: str,
+        seen: set[str],
+        is_known: Callable[[str], bool],
+        usage: emit_event.UsageReader,
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
-        self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
+        self._seen = seen  # lines and words of any transcript so far: a resumed session begins with copies
         self._is_known = is_known
-        self._is_fork = False  # it begins with lines of another session
-        self._chain = ""  # of the client's own sums
+        self._usage = usage
         self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
-        self._used: dict[str, emit_event.MessageUsage] = {}  # by key
-        self._model: str | None = None
         self._titles: list[tuple[str, JsonObject]] = []  # type of line, line
 
     def events(
@@ -10605,13 +10605,14 @@ class TranscriptReader:
     ) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
         files = {"": lines, **of_agents}
-        found = {it: [entry for line in files[it] for entry in self._entry_of(line, it)] for it in files}
+        found = {agent_id: list(self._entries_of(files[agent_id], agent_id)) for agent_id in files}
         entries = [*itertools.chain.from_iterable(found.values())]
         # The client's sums have no time: they include everything before the next line.
         next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
         for entry in reversed(found[""]):
             next_ms = entry["timestamp_ms"] = entry["timestamp_ms"] or next_ms
         entries.sort(key=lambda entry: entry["timestamp_ms"])
+        self._usage.begin(self._session_id)
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
@@ -10621,115 +10622,79 @@ class TranscriptReader:
         kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
         titles = dict(kept)
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
-        about = {"source": "import", "model": self._model, "session_title": title}
-        return [
-            self._event(start, "SessionStart", "start", about),
-            *events,
-            *self._usage(end, "end"),
-            self._event(end, "SessionEnd", "end", {"reason": "import"}),
-        ]
+        usage = list(self._usage_event(end, "end"))
+        model = usage[0]["data"]["usage"].get("model") if usage else None
+        about = {"source": "import", "model": model, "session_title": title}
+        begin = self._event(start, "SessionStart", "start", about)
+        return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
-    def _entry_of(self, line: bytes, agent_id: str) -> Iterator[JsonObject]:
-        try:
-            entry = emit_event.parse_event_line(line)
-        except MalformedEvent:
-            self.malformed[agent_id] += 1 if line.strip() else 0
-            return
-        message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
-        kind, time_ms = text_of(entry.get("type")), emit_event.iso_time_ms(entry.get("timestamp"))
-        if isinstance(origin, str) and origin != self._session_id:
-            self._is_fork = True
-            if self._is_known(origin):
-                return
-        if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
-            self._titles.append((kind, entry))
-        if kind == "cost-state":
-            yield {**entry, "line": line, "timestamp_ms": 0, "blocks": []}
-        if kind not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
-            return
-        if not isinstance(place, str) or place in self._seen:
-            self._is_fork = self._is_fork or isinstance(place, str)
-            return
-        self._seen.add(place)
-        if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
-            return
-        content = message.get("content")
-        blocks = emit_event.objects_in([{"text": content}] if isinstance(content, str) else content)
-        agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
-        yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
+    def _entries_of(self, lines: Iterable[bytes], agent_id: str) -> Iterator[JsonObject]:
+        """Yield the lines with messages and sums, each with the `facts` that the parser finds in it."""
+        parser = emit_event.TranscriptParser(agent_id)
+        parser.parses_all = True
+        for line in lines:
+            facts, entry = parser.feed(line + b"\n"), parser.entry or {}
+            if parser.entry is None and line.strip():
+                self.malformed[agent_id] += 1
+            place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
+            time_ms = emit_event.iso_time_ms(entry.get("timestamp"))
+            if isinstance(origin, str) and origin != self._session_id and self._is_known(origin):
+                continue
+            if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
+                self._titles.append((kind, entry))
+            if kind == "cost-state":
+                yield {**entry, "facts": facts, "timestamp_ms": 0, "blocks": []}
+            is_message = kind in ("user", "assistant") and isinstance(entry.get("message"), dict)
+            if is_message and time_ms and isinstance(place, str) and place not in self._seen:
+                self._seen.add(place)
+                agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
+                blocks = emit_event.objects_in(entry["message"].get("content"))
+                about = {"agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
+                yield {**entry, **about}
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
-        agent_id = entry.get("agentId")
+        agent_id, message = entry.get("agentId"), entry.get("message", {})
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        text = "\n".join(block["text"] for block in entry["blocks"] if isinstance(block.get("text"), str))
-        yield from (self._of_user if entry["type"] == "user" else self._of_assistant)(entry, text)
-
-    def _of_user(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
+        self._usage.count(self._session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
+        words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
+        for said in words:
+            if said["data"].get("role") == "user":
+                yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
+            elif said["id"] not in self._seen:
+                self._seen.add(said["id"])
+                yield {**self._event(entry, "", "", said["data"]), **said}
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
-        is_main = entry["agentId"] is None and entry.get("isSidechain") is not True
-        if text and not results and is_main and not _NOT_TYPED.match(text):
-            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": text})
         for number, block in enumerate(results):
-            use_id = text_of(block.get("tool_use_id"))
-            call = self._calls.get(use_id, {})
-            data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
-            content = block.get("content")
-            if block.get("is_error") is True:
-                parts = emit_event.objects_in(content if isinstance(content, list) else [{"text": content}])
-                texts = (text_of(part.get("text")) for part in parts)
-                hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
-            else:
-                whole = entry.get("toolUseResult") if len(results) == 1 else None
-                hook, data["toolOutput"] = "PostToolUse", content if whole is None else whole
-            yield self._event(entry, hook, f"result{number}", data)
-
-    def _of_assistant(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
-        agent_id = entry.get("agentId") or ""
-        for used in emit_event.TranscriptParser(agent_id).feed(entry["line"] + b"\n"):
-            if isinstance(used, emit_event.MessageUsage):
-                self._count(used)
-                self._model = self._model if used.agent_id else used.model
-            elif isinstance(used, dict):
-                continue  # evidence of what the entries themselves show
-            elif not self._is_fork and (used.chain == self._chain or used.chain not in self._seen):
-                self._chain = used.chain
-                self._seen.add(used.chain)
-                for rest in used.uncounted(_by_model(self._used.values())):
-                    self._count(rest)
+            yield self._result(entry, block, number, len(results) == 1)
         for number, block in enumerate(entry["blocks"]):
             use_id = block.get("id")
             if block.get("type") == "tool_use" and isinstance(use_id, str):
                 self._calls[use_id] = block
                 data = {"toolName": block.get("name"), "toolInput": block.get("input"), "toolUseId": use_id}
                 yield self._event(entry, "PreToolUse", f"call{number}", data)
-        is_end = text and entry["message"].get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens")
+        is_end = words and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens")
         if is_end and (agent_id or entry.get("isSidechain") is not True):
+            text = "\n".join(emit_event.texts_of(message.get("content")))
             hook = "SubagentStop" if agent_id else "Stop"
             yield self._event(entry, hook, "stop", {"assistantResponse": text})
-            yield from self._usage(entry, "stop")
+            yield from self._usage_event(entry, "stop")
 
-    def _count(self, used: emit_event.MessageUsage) -> None:
-        """Count a message in the first session that has it, with the largest numbers of its lines."""
-        if used.key in self._used:
-            before = self._used[used.key].counts
-            used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
-        elif used.key in self._seen:
-            return
-        self._seen.add(used.key)
-        self._used[used.key] = used
+    def _result(self, entry: JsonObject, block: JsonObject, number: int, is_only: bool) -> JsonObject:
+        use_id, content, hook = text_of(block.get("tool_use_id")), block.get("content"), "PostToolUse"
+        call = self._calls.get(use_id, {})
+        data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
+        if block.get("is_error") is True:
+            hook, data["error"] = "PostToolUseFailure", "\n".join(emit_event.texts_of(content))
+        else:
+            whole = entry.get("toolUseResult") if is_only else None
+            data["toolOutput"] = content if whole is None else whole
+        return self._event(entry, hook, f"result{number}", data)
 
-    def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        models: dict[str, JsonObject] = {}
-        agents: dict[str, dict[str, JsonObject]] = {}
-        for used in self._used.values():
-            for by_model in (models, agents.setdefault(used.agent_id, {})):
-                emit_event.add_counts(by_model.setdefault(used.model, {}), used.counts)
-        if models:
-            newest = reversed(agents)
-            named = ("", *itertools.islice(newest, emit_event.AGENTS_IN_USAGE - 1))
-            usage = {"models": models, "agents": {it: agents[it] for it in named if it in agents}}
+    def _usage_event(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
+        usage = self._usage.totals(self._session_id)
+        if usage is not None:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -10746,14 +10711,6 @@ class TranscriptReader:
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
-
-
-def _by_model(used: Iterable[emit_event.MessageUsage]) -> dict[str, emit_event.Counts]:
-    sums: dict[str, emit_event.Counts] = {}
-    for one in used:
-        before = sums.get(one.model, (0, 0, 0, 0, 0))
-        sums[one.model] = tuple(map(operator.add, before, one.counts))
-    return sums
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:

@@ -2299,6 +2299,8 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self.consumed = 0  # bytes; the next reader begins there
         self.words_from: float = 0
+        self.entry: Optional[JsonObject] = None  # the line that was parsed last
+        self.parses_all = False  # also lines without facts
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._model = model  # of the last line that names one, where the lines with tokens do not
@@ -2323,12 +2325,15 @@ class TranscriptParser:
     def _facts_of(self, line: bytes, has_words: bool) -> "Iterator[MessageUsage | CostState | JsonObject]":
         has_words = has_words and not self._program
         is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
-        if not is_prompt and not any(mark in line for mark in (_AGENT_MARKS if self._program else _MARKS)):
+        marks = _AGENT_MARKS if self._program else _MARKS
+        self.entry = None
+        if not (self.parses_all or is_prompt or any(mark in line for mark in marks)):
             return
-        try:
-            entry = parse_event_line(line)
-        except MalformedEvent:
+        with contextlib.suppress(MalformedEvent):
+            self.entry = parse_event_line(line)
+        if self.entry is None:
             return
+        entry = self.entry
         if self._program:
             yield from self._of_program(AGENTS[self._program], entry, line)
             return
@@ -2493,7 +2498,7 @@ class UsageReader:
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
-        self._home = home
+        self._home = home  # "": nothing is saved
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self.with_words = True
@@ -2563,9 +2568,10 @@ class UsageReader:
         if self._database is None:
             import sqlite3
 
-            make_private_directory(self._home)
-            path = self._home + "/usage.db"
-            os.close(open_own(path, os.O_RDWR | os.O_CREAT))
+            path = f"{self._home}/usage.db" if self._home else ":memory:"
+            if self._home:
+                make_private_directory(self._home)
+                os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
             database.execute("PRAGMA synchronous = OFF")
@@ -2578,20 +2584,12 @@ class UsageReader:
     def _read(
         self, session: str, files: "list[tuple[str, str]]", program: str, with_totals: bool
     ) -> "JsonObject | None":
-        with self._open() as database:
-            is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
-            if not is_known and not any(os.path.isfile(path) for path, _ in files):
-                return None  # the session's file system is not here
-            database.execute(
-                "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
-                (session, now_ms()),
-            )
-            # A dropped session is read from its start when it has another event.
-            old = "IN (SELECT name FROM sessions WHERE read_ms < ?)"
-            for table in ("messages", "words", "files", "sessions"):
-                name = "name" if table == "sessions" else "session"
-                database.execute(f"DELETE FROM {table} WHERE {name} {old}", (now_ms() - USAGE_KEPT_MS,))
+        database = self._open()
+        is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
+        if not is_known and not any(os.path.isfile(path) for path, _ in files):
+            return None  # the session's file system is not here
+        if with_totals or not is_known:
+            self.begin(session)
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
@@ -2604,7 +2602,7 @@ class UsageReader:
         if self._stopping.is_set() or not (with_totals and is_new):
             return None
         self._counted.discard(session)
-        return _session_usage(database, session)
+        return self.totals(session)
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         about = os.fstat(fd)
@@ -2620,24 +2618,56 @@ class UsageReader:
             place += len(chunk)
             found = parser.feed(chunk)
             events = [it for it in found if isinstance(it, dict)]
-            own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
-                if own:
-                    update = (
-                        "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
-                    )
-                    used = own[-1].counts
-                    about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
-                    database.execute(update + " WHERE name = ?", about_own)
                 self._found += [it for it in events if self._is_new(session, it)]
-                for entry in (it for it in found if not isinstance(it, dict)):
-                    self._counted.add(session)
-                    messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
-                    for it in messages:
-                        key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
-                        database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+                self.count(session, [it for it in found if not isinstance(it, dict)])
                 row = (path, session, identity, start + parser.consumed)
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+
+    def begin(self, session: str) -> None:
+        """Begin to count for a session, or go on; drop those that were read long ago."""
+        # A dropped session is read from its start when it has another event.
+        upsert = "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
+        upsert += " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms"
+        with self._open() as database:
+            database.execute(upsert, (session, now_ms()))
+            old = f"IN (SELECT name FROM sessions WHERE read_ms < {now_ms() - USAGE_KEPT_MS})"
+            for table in ("messages", "words", "files"):
+                database.execute(f"DELETE FROM {table} WHERE session {old}")
+            database.execute(f"DELETE FROM sessions WHERE name {old}")
+
+    def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
+        """Count what a parser has found, for a session that has begun."""
+        database, own = self._database, [it for it in found if isinstance(it, MessageUsage)]
+        own = [it for it in own if not it.agent_id]
+        if own:
+            update = "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
+            used = own[-1].counts
+            about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
+            database.execute(update + " WHERE name = ?", about_own)
+        for entry in found:
+            self._counted.add(session)
+            for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry):
+                key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
+                database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+
+    def totals(self, session: str) -> "JsonObject | None":
+        """Return what a session has used so far; None if that is nothing."""
+        database = self._database
+        models: dict[str, JsonObject] = {}
+        agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
+        sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+        for agent, model, *counts in database.execute(
+            sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
+        ):
+            for by_model in (models, agents.setdefault(agent, {})):
+                add_counts(by_model.setdefault(model, {}), counts)
+        if not models:
+            return None
+        usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
+        find = "SELECT model, context FROM sessions WHERE name = ?"
+        model, context = database.execute(find, (session,)).fetchone()
+        return {**usage, "model": model, "context": context} if model else usage
 
     def _is_new(self, session: str, event: JsonObject) -> bool:
         """True if an event is recent evidence, or words that no session has had, and no hook has reported."""
@@ -2788,23 +2818,6 @@ def _file_state(path: str) -> "tuple[int, int, int] | None":
 def _is_transcript_path(path: Any) -> bool:
     is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
     return is_path and len(path) <= 4096 and path.isprintable()  # no half of a surrogate pair
-
-
-def _session_usage(database: Any, session: str) -> "JsonObject | None":
-    models: dict[str, JsonObject] = {}
-    agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
-    sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
-    for agent, model, *counts in database.execute(
-        sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
-    ):
-        for by_model in (models, agents.setdefault(agent, {})):
-            add_counts(by_model.setdefault(model, {}), counts)
-    if not models:
-        return None
-    usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-    find = "SELECT model, context FROM sessions WHERE name = ?"
-    model, context = database.execute(find, (session,)).fetchone()
-    return {**usage, "model": model, "context": context} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
