@@ -7307,6 +7307,177 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
     assert transcript.total() == 6000
 
 
+# What was said ---------------------------------------------------------------
+
+
+def words_of(events: Iterable[dict[str, Any]]) -> str:
+    """Return what was said in some events, as WORDS_STORIES says it."""
+    said = [event for event in events if event["eventType"] == ee.WORDS]
+    assert len({event["id"] for event in said}) == len(said)
+    about = ((it.get("agentId") or it["data"].get("role") or "", it["data"]["text"]) for it in said)
+    return "; ".join(": ".join(filter(None, words)) for words in about)
+
+
+def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
+    """Return a message for usage_entries."""
+    blocks = [{"type": "thinking", "thinking": "hm"}, *({"type": "text", "text": it} for it in texts)]
+    about = {"id": f"m{number}", "model": model, "usage": {}, "content": blocks}
+    spaced = json.dumps(about, separators=(",", ":"))
+    return spaced.replace(" ", "\\u0020")
+
+
+# Rule → transcripts as in USAGE_LAYOUTS, `|| ` begins the next step; then what is new of what was said, in order.
+WORDS_STORIES = {
+    "each message once, and nothing the second time": "s1: a 1/2; b 1/2 → done; done || s1: c 1/2 → done",
+    "an agent's are its own": "s1: a 1/2 | s1/subagents/agent-b: b 10/20 → b: done; done",
+    "a sidechain's are not the main agent's": "s1: b 10/20 isSidechain=true → sidechain: done",
+    "a fork repeats nothing": "s1: a 1/2 → done || s2: a 1/2 uuid=\"new\"; b 1/2 → done",
+    "a line again": "s1: a 1/2; a 1/2 uuid=\"again\" → done",
+    "every text of a message, no thinking": f"s1: a 1/2 message={words_text('one', ' ', 'two')} → one; two",
+    "what the client wrote itself is no agent's": f"s1: a 1/2 message={words_text('x', model='<synthetic>')} → ",
+    "prompts before the first hook": "s1: user what; a 1/2 → user: what; done",
+    "a prompt that a hook has reported": "s1: user what timestamp=\"LATE\"; a 1/2 → done",
+    "a fork repeats no prompt": "s1: user what; a 1/2 → user: what; done || s2: user what; a 1/2; b 1/2 → done",
+    "what no person typed": "s1: user <task-notification>x; user x isMeta=true; user x isSidechain=true; a 1/2 → done",
+    "an agent's prompt is in its call": "s1: a 1/2 | s1/subagents/agent-b: user find; b 1/2 → b: done; done",
+    "a command after !": (
+        's1: user message={"content":"<bash-input>ls</bash-input>"} timestamp="LATE"; user <bash-stdout>x → shell: ls'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", WORDS_STORIES)
+def test_what_was_said_is_read_once_and_in_order(tmp_path, rule):
+    late = "2026-11-24T12:00:00.000Z"
+    at_ms = ee.iso_time_ms(late)
+    reader = ee.UsageReader(f"{tmp_path}/home")
+    for files, said in (
+        step.split(" → ") for step in WORDS_STORIES[rule].replace("LATE", late).split(" || ")
+    ):
+        path, session = usage_written(tmp_path, files)
+        event = {**usage_event(path, session), "since": at_ms}
+        events = reader.events(event)
+        assert words_of(events) == said.strip(), files
+        assert all(it["sessionId"] == session and it["timestamp"] <= at_ms for it in events[:-1])
+        assert words_of(reader.events(event)) == ""
+    reader.close()
+
+
+def test_of_a_long_transcript_only_the_end_is_read_for_words(transcript, monkeypatch):
+    monkeypatch.setattr(ee, "WORDS_TAIL_BYTES", 5000)
+    transcript.add(usage_entries("; ".join(f"m{number} 1/1" for number in range(60))).encode())
+    events = transcript.reader.events(usage_event(transcript.path))
+    assert 5 < words_of(events).count("done") < 25 and usage_output(events[-1]["data"]["usage"]) == 60
+    transcript.reader.with_words = False
+    transcript.add(usage_entries("late 1/1").encode())
+    assert words_of(transcript.reader.events(usage_event(transcript.path))) == ""
+
+
+@given(sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=20), first=st.integers(0, 40_000))
+@settings(max_examples=20)
+def test_a_transcript_in_pieces_has_the_same_facts(sizes, first):
+    for path in glob.glob(f"{RECORDED}/transcripts/*/*.jsonl"):
+        data = pathlib.Path(path).read_bytes()
+        whole, pieces, place, found = ee.TranscriptParser(), ee.TranscriptParser(), 0, []
+        whole.words_from = pieces.words_from = first
+        for size in itertools.cycle(sizes):
+            found += pieces.feed(data[place : place + size])
+            place += size
+            if place >= len(data):
+                break
+        assert found == whole.feed(data)
+        texts = [it["data"]["text"] for it in found if isinstance(it, dict) and it["eventType"] == ee.WORDS]
+        own = [block["text"] for line in data[data.rfind(b"\n", 0, first) + 1 :].splitlines() if b'"text"' in line
+               for message in [json.loads(line)["message"]] if message["role"] == "assistant"
+               for block in message["content"] if block["type"] == "text"]  # fmt: skip
+        assert [text for text in texts if text in own][-1:] == own[-1:]
+        with tempfile.TemporaryDirectory() as home:
+            reader, copy = ee.UsageReader(home), f"{home}/copy.jsonl"
+            shutil.copy(path, copy)
+            assert words_of(reader.events(usage_event(path))) and not reader.events(usage_event(copy, "s2"))
+            reader.close()
+
+
+@pytest.mark.parametrize("level", ["full", "metadata"])
+def test_words_come_while_a_session_works_redacted_and_searchable(level, monitor, tmp_path):
+    machine = monitor
+    machine.write_config({"privacy": {"level": level}})
+    machine.start()
+    transcript, secret = Transcript(str(tmp_path)), hook_token("ghp_", 36)
+    machine.emit(payload("UserPromptSubmit", prompt="go", transcript_path=transcript.path))
+    for number, text in enumerate(("the first finding", f"it is {secret}", "the last")):
+        transcript.add(usage_entries(f"m 1/1 message={words_text(text, number=number)}").encode())
+        written = time.monotonic()
+        said = lambda: [it["data"]["text"] for it in machine.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
+        if level == "full":
+            eventually(lambda number=number, said=said: len(said()) > number, what=text)
+            assert time.monotonic() - written < 10  # 2 s, on a machine that is not busy
+    if level == "metadata":
+        machine.emit(payload("Stop", transcript_path=transcript.path))
+        eventually(lambda: machine.sessions()["s1"]["tokenUsage"], what="the tokens")
+        assert said() == []
+        return
+    assert said()[0] == "the first finding" and "[redacted:" in said()[1] and secret not in str(said())
+    index_ready(machine)
+    (found,) = machine.get("/api/search?q=finding")["results"]
+    assert found["data"]["text"] == "the first finding"
+    session = machine.sessions()["s1"]
+    assert session["state"] == "working" and session["counts"]["events"] == 1
+
+
+GIT_PLACES = {
+    "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
+    "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
+    "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
+    "none": None, "fifo": None, "": None, "proj/../none": None,
+}  # fmt: skip
+
+
+def test_branch_and_project_come_from_the_files_of_git(tmp_path):
+    def git(place: str, *words: str) -> str:
+        options = (
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@x",
+            "-c",
+            "protocol.file.allow=always",
+            "-c",
+            "init.defaultBranch=main",
+        )
+        command = ["git", "-C", str(tmp_path / place), *options, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for place in ("proj/below/deep", "detached", "none", "fifo/.git", "tree/x", "other"):
+        (tmp_path / place).mkdir(parents=True)
+    for place in ("proj", "detached", "other"):
+        git(place, "init", "-q")
+        git(place, "commit", "-q", "--allow-empty", "-m", "x")
+    (tmp_path / "tree/x").rmdir()
+    git("proj", "worktree", "add", "-q", "-b", "side", "../tree")
+    (tmp_path / "tree/below").mkdir()
+    git("detached", "checkout", "-q", "--detach")
+    git("", "clone", "-q", "--bare", "other", "bare.git")
+    git("bare.git", "worktree", "add", "-q", "../bare-tree", "main")
+    git("proj", "submodule", "--quiet", "add", "../other", "sub")
+    os.mkfifo(tmp_path / "fifo/.git/HEAD")
+    for place, expected in GIT_PLACES.items():
+        event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
+        ee.add_git_place(event)
+        found = event["data"].get("git") or {}
+        shown = [
+            found.get("branch"),
+            *(os.path.relpath(found[it], tmp_path) for it in ("root", "project") if found),
+        ]
+        branch = git("detached", "rev-parse", "HEAD")[:7] if expected and expected[0] == "COMMIT" else ""
+        assert (tuple(shown) if found else None) == (expected and (branch or expected[0], *expected[1:])), (
+            place
+        )
+    agent = ee.build_event(payload("Stop", cwd=f"{tmp_path}/proj", agent_id="a"), NOW_MS, "box")
+    ee.add_git_place(agent)
+    assert "git" not in agent["data"]
+
+
 # Where subagents come from ---------------------------------------------------
 
 
@@ -8138,8 +8309,8 @@ def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, ma
     for age_ms in (ee.EVIDENCE_MS + 1000, 0):  # the first line is history
         transcript.add(session_line("interrupted", ee.now_ms() - age_ms))
         if age_ms:
-            transcript.add(usage_line("m2", 5))
-            read = lambda: (machine.sessions()["s1"]["tokenUsage"] or {}).get("totalOutput") == 10  # noqa: E731
+            transcript.add(usage_entries("m2 1/5").encode())
+            read = lambda: any(it["eventType"] == ee.WORDS for it in machine.stored_events())  # noqa: E731
             eventually(read, what="the transcript's next reading")
             assert machine.sessions()["s1"]["state"] == "working"
     eventually(lambda: machine.sessions()["s1"]["state"] == "idle", what="Esc")
@@ -8513,6 +8684,77 @@ def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expec
     again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
     assert again[: len(found)] == found, "the same after a restart"
     assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
+
+
+# Edits `SESSION PATH [MINUTE] [FIELD=VALUE]…`, then which sessions collide: `SESSION: PATH with SESSION`.
+COLLISION_STORIES = {
+    "one session alone": "a /r/x 0; a /r/x 1 → ",
+    "two sessions, one file": "a /r/x 0; b /r/x 9 → a: /r/x with b; b: /r/x with a",
+    "by a subagent": "a /r/x 0 agent_id=g; b /r/x 1 → a: /r/x with b; b: /r/x with a's g",
+    "after more than ten minutes": "a /r/x 0; b /r/x 11 → ",
+    "other files": "a /r/x 0; b /r/y 1 → ",
+    "other machines": "a /r/x 0; b /r/x 1 machine=far → ",
+    "worktrees of one repository": "a /r/x 0 root=/r; b /w/x 1 root=/w project=/r → a: /r/x with b; b: /w/x with a",
+    "other repositories": "a /r/x 0 root=/r; b /w/x 1 root=/w → ",
+    "one knows no repository": "a /r/x 0 root=/r; b /r/x 1 → a: /r/x with b; b: /r/x with a",
+    "a call that failed": "a /r/x 0; b /r/x 1 hook=PostToolUseFailure → ",
+    "a tool that only reads": "a /r/x 0; b /r/x 1 tool=Read → ",
+    "a notebook": "a /r/x 0; b /r/x 1 tool=NotebookEdit key=notebook_path → a: /r/x with b; b: /r/x with a",
+    "a patch": "a /r/x 0; b PATCH 1 tool=apply_patch key=input → a: /r/x with b; b: /r/x with a",
+    "the same conversation after /clear": "a /r/x 0; clear a b; b /r/x 1 → ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", COLLISION_STORIES)
+def test_sessions_that_edit_the_same_file_collide(rule):
+    book, at, number = cm.Sessions(own_machine=SESSION_MACHINE), NOW_MS, 0
+    steps, _, expected = COLLISION_STORIES[rule].partition(" → ")
+
+    def say(hook: str, session: str, machine: str = SESSION_MACHINE, **fields: Any) -> None:
+        nonlocal number
+        number += 1
+        event = ee.build_event(payload(hook, session, **{"cwd": "/r", **fields}), at, machine)
+        event.update(seq=number, timestamp=at, received=at)
+        if "git" in fields:
+            event["data"]["git"] = fields["git"]
+        book.apply(event)
+
+    for step in steps.split("; "):
+        session, path, *rest = step.split(" ")
+        if session == "clear":
+            say("SessionEnd", path, reason="clear")
+            say("SessionStart", rest[0], source="clear")
+            continue
+        given = dict(field.split("=") for field in rest[1:])
+        machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
+        at = NOW_MS + int(rest[0]) * 60_000
+        place = (
+            {"git": {"branch": "main", "root": root, "project": given.get("project", root)}} if root else {}
+        )
+        if session not in book.sessions:
+            say("SessionStart", session, machine, source="startup", **place)
+        target = "*** Begin Patch\n*** Update File: x\n@@\n" if path == "PATCH" else path
+        agent = {"agent_id": given["agent_id"], "agent_type": "x"} if "agent_id" in given else {}
+        tool = {
+            "tool_name": given.get("tool", "Edit"),
+            "tool_use_id": f"t{number}",
+            "tool_input": {given.get("key", "file_path"): target},
+        }
+        say(given.get("hook", "PostToolUse"), session, machine, **tool, **agent)
+        if number % 2:
+            book = session_restored(book)
+    shown = {name: book.to_json(session)["collisions"] for name, session in book.sessions.items()}
+    said = [f"{name}: {it['path']} with {it['sessionId']}" + (f"'s {it['agent']}" if "agent" in it else "")
+            for name, found in sorted(shown.items()) for it in found]  # fmt: skip
+    assert "; ".join(said) == expected
+    assert all(it["time"] == at for found in shown.values() for it in found)
+    notices = [
+        it
+        for session in book.sessions.values()
+        for it in cm.notices_of(session, None)
+        if it.kind == "collision"
+    ]
+    assert len(notices) == bool(expected), "one message for both"
 
 
 def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
