@@ -7304,7 +7304,7 @@ class Ingest:
         self.registry = RegistryThread(settings.machine_key, deliver)
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
-        self._usage.keep_words(not settings.privacy.metadata_only)
+        self._usage.reader.with_words = not settings.privacy.metadata_only
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(

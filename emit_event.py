@@ -2225,7 +2225,7 @@ _TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
 WORDS = "agent_words"  # the type of events with what was said
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
-AGENTS_REMEMBERED = SESSIONS_REMEMBERED = 4096
+AGENTS_REMEMBERED = 4096
 CLIENT_FILE_LIMIT_BYTES = 64 << 10  # of a note or a registry file
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
@@ -2329,11 +2329,10 @@ class TranscriptParser:
         self.entry = None
         if not (self.parses_all or is_prompt or any(mark in line for mark in marks)):
             return
-        with contextlib.suppress(MalformedEvent):
-            self.entry = parse_event_line(line)
-        if self.entry is None:
+        try:
+            entry = self.entry = parse_event_line(line)
+        except MalformedEvent:
             return
-        entry = self.entry
         if self._program:
             yield from self._of_program(AGENTS[self._program], entry, line)
             return
@@ -2513,7 +2512,7 @@ class UsageReader:
         """Read on in the transcripts that an event names; return words, evidence, and usage if it is new.
 
         Without `is_end` only what has grown is read, and there is usage every USAGE_QUIET_S.
-        `since`: the time of the session's first event.
+        `since`: the time of the first event since nothing was read.
         """
         data, session_id, self._found = event["data"], event["sessionId"], []
         named = data.get("transcriptPath"), data.get("agent_transcript_path")
@@ -2699,25 +2698,22 @@ class UsageWorker:
         self._deliver = deliver
         self._is_reported = is_reported
         self._closing = threading.Event()
-        self._reader = UsageReader(home, self._closing)
+        self.reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → (time.monotonic of the next look, 0: read at once;
         # event; time until which it is looked at)
         self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
-        self._since: dict[str, int] = {}  # session → the time of its first event
         self._thread: Optional[threading.Thread] = None  # begins with the first event
-
-    def keep_words(self, keep: bool) -> None:
-        """Switch the events of what was said on or off."""
-        self._reader.with_words = keep
 
     @property
     def is_busy(self) -> bool:
         """True while something is to be read at once, or a session works that no registry reports."""
         with self._wake:
             now = time.monotonic()
-            pending = [(key[0], due, until) for key, (due, _, until) in self._pending.items()]
-        return any(due == 0 or (until > now and not self._is_reported(it)) for it, due, until in pending)
+            return any(
+                due == 0 or (until > now and not self._is_reported(session))
+                for (session, _), (due, _, until) in self._pending.items()
+            )
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
@@ -2731,12 +2727,10 @@ class UsageWorker:
         is_here = os.path.exists(paths.get(names[0], ""))
         until = now + (USAGE_LATE_S if not works else WATCH_S if is_here else USAGE_QUIET_S)
         with self._wake:
-            if key[0] not in self._since and len(self._since) >= SESSIONS_REMEMBERED:
-                del self._since[next(iter(self._since))]
-            since = self._since.setdefault(key[0], event["timestamp"])
-            is_first = not self._pending
-            due = 0 if is_end else min(now + LOOK_S, self._pending.get(key, (math.inf,))[0])
-            self._pending[key] = (due, {**about, "data": paths, "since": since}, until)
+            is_first, before = not self._pending, self._pending.get(key, (math.inf, {}, 0.0))
+            about["since"] = before[1].get("since", event["timestamp"])
+            due = 0 if is_end else min(now + LOOK_S, before[0])
+            self._pending[key] = (due, {**about, "data": paths}, until)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
@@ -2762,7 +2756,7 @@ class UsageWorker:
                 if due > now:
                     self._wake.wait(min(due - now, 3600.0))
                     continue
-            for found in self._reader.events(event, is_end=due == 0 or until < now + LOOK_S):
+            for found in self.reader.events(event, is_end=due == 0 or until < now + LOOK_S):
                 self._deliver(found)
             with self._wake:
                 if self._pending.get(key) is entry:
@@ -2770,8 +2764,8 @@ class UsageWorker:
                     if until > now:
                         self._pending[key] = (time.monotonic() + LOOK_S, event, until)
                     else:
-                        self._reader.forget(event)
-        self._reader.close()  # SQLite wants it in the thread that opened it
+                        self.reader.forget(event)
+        self.reader.close()  # SQLite wants it in the thread that opened it
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
@@ -3449,7 +3443,7 @@ class Publisher:
             log_failure(f"the publisher keeps its last configuration: {error}")
             self._values = self._values or default_values()
         self._state["server"] = redis_place(self._values)
-        self._usage.keep_words(not privacy_of(self._values).metadata_only)
+        self._usage.reader.with_words = not privacy_of(self._values).metadata_only
         self._drop_client()
         self._failures, self._next_attempt = 0, 0.0
 

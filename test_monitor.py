@@ -7407,11 +7407,9 @@ def test_words_come_while_a_session_works_redacted_and_searchable(level, monitor
     machine.emit(payload("UserPromptSubmit", prompt="go", transcript_path=transcript.path))
     for number, text in enumerate(("the first finding", f"it is {secret}", "the last")):
         transcript.add(usage_entries(f"m 1/1 message={words_text(text, number=number)}").encode())
-        written = time.monotonic()
         said = lambda: [it["data"]["text"] for it in machine.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
         if level == "full":
             eventually(lambda number=number, said=said: len(said()) > number, what=text)
-            assert time.monotonic() - written < 10  # 2 s, on a machine that is not busy
     if level == "metadata":
         machine.emit(payload("Stop", transcript_path=transcript.path))
         eventually(lambda: machine.sessions()["s1"]["tokenUsage"], what="the tokens")
