@@ -10445,12 +10445,15 @@ _NODE_ACTIONS = (
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
     ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
+    said_ms = set()  # times of what was said, as read before hooks reported it
     was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
     for stored in map(parse_stored, store.lines(session_id)):
         was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
-        if not stored.get("imported") and stored["hookType"] != "Monitor":
+        if stored["eventType"] == emit_event.WORDS:
+            said_ms.add(stored["timestamp"])
+        elif not stored.get("imported") and stored["hookType"] != "Monitor":
             first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
     def is_before_hooks(event: JsonObject) -> bool:
@@ -10461,6 +10464,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 
     new = [event for event in events if event["id"] not in ids]
     new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
+    new = [it for it in new if it.get("hookType") != "UserPromptSubmit" or it["timestamp"] not in said_ms]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
