@@ -218,7 +218,8 @@ class Settings:
 NOTICE_KINDS = {  # kind → the beginning of the message's title
     "permission": "Needs your permission", "question": "Asks you a question", "plan": "Has a plan to approve",
     "input": "Waits for your prompt", "dialog": "Shows a dialog", "failed": "Has failed",
-    "stuck": "May be stuck", "limit": "Is near a limit", "ended": "Has ended",
+    "stuck": "May be stuck", "collision": "Edits the same file as another session",
+    "limit": "Is near a limit", "ended": "Has ended",
 }  # fmt: skip
 
 
@@ -1250,6 +1251,7 @@ ACCOUNTS_LIMIT = 32
 SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
+READ_KINDS = (*FIGURE_KINDS, emit_event.WORDS)  # read from files: they change no state, and begin no session
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1419,6 +1421,11 @@ class Session:
     hidden: bool = False
     machine_key: str = ""  # which machine; `machine_id` is only its name
     agent: str = ""  # which program, of emit_event.AGENTS; "": Claude Code
+    branch: str = ""
+    root: str = ""  # of its worktree
+    project: str = ""  # the same for all worktrees of a repository
+    # (path, other session) → (its agent, when the later one of the two edited)
+    collisions: dict[tuple[str, str], tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     def shift(self, step_ms: int) -> None:
         """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
@@ -1790,6 +1797,9 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main and isinstance(data.get("git"), dict):
+        place = map(data["git"].get, ("branch", "root", "project"))
+        session.branch, session.root, session.project = (one_line(text_of(it), 4096) for it in place)
     if by_main and isinstance(data.get("effort"), dict):
         session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
@@ -2256,6 +2266,21 @@ _EDITING_NAME = re.compile(
     r"(?!.*(?:plan|todo)).*(?:write|edit|create|update|insert|replace|delete|move|rename|apply|patch)", re.I
 )
 _STREAKS_LIMIT = 64
+COLLISION_MS = 600_000  # two sessions that edit a file within this time collide
+EDITED_FILES_LIMIT = 2000  # that are remembered
+
+
+def edited_files(event: JsonObject) -> set[str]:
+    """Return the absolute paths of the files that a successful call has changed, as its tool says."""
+    tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
+    is_done = effective_type(event) == "tool_result" and tool in (*_EDITING_TOOLS, "apply_patch")
+    if not is_done or not isinstance(given, dict):
+        return set()
+    paths = [given.get("file_path"), given.get("notebook_path")]
+    if tool == "apply_patch":
+        paths = [it for text in given.values() if isinstance(text, str) for it in _PATCHED_FILE.findall(text)]
+    named = (path for path in paths if isinstance(path, str) and 0 < len(path) <= 4096)
+    return {os.path.normpath(os.path.join(event["workingDirectory"], path)) for path in named}
 
 
 def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
@@ -2590,6 +2615,8 @@ class Sessions:
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         self._accounts: list[Account] = []  # the most recently active last
+        # (machine's key, file) → session id → when it edited it last, its agent, its path; newest last
+        self._edits: dict[tuple[str, str], dict[str, tuple[int, str, str]]] = {}
         self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
@@ -2614,7 +2641,7 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind in FIGURE_KINDS or (kind == "session_end" and "agent" in event):
+            if kind in READ_KINDS or (kind == "session_end" and "agent" in event):
                 return session  # Codex ends windows that never had a prompt
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
@@ -2622,7 +2649,7 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", *FIGURE_KINDS):
+        if kind in ("session_meta", *READ_KINDS):
             limits: list[Limit] = []
             if kind == "session_meta":
                 _apply_user_action(session, event["data"])
@@ -2633,6 +2660,7 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
             self._apply_step(session, event, kind, at, received)
+            self._find_collisions(session, event, at)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2655,7 +2683,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *READ_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2703,6 +2731,40 @@ class Sessions:
                 figures = {name: _window_json(name, it) for name, it in windows.items()}
                 shown.append({"machines": list(account.machines), **figures})
         return shown
+
+    def _find_collisions(self, session: Session, event: JsonObject, at: int) -> None:
+        """Record the files that a call has edited; mark sessions that edited the same one a short time ago.
+
+        Files of all worktrees of a repository are compared by their path in its project.
+        """
+        agent_id = event.get("agentId", MAIN)
+        for path in edited_files(event) if not event.get("imported") else ():
+            below = path.removeprefix(session.root + "/") if session.root else path
+            key = session.machine_key, path if below == path else f"{session.project}/{below}"
+            edits = self._edits.pop(key, {})
+            edits.pop(session.session_id, None)
+            for other_id, theirs in list(edits.items()):
+                other = self.sessions.get(other_id)
+                if other is None or abs(at - theirs[0]) > COLLISION_MS:
+                    del edits[other_id]
+                elif not self._is_one_conversation(session, other):
+                    self._collide(session, path, other_id, theirs[1], max(at, theirs[0]))
+                    self._collide(other, theirs[2], session.session_id, agent_id, max(at, theirs[0]))
+            self._edits[key] = {**edits, session.session_id: (at, agent_id, path)}
+            if len(self._edits) > EDITED_FILES_LIMIT:
+                del self._edits[next(iter(self._edits))]
+
+    def _collide(self, session: Session, path: str, other_id: str, agent_id: str, time_ms: int) -> None:
+        self._linked.add(session.session_id)
+        session.collisions.pop((path, other_id), None)
+        session.collisions[path, other_id] = agent_id, time_ms
+        if len(session.collisions) > SENT_OF_EACH:
+            del session.collisions[next(iter(session.collisions))]
+
+    def _is_one_conversation(self, one: Session, other: Session) -> bool:
+        """True if one session continues the other (after /clear, resume, fork)."""
+        pairs = ((one.session_id, other.continued_from), (other.session_id, one.continued_from))
+        return any(each in self.lineage(start, "continued_from") for each, start in pairs)
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2887,7 +2949,7 @@ class Sessions:
 
     def snapshot(self, session_id: str) -> bytes:
         """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
-        rest = (self._machines, self._unnamed.open, self._accounts)
+        rest = (self._machines, self._unnamed.open, self._accounts, self._edits)
         state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
@@ -2899,7 +2961,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
+        rest: Any = (self._machines, self._unnamed.open, self._accounts, self._edits)
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2908,10 +2970,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed, accounts = state
+                    rest = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
+        self._machines, self._unnamed.open, self._accounts, self._edits = rest
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -3013,6 +3075,10 @@ class Sessions:
             **gauges,
             "costUsd": source and costs[source],
             "costSource": source,
+            "collisions": [
+                {"path": path, "sessionId": other, **({"agent": agent} if agent else {}), "time": at}
+                for (path, other), (agent, at) in session.collisions.items()
+            ],
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
@@ -3068,7 +3134,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "agent": "agent", "effort": "effort",
+    "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -3127,8 +3193,8 @@ _ROW_DATA = (
 )  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
-    "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
-    "compact_summary", "command_name",
+    "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
+    "new_cwd", "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
     "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agent",
@@ -3250,7 +3316,7 @@ _MARK = "\ue000"  # begins a word for an attribute of an event (its session, too
 # Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
-    *("usage", "truncated", "effort", "type", "signature"),
+    *("usage", "truncated", "effort", "type", "signature", "messageId"),
 }
 
 
@@ -3595,7 +3661,7 @@ class IndexFile:
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
-        if kind != "session_meta":  # an action of the user is no event of its session
+        if kind not in ("session_meta", emit_event.WORDS):  # no events of their session
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
         for call in self._unnamed.paired(event, call_facts(event)):
@@ -6511,6 +6577,9 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
         add(session.state, session.state, session.reason.detail, session.state_since)
     for stuck in stuck_signals(session):
         add(stuck["kind"], "stuck", stuck["detail"], stuck["since"])
+    for (path, other), (_, at) in session.collisions.items():
+        if session.session_id < other and session.state != "ended":  # one message for both
+            add(f"collision {path} {other}", "collision", path, at)
     if context_percent is not None and context_percent >= LIMIT_PERCENT:
         add("context", "limit", f"context {context_percent:.0f} % full", 0)
     return [] if session.hidden or session.demo else found
@@ -6940,6 +7009,7 @@ class Ingest:
         self.registry = RegistryThread(settings.machine_key, deliver)
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
+        self._usage.reader.with_words = not settings.privacy.metadata_only
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
@@ -7025,6 +7095,7 @@ class Ingest:
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
+            emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
@@ -8008,12 +8079,12 @@ class Monitor:
         return settled[0]
 
     def _take_own(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens, or the status of a client; called in their threads."""
+        """Store what a transcript contains, or the status of a client; called in their threads."""
 
         def store() -> None:
-            is_usage = event["eventType"] == "usage"
-            if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
-                self.take_now(encode_json(event))  # totals must not restore a deleted session
+            is_read = event["eventType"] in READ_KINDS
+            if not is_read or self.loading is not None or event["sessionId"] in self.sessions.sessions:
+                self.take_now(encode_json(event))  # these must not restore a deleted session
             if event["data"].get("status") == emit_event.CLIENT_EXITED:
                 self.ingest.read_transcripts(event["sessionId"])
 
@@ -10021,11 +10092,6 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
 # (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
-# Lines of the type `user` that no person typed.
-_NOT_TYPED = re.compile(
-    r"\s*(?:\[Request interrupted|Caveat: The messages below"
-    r"|<(?:command-\w+|local-command-\w+|bash-\w+|task-notification|teammate-message|system-reminder)\b)"
-)
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
@@ -10039,12 +10105,15 @@ _NODE_ACTIONS = (
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
     ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
+    said_ms = set()  # times of what was said, as read before hooks reported it
     was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
     for stored in map(parse_stored, store.lines(session_id)):
         was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
-        if not stored.get("imported") and stored["hookType"] != "Monitor":
+        if stored["eventType"] == emit_event.WORDS:
+            said_ms.add(stored["timestamp"])
+        elif not stored.get("imported") and stored["hookType"] != "Monitor":
             first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
     def is_before_hooks(event: JsonObject) -> bool:
@@ -10055,6 +10124,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 
     new = [event for event in events if event["id"] not in ids]
     new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
+    new = [it for it in new if it.get("hookType") != "UserPromptSubmit" or it["timestamp"] not in said_ms]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
@@ -10136,13 +10206,16 @@ def import_batches(
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
+    usage = emit_event.UsageReader("")
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
         found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
-            reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
+            reader = TranscriptReader(
+                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage
+            )
             files: dict[str, list[bytes]] = {}  # by agent id
             named: dict[str, str] = {}
             for path in paths:
@@ -10171,22 +10244,24 @@ def import_batches(
 class TranscriptReader:
     """Converts transcripts of a session and its subagents to the events that hooks would have sent.
 
-    `seen`: shared by all readers of an import. `is_known(id)`: another source has that session's lines.
+    `seen` and `usage`: shared by all of an import. `is_known(id)`: another source has that session.
     """
 
     def __init__(
-        self, session_id: str, machine_id: str, seen: set[str], is_known: Callable[[str], bool]
+        self,
+        session_id: str,
+        machine_id: str,
+        seen: set[str],
+        is_known: Callable[[str], bool],
+        usage: emit_event.UsageReader,
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
-        self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
+        self._seen = seen  # lines and words of any transcript so far: a resumed session begins with copies
         self._is_known = is_known
-        self._is_fork = False  # it begins with lines of another session
-        self._chain = ""  # of the client's own sums
+        self._usage = usage
         self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
-        self._used: dict[str, emit_event.MessageUsage] = {}  # by key
-        self._model: str | None = None
         self._titles: list[tuple[str, JsonObject]] = []  # type of line, line
 
     def events(
@@ -10194,13 +10269,14 @@ class TranscriptReader:
     ) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
         files = {"": lines, **of_agents}
-        found = {it: [entry for line in files[it] for entry in self._entry_of(line, it)] for it in files}
+        found = {agent_id: list(self._entries_of(files[agent_id], agent_id)) for agent_id in files}
         entries = [*itertools.chain.from_iterable(found.values())]
         # The client's sums have no time: they include everything before the next line.
         next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
         for entry in reversed(found[""]):
             next_ms = entry["timestamp_ms"] = entry["timestamp_ms"] or next_ms
         entries.sort(key=lambda entry: entry["timestamp_ms"])
+        self._usage.begin(self._session_id)
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
@@ -10210,115 +10286,79 @@ class TranscriptReader:
         kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
         titles = dict(kept)
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
-        about = {"source": "import", "model": self._model, "session_title": title}
-        return [
-            self._event(start, "SessionStart", "start", about),
-            *events,
-            *self._usage(end, "end"),
-            self._event(end, "SessionEnd", "end", {"reason": "import"}),
-        ]
+        usage = list(self._usage_event(end, "end"))
+        model = usage[0]["data"]["usage"].get("model") if usage else None
+        about = {"source": "import", "model": model, "session_title": title}
+        begin = self._event(start, "SessionStart", "start", about)
+        return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
-    def _entry_of(self, line: bytes, agent_id: str) -> Iterator[JsonObject]:
-        try:
-            entry = emit_event.parse_event_line(line)
-        except MalformedEvent:
-            self.malformed[agent_id] += 1 if line.strip() else 0
-            return
-        message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
-        kind, time_ms = text_of(entry.get("type")), emit_event.iso_time_ms(entry.get("timestamp"))
-        if isinstance(origin, str) and origin != self._session_id:
-            self._is_fork = True
-            if self._is_known(origin):
-                return
-        if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
-            self._titles.append((kind, entry))
-        if kind == "cost-state":
-            yield {**entry, "line": line, "timestamp_ms": 0, "blocks": []}
-        if kind not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
-            return
-        if not isinstance(place, str) or place in self._seen:
-            self._is_fork = self._is_fork or isinstance(place, str)
-            return
-        self._seen.add(place)
-        if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
-            return
-        content = message.get("content")
-        blocks = emit_event.objects_in([{"text": content}] if isinstance(content, str) else content)
-        agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
-        yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
+    def _entries_of(self, lines: Iterable[bytes], agent_id: str) -> Iterator[JsonObject]:
+        """Yield the lines with messages and sums, each with the `facts` that the parser finds in it."""
+        parser = emit_event.TranscriptParser(agent_id)
+        parser.parses_all = True
+        for line in lines:
+            facts, entry = parser.feed(line + b"\n"), parser.entry or {}
+            if parser.entry is None and line.strip():
+                self.malformed[agent_id] += 1
+            place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
+            time_ms = emit_event.iso_time_ms(entry.get("timestamp"))
+            if isinstance(origin, str) and origin != self._session_id and self._is_known(origin):
+                continue
+            if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
+                self._titles.append((kind, entry))
+            if kind == "cost-state":
+                yield {**entry, "facts": facts, "timestamp_ms": 0, "blocks": []}
+            is_message = kind in ("user", "assistant") and isinstance(entry.get("message"), dict)
+            if is_message and time_ms and isinstance(place, str) and place not in self._seen:
+                self._seen.add(place)
+                agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
+                blocks = emit_event.objects_in(entry["message"].get("content"))
+                about = {"agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
+                yield {**entry, **about}
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
-        agent_id = entry.get("agentId")
+        agent_id, message = entry.get("agentId"), entry.get("message", {})
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        text = "\n".join(block["text"] for block in entry["blocks"] if isinstance(block.get("text"), str))
-        yield from (self._of_user if entry["type"] == "user" else self._of_assistant)(entry, text)
-
-    def _of_user(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
+        self._usage.count(self._session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
+        words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
+        for said in words:
+            if said["data"].get("role") == "user":
+                yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
+            elif said["id"] not in self._seen:
+                self._seen.add(said["id"])
+                yield {**self._event(entry, "", "", said["data"]), **said}
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
-        is_main = entry["agentId"] is None and entry.get("isSidechain") is not True
-        if text and not results and is_main and not _NOT_TYPED.match(text):
-            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": text})
         for number, block in enumerate(results):
-            use_id = text_of(block.get("tool_use_id"))
-            call = self._calls.get(use_id, {})
-            data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
-            content = block.get("content")
-            if block.get("is_error") is True:
-                parts = emit_event.objects_in(content if isinstance(content, list) else [{"text": content}])
-                texts = (text_of(part.get("text")) for part in parts)
-                hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
-            else:
-                whole = entry.get("toolUseResult") if len(results) == 1 else None
-                hook, data["toolOutput"] = "PostToolUse", content if whole is None else whole
-            yield self._event(entry, hook, f"result{number}", data)
-
-    def _of_assistant(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
-        agent_id = entry.get("agentId") or ""
-        for used in emit_event.TranscriptParser(agent_id).feed(entry["line"] + b"\n"):
-            if isinstance(used, emit_event.MessageUsage):
-                self._count(used)
-                self._model = self._model if used.agent_id else used.model
-            elif isinstance(used, dict):
-                continue  # evidence of what the entries themselves show
-            elif not self._is_fork and (used.chain == self._chain or used.chain not in self._seen):
-                self._chain = used.chain
-                self._seen.add(used.chain)
-                for rest in used.uncounted(_by_model(self._used.values())):
-                    self._count(rest)
+            yield self._result(entry, block, number, len(results) == 1)
         for number, block in enumerate(entry["blocks"]):
             use_id = block.get("id")
             if block.get("type") == "tool_use" and isinstance(use_id, str):
                 self._calls[use_id] = block
                 data = {"toolName": block.get("name"), "toolInput": block.get("input"), "toolUseId": use_id}
                 yield self._event(entry, "PreToolUse", f"call{number}", data)
-        is_end = text and entry["message"].get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens")
+        is_end = words and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens")
         if is_end and (agent_id or entry.get("isSidechain") is not True):
+            text = "\n".join(emit_event.texts_of(message.get("content")))
             hook = "SubagentStop" if agent_id else "Stop"
             yield self._event(entry, hook, "stop", {"assistantResponse": text})
-            yield from self._usage(entry, "stop")
+            yield from self._usage_event(entry, "stop")
 
-    def _count(self, used: emit_event.MessageUsage) -> None:
-        """Count a message in the first session that has it, with the largest numbers of its lines."""
-        if used.key in self._used:
-            before = self._used[used.key].counts
-            used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
-        elif used.key in self._seen:
-            return
-        self._seen.add(used.key)
-        self._used[used.key] = used
+    def _result(self, entry: JsonObject, block: JsonObject, number: int, is_only: bool) -> JsonObject:
+        use_id, content, hook = text_of(block.get("tool_use_id")), block.get("content"), "PostToolUse"
+        call = self._calls.get(use_id, {})
+        data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
+        if block.get("is_error") is True:
+            hook, data["error"] = "PostToolUseFailure", "\n".join(emit_event.texts_of(content))
+        else:
+            whole = entry.get("toolUseResult") if is_only else None
+            data["toolOutput"] = content if whole is None else whole
+        return self._event(entry, hook, f"result{number}", data)
 
-    def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        models: dict[str, JsonObject] = {}
-        agents: dict[str, dict[str, JsonObject]] = {}
-        for used in self._used.values():
-            for by_model in (models, agents.setdefault(used.agent_id, {})):
-                emit_event.add_counts(by_model.setdefault(used.model, {}), used.counts)
-        if models:
-            newest = reversed(agents)
-            named = ("", *itertools.islice(newest, emit_event.AGENTS_IN_USAGE - 1))
-            usage = {"models": models, "agents": {it: agents[it] for it in named if it in agents}}
+    def _usage_event(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
+        usage = self._usage.totals(self._session_id)
+        if usage is not None:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -10335,14 +10375,6 @@ class TranscriptReader:
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
-
-
-def _by_model(used: Iterable[emit_event.MessageUsage]) -> dict[str, emit_event.Counts]:
-    sums: dict[str, emit_event.Counts] = {}
-    for one in used:
-        before = sums.get(one.model, (0, 0, 0, 0, 0))
-        sums[one.model] = tuple(map(operator.add, before, one.counts))
-    return sums
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:

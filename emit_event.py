@@ -2107,19 +2107,24 @@ def log_failure(reason: str) -> None:
 # UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
 # by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
-# A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
+# A transcript also contains what the agent said, and evidence of what fires no hook: Esc, "No", a killed
+# command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
 
+PLACE_HOOKS = frozenset(("SessionStart", "UserPromptSubmit", "Stop"))  # after which the branch is read
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
 TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
-USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
-USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
-WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
+LOOK_S = 1.0  # between two looks at whether a transcript has grown
+USAGE_QUIET_S = 30.0  # between two totals of a session that works; so long a missing transcript is expected
+USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
+WATCH_S = 3600.0  # after its last event a working session is still looked at: a killed client sends no end
+WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 7
+PROMPT_MARGIN_MS = 2000  # a hook's event and the line about the same prompt are no further apart
+USAGE_SCHEMA = 8
 _USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -2129,10 +2134,18 @@ _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInp
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
 _MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
+_USER_LINE = re.compile(b'"type": ?"user"')
+# Lines of the type `user` that no person typed.
+NOT_TYPED = re.compile(
+    r"\s*(?:\[Request interrupted|Caveat: The messages below|$"
+    r"|<(?:command-\w+|local-command-\w+|bash-\w+|task-notification|teammate-message|system-reminder)\b)"
+)
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled"'
 ).split()
+_TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
+WORDS = "agent_words"  # the type of events with what was said
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -2146,10 +2159,13 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
+DROP TABLE IF EXISTS words;
 CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
   chain TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
+CREATE TABLE words (id TEXT PRIMARY KEY, session TEXT);
+CREATE INDEX words_of_session ON words (session);
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
@@ -2196,13 +2212,18 @@ class CostState(NamedTuple):
 
 
 class TranscriptParser:
-    """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
+    """Find usage, words and evidence in a transcript fed in pieces of any size; a line counts once complete.
 
-    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened.
+    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
+    words: `agent_words` for each text of the agent, and what a person typed (with `data.role`); their id is
+    the same in every copy of the line. Lines that begin before `words_from` (bytes) have no words.
     """
 
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self.consumed = 0  # bytes; the next reader begins there
+        self.words_from: float = 0
+        self.entry: Optional[JsonObject] = None  # the line that was parsed last
+        self.parses_all = False  # also lines without facts
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._model = model  # of the last line that names one, where the lines with tokens do not
@@ -2215,15 +2236,24 @@ class TranscriptParser:
             return []
         *lines, rest = bytes(self._rest).split(b"\n")
         rest = rest if lines else b""  # of too long a line; its end will be no JSON object
+        found: list[Any] = []
+        place = self.consumed
         self.consumed += len(self._rest) - len(rest)
         self._rest = bytearray(rest)
-        return [usage for line in lines for usage in self._usage_of(line)]
+        for line in lines:
+            found += self._facts_of(line, place >= self.words_from)
+            place += len(line) + 1
+        return found
 
-    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState | JsonObject]":
-        if not any(mark in line for mark in (_AGENT_MARKS if self._program else _MARKS)):
+    def _facts_of(self, line: bytes, has_words: bool) -> "Iterator[MessageUsage | CostState | JsonObject]":
+        has_words = has_words and not self._program
+        is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
+        marks = _AGENT_MARKS if self._program else _MARKS
+        self.entry = None
+        if not (self.parses_all or is_prompt or any(mark in line for mark in marks)):
             return
         try:
-            entry = parse_event_line(line)
+            entry = self.entry = parse_event_line(line)
         except MalformedEvent:
             return
         if self._program:
@@ -2239,7 +2269,11 @@ class TranscriptParser:
             models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in names}
             begun = entry.get("startTime")
             yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
-        if kind != "assistant" or not isinstance(message, dict):
+        if not isinstance(message, dict):
+            return
+        if is_prompt and kind == "user" and time_ms:
+            yield from self._prompt_in(entry, time_ms)
+        if kind != "assistant":
             return
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
@@ -2250,11 +2284,22 @@ class TranscriptParser:
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
+        for text in texts_of(message.get("content")) if has_words and time_ms else ():
+            yield _words(f"{key} {text}", time_ms or 0, agent_id, {"text": text, "messageId": message_id})
         beside = (part for part in objects_in(usage.get("iterations")) if part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
         yield MessageUsage(key, agent_id, model, counts, session_id)
+
+    def _prompt_in(self, entry: JsonObject, time_ms: int) -> "Iterator[JsonObject]":
+        """Yield the prompt in a line, if a person typed one; `shell`: a command, which fires no hook."""
+        text = "\n".join(texts_of(entry["message"].get("content")))
+        command = _TYPED_COMMAND.fullmatch(text)
+        marks = list(map(entry.get, ("isMeta", "isCompactSummary", "isSidechain")))
+        if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
+            role, text = ("shell", command[1]) if command else ("user", text)
+            yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
 
     def _of_program(self, about: AgentFormat, entry: JsonObject, line: bytes) -> "Iterator[Any]":
         """Yield what a line of another program's transcript shows."""
@@ -2282,6 +2327,18 @@ class TranscriptParser:
         key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
         counts = (sent, received, read, written, 0)
         yield MessageUsage(f"{self._program} {key}", agent_id, model, counts)
+
+
+def texts_of(content: Any) -> "list[str]":
+    """Return the texts in the content of a message, without blank ones; thinking is no text."""
+    blocks = [{"text": content}] if isinstance(content, str) else objects_in(content)
+    texts = (block.get("text") for block in blocks)
+    return [text for text in texts if isinstance(text, str) and not text.isspace() and text]
+
+
+def _words(key: str, time_ms: int, agent_id: str, data: JsonObject) -> JsonObject:
+    event = {"id": stable_id(encode_json(key)), "timestamp": time_ms, "hookType": "", "eventType": WORDS}
+    return {**event, **({"agentId": agent_id} if agent_id else {}), "data": data}
 
 
 def _agent_evidence(program: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
@@ -2356,33 +2413,62 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
+    What was said becomes `agent_words` events, once for all sessions: a fork begins with copies of lines.
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
     or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
     Stops early, without a result, once `stopping` is set; the next call continues there.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
-        self._home = home
+        self._home = home  # "": nothing is saved
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
-        self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
-        self._evidence: list[JsonObject] = []  # of the last reading
+        self.with_words = True
+        # Session → hash of the totals in its last event, and when they were read (time.monotonic)
+        self._delivered: dict[str, tuple[int, float]] = {}
+        self._counted: set[str] = set()  # sessions with tokens that no event has yet
+        self._states: dict[tuple[str, str], dict[str, Any]] = {}  # (session, path) → files as they were read
+        self._found: list[JsonObject] = []  # evidence and words of the last reading
+        self._no_hooks_ms = 0  # prompts before this time were reported by no hook
 
-    def events(self, event: JsonObject) -> "list[JsonObject]":
-        """Read on in the transcripts that an event names; return evidence, and usage if it is new."""
-        data, session_id, self._evidence = event["data"], event["sessionId"], []
+    def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
+        """Read on in the transcripts that an event names; return words, evidence, and usage if it is new.
+
+        Without `is_end` only what has grown is read, and there is usage every USAGE_QUIET_S.
+        `since`: the time of the first event since nothing was read.
+        """
+        data, session_id, self._found = event["data"], event["sessionId"], []
+        named = data.get("transcriptPath"), data.get("agent_transcript_path")
+        known = self._states.get((session_id, str(named[1])), {})
+        before, read_at = self._delivered.get(session_id, (0, 0.0))
+        is_owed = session_id in self._counted and time.monotonic() - read_at >= USAGE_QUIET_S
+        if known and not is_end and not is_owed and all(_file_state(it) == known[it] for it in known):
+            return []
         usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
+        since_ms: int = event.get("since") or event["timestamp"]
+        self._no_hooks_ms = since_ms - PROMPT_MARGIN_MS
         try:
-            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+            files = transcripts_of(*named)
+            folders = {os.path.dirname(path) for path, agent_id in files if agent_id}
+            folders.add(str(named[0])[: -len(".jsonl")] + "/subagents")  # changes when an agent begins
+            states = {path: _file_state(path) for path in (*dict(files), *folders)}
+            self._states[session_id, str(named[1])] = states
             program = event["agent"] if event.get("agent") in AGENTS else ""
-            usage = self._read(session_id, files, program) if files else None
+            grown = [it for it in files if states[it[0]] is None or states[it[0]] != known.get(it[0])]
+            usage = self._read(session_id, grown, program, is_end or is_owed)
         except Exception as error:  # an unreadable transcript must not stop the thread
+            self.forget(event)
             self._recover(error)
-        found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
-        if usage is not None and self._delivered.get(session_id) != key:
-            self._delivered[session_id] = key
-            found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+        found, key = [{**about, **it} for it in self._found], hash(encode_json(usage))
+        if usage is not None:
+            self._delivered[session_id] = key, time.monotonic()
+            if key != before:
+                found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
         return found
+
+    def forget(self, event: JsonObject) -> None:
+        """Forget how large the transcripts of an event were."""
+        self._states.pop((event["sessionId"], str(event["data"].get("agent_transcript_path"))), None)
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2404,9 +2490,10 @@ class UsageReader:
         if self._database is None:
             import sqlite3
 
-            make_private_directory(self._home)
-            path = self._home + "/usage.db"
-            os.close(open_own(path, os.O_RDWR | os.O_CREAT))
+            path = f"{self._home}/usage.db" if self._home else ":memory:"
+            if self._home:
+                make_private_directory(self._home)
+                os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
             database.execute("PRAGMA synchronous = OFF")
@@ -2416,20 +2503,15 @@ class UsageReader:
             self._database = database
         return self._database
 
-    def _read(self, session: str, files: "list[tuple[str, str]]", program: str = "") -> "JsonObject | None":
-        with self._open() as database:
-            is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
-            if not is_known and not any(os.path.isfile(path) for path, _ in files):
-                return None  # the session's file system is not here
-            database.execute(
-                "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
-                (session, now_ms()),
-            )
-            # A dropped session is read from its start when it has another event.
-            old = "IN (SELECT name FROM sessions WHERE read_ms < ?)"
-            for table, name in (("messages", "session"), ("files", "session"), ("sessions", "name")):
-                database.execute(f"DELETE FROM {table} WHERE {name} {old}", (now_ms() - USAGE_KEPT_MS,))
+    def _read(
+        self, session: str, files: "list[tuple[str, str]]", program: str, with_totals: bool
+    ) -> "JsonObject | None":
+        database = self._open()
+        is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
+        if not is_known and not any(os.path.isfile(path) for path, _ in files):
+            return None  # the session's file system is not here
+        if with_totals or not is_known:
+            self.begin(session)
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
@@ -2438,7 +2520,11 @@ class UsageReader:
                 find = "SELECT coalesce(model, '') FROM sessions WHERE name = ?"
                 model = database.execute(find, (session,)).fetchone()[0] if program else ""
                 self._count(session, path, file.fileno(), TranscriptParser(agent_id, program, model))
-        return None if self._stopping.is_set() else _session_usage(database, session)
+        is_new = session in self._counted or session not in self._delivered
+        if self._stopping.is_set() or not (with_totals and is_new):
+            return None
+        self._counted.discard(session)
+        return self.totals(session)
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         about = os.fstat(fd)
@@ -2446,30 +2532,72 @@ class UsageReader:
         find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
         (start,) = self._database.execute(find, (path, identity, size)).fetchone() or (0,)
         place = start
+        parser.words_from = size - start - WORDS_TAIL_BYTES if self.with_words else math.inf
         while place < size and not self._stopping.is_set():
             chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
             if not chunk:
                 return  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
-            recent_ms = now_ms() - EVIDENCE_MS
-            self._evidence += [it for it in found if isinstance(it, dict) and it["timestamp"] > recent_ms]
-            own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
+            events = [it for it in found if isinstance(it, dict)]
             with self._database as database:
-                if own:
-                    update = (
-                        "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
-                    )
-                    used = own[-1].counts
-                    about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
-                    database.execute(update + " WHERE name = ?", about_own)
-                for entry in (it for it in found if not isinstance(it, dict)):
-                    messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
-                    for it in messages:
-                        key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
-                        database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+                self._found += [it for it in events if self._is_new(session, it)]
+                self.count(session, [it for it in found if not isinstance(it, dict)])
                 row = (path, session, identity, start + parser.consumed)
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+
+    def begin(self, session: str) -> None:
+        """Begin to count for a session, or go on; drop those that were read long ago."""
+        # A dropped session is read from its start when it has another event.
+        upsert = "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
+        upsert += " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms"
+        with self._open() as database:
+            database.execute(upsert, (session, now_ms()))
+            old = f"IN (SELECT name FROM sessions WHERE read_ms < {now_ms() - USAGE_KEPT_MS})"
+            for table in ("messages", "words", "files"):
+                database.execute(f"DELETE FROM {table} WHERE session {old}")
+            database.execute(f"DELETE FROM sessions WHERE name {old}")
+
+    def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
+        """Count what a parser has found, for a session that has begun."""
+        database, own = self._database, [it for it in found if isinstance(it, MessageUsage)]
+        own = [it for it in own if not it.agent_id]
+        if own:
+            update = "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
+            used = own[-1].counts
+            about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
+            database.execute(update + " WHERE name = ?", about_own)
+        for entry in found:
+            self._counted.add(session)
+            for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry):
+                key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
+                database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+
+    def totals(self, session: str) -> "JsonObject | None":
+        """Return what a session has used so far; None if that is nothing."""
+        database = self._database
+        models: dict[str, JsonObject] = {}
+        agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
+        sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+        for agent, model, *counts in database.execute(
+            sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
+        ):
+            for by_model in (models, agents.setdefault(agent, {})):
+                add_counts(by_model.setdefault(model, {}), counts)
+        if not models:
+            return None
+        usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
+        find = "SELECT model, context FROM sessions WHERE name = ?"
+        model, context = database.execute(find, (session,)).fetchone()
+        return {**usage, "model": model, "context": context} if model else usage
+
+    def _is_new(self, session: str, event: JsonObject) -> bool:
+        """True if an event is recent evidence, or words that no session has had, and no hook has reported."""
+        if event["eventType"] != WORDS:  # a fork begins with copies of lines
+            return bool(event["timestamp"] > max(now_ms() - EVIDENCE_MS, self._no_hooks_ms))
+        is_by_hook = event["data"].get("role") == "user" and event["timestamp"] >= self._no_hooks_ms
+        add = "INSERT OR IGNORE INTO words VALUES (?, ?)"
+        return self._database.execute(add, (event["id"], session)).rowcount == 1 and not is_by_hook
 
     def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
         # The sums belong to the first session of a chain; a fork begins with messages of another one.
@@ -2493,22 +2621,25 @@ class UsageWorker:
         self._deliver = deliver
         self._is_reported = is_reported
         self._closing = threading.Event()
-        self._reader = UsageReader(home, self._closing)
+        self.reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event; time
-        # until which it is watched)
+        # (session, an agent's own transcript or "") → (time.monotonic of the next look, 0: read at once;
+        # event; time until which it is looked at)
         self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
-        """True while something is to be read at once, or watched."""
+        """True while something is to be read at once, or a session works that no registry reports."""
         with self._wake:
             now = time.monotonic()
-            return any(due == 0 or until > now for due, _, until in self._pending.values())
+            return any(
+                due == 0 or (until > now and not self._is_reported(session))
+                for (session, _), (due, _, until) in self._pending.items()
+            )
 
     def put(self, event: JsonObject) -> None:
-        """Queue the transcripts that an event names: to be read now at an end, else when it is quiet."""
+        """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
@@ -2516,17 +2647,17 @@ class UsageWorker:
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
-        is_watched = works and not self._is_reported(key[0]) and os.path.exists(paths.get(names[0], ""))
-        due, until = now + (USAGE_LATE_S if is_watched else USAGE_QUIET_S), now + WATCH_S if is_watched else 0
+        is_here = os.path.exists(paths.get(names[0], ""))
+        until = now + (USAGE_LATE_S if not works else WATCH_S if is_here else USAGE_QUIET_S)
         with self._wake:
-            if not is_end and self._pending.get(key, (1.0,))[0] == 0:
-                return  # it will be read in a moment
-            is_first = not self._pending
-            self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
+            is_first, before = not self._pending, self._pending.get(key, (math.inf, {}, 0.0))
+            about["since"] = before[1].get("since", event["timestamp"])
+            due = 0 if is_end else min(now + LOOK_S, before[0])
+            self._pending[key] = (due, {**about, "data": paths}, until)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first or is_watched:  # else the thread wakes up before this one is due
+            if is_end or is_first:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2548,14 +2679,16 @@ class UsageWorker:
                 if due > now:
                     self._wake.wait(min(due - now, 3600.0))
                     continue
-            for found in self._reader.events(event):
+            for found in self.reader.events(event, is_end=due == 0 or until < now + LOOK_S):
                 self._deliver(found)
             with self._wake:
                 if self._pending.get(key) is entry:
                     del self._pending[key]
-                    if due == 0 or (until > now and not self._is_reported(key[0])):
-                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event, until)
-        self._reader.close()  # SQLite wants it in the thread that opened it
+                    if until > now:
+                        self._pending[key] = (time.monotonic() + LOOK_S, event, until)
+                    else:
+                        self.reader.forget(event)
+        self.reader.close()  # SQLite wants it in the thread that opened it
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
@@ -2592,26 +2725,16 @@ def transcript_places(path: Any) -> "list[str]":
     return list(dict.fromkeys(places))
 
 
+def _file_state(path: str) -> "tuple[int, int, int] | None":
+    with contextlib.suppress(OSError):
+        about = os.stat(path)
+        return about.st_ino, about.st_size, about.st_mtime_ns
+    return None
+
+
 def _is_transcript_path(path: Any) -> bool:
     is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
     return is_path and len(path) <= 4096 and path.isprintable()  # no half of a surrogate pair
-
-
-def _session_usage(database: Any, session: str) -> "JsonObject | None":
-    models: dict[str, JsonObject] = {}
-    agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
-    sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
-    for agent, model, *counts in database.execute(
-        sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
-    ):
-        for by_model in (models, agents.setdefault(agent, {})):
-            add_counts(by_model.setdefault(model, {}), counts)
-    if not models:
-        return None
-    usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-    find = "SELECT model, context FROM sessions WHERE name = ?"
-    model, context = database.execute(find, (session,)).fetchone()
-    return {**usage, "model": model, "context": context} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
@@ -2619,6 +2742,35 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
     for name, count in zip(COUNT_NAMES, counts):
         if count or name != "cacheCreation1h":
             totals[name] = totals.get(name, 0) + count
+
+
+def add_git_place(event: JsonObject) -> None:
+    """Add where an event's directory is in a Git repository, from its `.git` files, as `data.git`.
+
+    {branch: its name, or a short commit; root: the directory of the worktree; project: that of the main
+    worktree, or of a bare repository}.
+    """
+    if "agentId" in event or not (event["hookType"] in PLACE_HOOKS or event["eventType"] == "client_status"):
+        return
+
+    def read(*path: str) -> str:
+        with open(os.path.realpath(os.path.join(*path)), "rb", opener=open_own) as file:
+            return file.read(4096).decode("utf-8", "replace").strip()
+
+    folders = os.path.normpath(event["workingDirectory"]).split("/")
+    for depth in range(len(folders) if folders[0] == "" else 0, 0, -1):
+        root = project = "/".join(folders[:depth]) or "/"
+        git = os.path.join(root, ".git")
+        with contextlib.suppress(OSError, ValueError):
+            if not os.path.isdir(git):
+                git = os.path.join(root, read(git).partition("gitdir: ")[2])
+                with contextlib.suppress(OSError):  # a submodule has none
+                    common = os.path.normpath(os.path.join(git, read(git, "commondir")))
+                    project = os.path.dirname(common) if common.endswith("/.git") else common
+            head = read(git, "HEAD")
+            branch = head.partition("refs/heads/")[2] or head[:7]
+            _keep(event["data"], "git", {"branch": branch, "root": root, "project": project})
+            return
 
 
 class AgentNoteReader:
@@ -3191,6 +3343,7 @@ class Publisher:
             log_failure(f"the publisher keeps its last configuration: {error}")
             self._values = self._values or default_values()
         self._state["server"] = redis_place(self._values)
+        self._usage.reader.with_words = not privacy_of(self._values).metadata_only
         self._drop_client()
         self._failures, self._next_attempt = 0, 0.0
 
@@ -3218,6 +3371,7 @@ class Publisher:
         self._usage.put(event)
         self._registry.learn(event)
         self._agent_notes.add_note(event)
+        add_git_place(event)
         event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 

@@ -6817,7 +6817,7 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
     reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home))
     event = usage_event(path, session, **fields)
     before = json.dumps(event)
-    made = reader.events(event)
+    made = [it for it in reader.events(event) if it["eventType"] != ee.WORDS]
     assert json.dumps(event) == before
     if not made:
         return None
@@ -7197,14 +7197,14 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
     first, second = Transcript(str(tmp_path), "s1"), Transcript(str(tmp_path), "s2")
     first.add(usage_line("s1", 5))
     second.add(usage_line("s2", 5))
-    real = ee._session_usage
+    real = ee.UsageReader.totals
 
     def slow(*arguments: Any) -> Any:
         reading.set()
         goes_on.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(ee, "_session_usage", slow)
+    monkeypatch.setattr(ee.UsageReader, "totals", slow)
     worker = ee.UsageWorker(str(tmp_path), made.append, lambda _: True)
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert not worker.is_busy
@@ -7286,6 +7286,185 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
                 transcript.add(usage_lines(range(first, first + 50)))
                 time.sleep(chance.random() * 0.01)
     assert transcript.total() == 6000
+
+
+# What was said ---------------------------------------------------------------
+
+
+def words_of(events: Iterable[dict[str, Any]]) -> str:
+    """Return what was said in some events, as WORDS_STORIES says it."""
+    said = [event for event in events if event["eventType"] == ee.WORDS]
+    assert len({event["id"] for event in said}) == len(said)
+    about = ((it.get("agentId") or it["data"].get("role") or "", it["data"]["text"]) for it in said)
+    return "; ".join(": ".join(filter(None, words)) for words in about)
+
+
+def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
+    """Return a message for usage_entries."""
+    blocks = [{"type": "thinking", "thinking": "hm"}, *({"type": "text", "text": it} for it in texts)]
+    about = {"id": f"m{number}", "model": model, "usage": {}, "content": blocks}
+    spaced = json.dumps(about, separators=(",", ":"))
+    return spaced.replace(" ", "\\u0020")
+
+
+# Rule → transcripts as in USAGE_LAYOUTS, `|| ` begins the next step; then what is new of what was said, in order.
+WORDS_STORIES = {
+    "each message once, and nothing the second time": "s1: a 1/2; b 1/2 → done; done || s1: c 1/2 → done",
+    "an agent's are its own": "s1: a 1/2 | s1/subagents/agent-b: b 10/20 → b: done; done",
+    "a sidechain's are not the main agent's": "s1: b 10/20 isSidechain=true → sidechain: done",
+    "a fork repeats nothing": "s1: a 1/2 → done || s2: a 1/2 uuid=\"new\"; b 1/2 → done",
+    "a line again": "s1: a 1/2; a 1/2 uuid=\"again\" → done",
+    "every text of a message, no thinking": f"s1: a 1/2 message={words_text('one', ' ', 'two')} → one; two",
+    "what the client wrote itself is no agent's": f"s1: a 1/2 message={words_text('x', model='<synthetic>')} → ",
+    "prompts before the first hook": "s1: user what; a 1/2 → user: what; done",
+    "a prompt that a hook has reported": "s1: user what timestamp=\"LATE\"; a 1/2 → done",
+    "a fork repeats no prompt": "s1: user what; a 1/2 → user: what; done || s2: user what; a 1/2; b 1/2 → done",
+    "what no person typed": "s1: user <task-notification>x; user x isMeta=true; user x isSidechain=true; a 1/2 → done",
+    "an agent's prompt is in its call": "s1: a 1/2 | s1/subagents/agent-b: user find; b 1/2 → b: done; done",
+    "a command after !": (
+        's1: user message={"content":"<bash-input>ls</bash-input>"} timestamp="LATE"; user <bash-stdout>x → shell: ls'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", WORDS_STORIES)
+def test_what_was_said_is_read_once_and_in_order(tmp_path, rule):
+    late = "2026-11-24T12:00:00.000Z"
+    at_ms = ee.iso_time_ms(late)
+    reader = ee.UsageReader(f"{tmp_path}/home")
+    for files, said in (
+        step.split(" → ") for step in WORDS_STORIES[rule].replace("LATE", late).split(" || ")
+    ):
+        path, session = usage_written(tmp_path, files)
+        event = {**usage_event(path, session), "since": at_ms}
+        events = reader.events(event)
+        assert words_of(events) == said.strip(), files
+        assert all(it["sessionId"] == session and it["timestamp"] <= at_ms for it in events[:-1])
+        assert words_of(reader.events(event)) == ""
+    reader.close()
+
+
+def test_of_a_long_transcript_only_the_end_is_read_for_words(transcript, monkeypatch):
+    monkeypatch.setattr(ee, "WORDS_TAIL_BYTES", 5000)
+    transcript.add(usage_entries("; ".join(f"m{number} 1/1" for number in range(60))).encode())
+    events = transcript.reader.events(usage_event(transcript.path))
+    assert 5 < words_of(events).count("done") < 25 and usage_output(events[-1]["data"]["usage"]) == 60
+    transcript.reader.with_words = False
+    transcript.add(usage_entries("late 1/1").encode())
+    assert words_of(transcript.reader.events(usage_event(transcript.path))) == ""
+
+
+@given(sizes=st.lists(st.integers(20, 3000), min_size=1, max_size=20), first=st.integers(0, 40_000))
+@settings(max_examples=10)
+def test_a_transcript_in_pieces_has_the_same_facts(sizes, first):
+    for path in glob.glob(f"{RECORDED}/transcripts/*/*.jsonl"):
+        data = pathlib.Path(path).read_bytes()
+        whole, pieces, place, found = ee.TranscriptParser(), ee.TranscriptParser(), 0, []
+        whole.words_from = pieces.words_from = first
+        for size in itertools.cycle(sizes):
+            found += pieces.feed(data[place : place + size])
+            place += size
+            if place >= len(data):
+                break
+        assert found == whole.feed(data)
+        said = [it["data"] for it in found if isinstance(it, dict) and it["eventType"] == ee.WORDS]
+        starts = itertools.accumulate((len(line) + 1 for line in data.split(b"\n")), initial=0)
+        messages = (
+            json.loads(line).get("message") or {}
+            for at, line in zip(starts, data.split(b"\n"))
+            if line and at >= first
+        )
+        own = [
+            block["text"]
+            for it in messages
+            if it.get("role") == "assistant"
+            for block in it["content"]
+            if "text" in block
+        ]
+        assert [data["text"] for data in said if "role" not in data] == own
+        with tempfile.TemporaryDirectory() as home:
+            reader, copy = ee.UsageReader(home), f"{home}/copy.jsonl"
+            shutil.copy(path, copy)
+            assert words_of(reader.events(usage_event(path))) and not reader.events(usage_event(copy, "s2"))
+            reader.close()
+
+
+@pytest.mark.parametrize("level", ["full", "metadata"])
+def test_words_come_while_a_session_works_redacted_and_searchable(level, monitor, tmp_path):
+    machine = monitor
+    machine.write_config({"privacy": {"level": level}})
+    machine.start()
+    transcript, secret = Transcript(str(tmp_path)), hook_token("ghp_", 36)
+    machine.emit(payload("UserPromptSubmit", prompt="go", transcript_path=transcript.path))
+    for number, text in enumerate(("the first finding", f"it is {secret}", "the last")):
+        transcript.add(usage_entries(f"m 1/1 message={words_text(text, number=number)}").encode())
+        said = lambda: [it["data"]["text"] for it in machine.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
+        if level == "full":
+            eventually(lambda number=number, said=said: len(said()) > number, what=text)
+    if level == "metadata":
+        machine.emit(payload("Stop", transcript_path=transcript.path))
+        eventually(lambda: machine.sessions()["s1"]["tokenUsage"], what="the tokens")
+        assert said() == []
+        return
+    assert said()[0] == "the first finding" and "[redacted:" in said()[1] and secret not in str(said())
+    index_ready(machine)
+    (found,) = machine.get("/api/search?q=finding")["results"]
+    assert found["data"]["text"] == "the first finding"
+    session = machine.sessions()["s1"]
+    assert session["state"] == "working" and session["counts"]["events"] == 1
+
+
+GIT_PLACES = {
+    "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
+    "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
+    "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
+    "none": None, "fifo": None, "": None, "proj/../none": None,
+}  # fmt: skip
+
+
+def test_branch_and_project_come_from_the_files_of_git(tmp_path):
+    def git(place: str, *words: str) -> str:
+        options = (
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@x",
+            "-c",
+            "protocol.file.allow=always",
+            "-c",
+            "init.defaultBranch=main",
+        )
+        command = ["git", "-C", str(tmp_path / place), *options, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for place in ("proj/below/deep", "detached", "none", "fifo/.git", "tree/x", "other"):
+        (tmp_path / place).mkdir(parents=True)
+    for place in ("proj", "detached", "other"):
+        git(place, "init", "-q")
+        git(place, "commit", "-q", "--allow-empty", "-m", "x")
+    (tmp_path / "tree/x").rmdir()
+    git("proj", "worktree", "add", "-q", "-b", "side", "../tree")
+    (tmp_path / "tree/below").mkdir()
+    git("detached", "checkout", "-q", "--detach")
+    git("", "clone", "-q", "--bare", "other", "bare.git")
+    git("bare.git", "worktree", "add", "-q", "../bare-tree", "main")
+    git("proj", "submodule", "--quiet", "add", "../other", "sub")
+    os.mkfifo(tmp_path / "fifo/.git/HEAD")
+    for place, expected in GIT_PLACES.items():
+        event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
+        ee.add_git_place(event)
+        found = event["data"].get("git") or {}
+        shown = [
+            found.get("branch"),
+            *(os.path.relpath(found[it], tmp_path) for it in ("root", "project") if found),
+        ]
+        branch = git("detached", "rev-parse", "HEAD")[:7] if expected and expected[0] == "COMMIT" else ""
+        assert (tuple(shown) if found else None) == (expected and (branch or expected[0], *expected[1:])), (
+            place
+        )
+    agent = ee.build_event(payload("Stop", cwd=f"{tmp_path}/proj", agent_id="a"), NOW_MS, "box")
+    ee.add_git_place(agent)
+    assert "git" not in agent["data"]
 
 
 # Where subagents come from ---------------------------------------------------
@@ -7878,7 +8057,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
 def test_tokens_are_read_where_the_file_is_whatever_the_machine_is_called(tmp_path):
     path = usage_transcript("simple")
     event = {**usage_event(path), "machineId": "3f2a9c1b77de", "machineKey": "k/9"}
-    (usage,) = ee.UsageReader(str(tmp_path)).events(event)
+    usage = ee.UsageReader(str(tmp_path)).events(event)[-1]
     assert usage_output(usage["data"]["usage"]) == 210
     assert (usage["machineId"], usage["machineKey"]) == ("3f2a9c1b77de", "k/9")
 
@@ -8113,8 +8292,8 @@ def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, ma
     for age_ms in (ee.EVIDENCE_MS + 1000, 0):  # the first line is history
         transcript.add(session_line("interrupted", ee.now_ms() - age_ms))
         if age_ms:
-            transcript.add(usage_line("m2", 5))
-            read = lambda: (machine.sessions()["s1"]["tokenUsage"] or {}).get("totalOutput") == 10  # noqa: E731
+            transcript.add(usage_entries("m2 1/5").encode())
+            read = lambda: any(it["eventType"] == ee.WORDS for it in machine.stored_events())  # noqa: E731
             eventually(read, what="the transcript's next reading")
             assert machine.sessions()["s1"]["state"] == "working"
     eventually(lambda: machine.sessions()["s1"]["state"] == "idle", what="Esc")
@@ -8488,6 +8667,77 @@ def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expec
     again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
     assert again[: len(found)] == found, "the same after a restart"
     assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
+
+
+# Edits `SESSION PATH [MINUTE] [FIELD=VALUE]…`, then which sessions collide: `SESSION: PATH with SESSION`.
+COLLISION_STORIES = {
+    "one session alone": "a /r/x 0; a /r/x 1 → ",
+    "two sessions, one file": "a /r/x 0; b /r/x 9 → a: /r/x with b; b: /r/x with a",
+    "by a subagent": "a /r/x 0 agent_id=g; b /r/x 1 → a: /r/x with b; b: /r/x with a's g",
+    "after more than ten minutes": "a /r/x 0; b /r/x 11 → ",
+    "other files": "a /r/x 0; b /r/y 1 → ",
+    "other machines": "a /r/x 0; b /r/x 1 machine=far → ",
+    "worktrees of one repository": "a /r/x 0 root=/r; b /w/x 1 root=/w project=/r → a: /r/x with b; b: /w/x with a",
+    "other repositories": "a /r/x 0 root=/r; b /w/x 1 root=/w → ",
+    "one knows no repository": "a /r/x 0 root=/r; b /r/x 1 → a: /r/x with b; b: /r/x with a",
+    "a call that failed": "a /r/x 0; b /r/x 1 hook=PostToolUseFailure → ",
+    "a tool that only reads": "a /r/x 0; b /r/x 1 tool=Read → ",
+    "a notebook": "a /r/x 0; b /r/x 1 tool=NotebookEdit key=notebook_path → a: /r/x with b; b: /r/x with a",
+    "a patch": "a /r/x 0; b PATCH 1 tool=apply_patch key=input → a: /r/x with b; b: /r/x with a",
+    "the same conversation after /clear": "a /r/x 0; clear a b; b /r/x 1 → ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", COLLISION_STORIES)
+def test_sessions_that_edit_the_same_file_collide(rule):
+    book, at, number = cm.Sessions(own_machine=SESSION_MACHINE), NOW_MS, 0
+    steps, _, expected = COLLISION_STORIES[rule].partition(" → ")
+
+    def say(hook: str, session: str, machine: str = SESSION_MACHINE, **fields: Any) -> None:
+        nonlocal number
+        number += 1
+        event = ee.build_event(payload(hook, session, **{"cwd": "/r", **fields}), at, machine)
+        event.update(seq=number, timestamp=at, received=at)
+        if "git" in fields:
+            event["data"]["git"] = fields["git"]
+        book.apply(event)
+
+    for step in steps.split("; "):
+        session, path, *rest = step.split(" ")
+        if session == "clear":
+            say("SessionEnd", path, reason="clear")
+            say("SessionStart", rest[0], source="clear")
+            continue
+        given = dict(field.split("=") for field in rest[1:])
+        machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
+        at = NOW_MS + int(rest[0]) * 60_000
+        place = (
+            {"git": {"branch": "main", "root": root, "project": given.get("project", root)}} if root else {}
+        )
+        if session not in book.sessions:
+            say("SessionStart", session, machine, source="startup", **place)
+        target = "*** Begin Patch\n*** Update File: x\n@@\n" if path == "PATCH" else path
+        agent = {"agent_id": given["agent_id"], "agent_type": "x"} if "agent_id" in given else {}
+        tool = {
+            "tool_name": given.get("tool", "Edit"),
+            "tool_use_id": f"t{number}",
+            "tool_input": {given.get("key", "file_path"): target},
+        }
+        say(given.get("hook", "PostToolUse"), session, machine, **tool, **agent)
+        if number % 2:
+            book = session_restored(book)
+    shown = {name: book.to_json(session)["collisions"] for name, session in book.sessions.items()}
+    said = [f"{name}: {it['path']} with {it['sessionId']}" + (f"'s {it['agent']}" if "agent" in it else "")
+            for name, found in sorted(shown.items()) for it in found]  # fmt: skip
+    assert "; ".join(said) == expected
+    assert all(it["time"] == at for found in shown.values() for it in found)
+    notices = [
+        it
+        for session in book.sessions.values()
+        for it in cm.notices_of(session, None)
+        if it.kind == "collision"
+    ]
+    assert len(notices) == bool(expected), "one message for both"
 
 
 def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
@@ -15481,6 +15731,18 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     assert running.sessions()[session_id]["isImported"] is True
 
 
+def test_import_repeats_nothing_that_was_read_when_the_first_hook_came(running):
+    session_id = import_copy(running, "simple")
+    path = glob.glob(f"{running.claude_home}/projects/*/{session_id}.jsonl")[0]
+    running.emit(payload("Stop", session_id, transcript_path=path))
+    words = lambda: [it for it in running.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
+    read = eventually(words, what="what was said")
+    assert in_process(running, "import").returncode == 0
+    hooks = [event["hookType"] for event in running.stored_events()]
+    assert words() == read and read[0]["data"]["role"] == "user"
+    assert hooks.count("PreToolUse") > 1 and "UserPromptSubmit" not in hooks
+
+
 def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shared):
     shared.emit(*recorded("simple"), payload("UserPromptSubmit", "import-x", prompt="hello there"))
     export, node_export = running.home + "/export.ndjson", running.home + "/node.json"
@@ -15524,7 +15786,7 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense():
         entry("user", "e", "meta", isMeta=True),
         *(entry("user", "f", "hello"),) * 2,
     ]
-    events = cm.TranscriptReader("s", "m", set(), lambda _: False).events(lines)
+    events = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader("")).events(lines)
     read = [event["hookType"] for event in events]
     assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
@@ -15558,9 +15820,6 @@ IMPORT_FORKS = {
     "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), "", IMPORT_SHOWN),
     "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, "", IMPORT_SHOWN),
     "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS, IMPORT_SHOWN),
-    "its sums do not say when they began": (
-        *(IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")), IMPORT_SHOWN
-    ),
     "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_UNMARKED, "", (2, 100, "first question")),
     "it keeps the history of an origin that is gone": ("", IMPORT_OLD, "", (2, 200, "first question")),
     "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, "", IMPORT_SHOWN),
@@ -15644,7 +15903,7 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert refused.returncode == 1 and words in refused.stderr
     assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
-    assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
+    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 5
     for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
 
