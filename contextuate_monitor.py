@@ -8912,14 +8912,14 @@ class EventSender:
 # ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings and in those of other programs
 #
-# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json and in the files of
-# AGENT_HOOKS, no others.
+# Owns: hooks/ in our directory, and our own entries in the files of PROGRAMS, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
 # running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
 
+CLAUDE = "claude"
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
@@ -8946,14 +8946,12 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
 
 OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
-
-
 # Claude Code's names of the events that a turn consists of; Gemini has its own.
 _TURN_EVENTS = "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Stop"
 
 
-class AgentHooks(NamedTuple):
-    """Where and how another program registers hooks. Not registered: events that hold up every request."""
+class Program(NamedTuple):
+    """Where and how a program registers hooks. Not registered: events that hold up every request."""
 
     file: str  # in its directory
     events: str
@@ -8961,31 +8959,32 @@ class AgentHooks(NamedTuple):
     advice: str = "Restart its open sessions: they run the hook from then on."
 
 
-AGENT_HOOKS = {
+PROGRAMS = {
+    CLAUDE: Program("settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}),  # events by version
     # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
-    "codex": AgentHooks(
+    "codex": Program(
         "hooks.json",
         f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
         {"type": "command"},
         "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
     ),
-    "gemini": AgentHooks(
+    "gemini": Program(
         "settings.json",
         "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
         {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
     ),
-    "copilot": AgentHooks(
+    "copilot": Program(
         "hooks/contextuate.json",
         f"{_TURN_EVENTS} PostToolUseFailure Notification SubagentStart SubagentStop PreCompact ErrorOccurred",
         {"type": "command", "timeoutSec": HOOK_TIMEOUT_S},
     ),
-    "qwen": AgentHooks(
+    "qwen": Program(
         "settings.json",
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
         " SubagentStart SubagentStop PreCompact PostCompact",
         {"type": "command", "timeout": HOOK_TIMEOUT_S},
     ),
-    "kimi": AgentHooks(
+    "kimi": Program(
         "config.toml",
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionResult Interrupt"
         " SubagentStart SubagentStop PreCompact PostCompact",
@@ -9003,15 +9002,8 @@ class ClientFile(NamedTuple):
     """A file from which Claude Code reads hooks; `trouble`: why it cannot use it (`settings` is {})."""
 
     path: str
-    is_managed: bool
     settings: JsonObject
     trouble: str = ""
-
-    def handlers(self) -> Iterator[tuple[str, JsonObject]]:
-        """Yield (event name, handler) of every hook."""
-        for name, groups in _checked_hooks(self.settings).items():
-            for group in groups:
-                yield from ((name, entry) for entry in group["hooks"])
 
 
 class StatusLine(NamedTuple):
@@ -9022,112 +9014,86 @@ class StatusLine(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
+    """The change of a settings file ("": no file); events and status line that are registered then."""
 
     path: str
     old_text: str
     new_text: str
-    names: tuple[str, ...]
+    names: list[str]
     status_line: StatusLine | None = None
-
-
-def plan_install(
-    home: str,
-    project: str | None,
-    version: Version | None,
-    without: Sequence[str] = (),
-    line: bool = False,
-    wait_s: int = 0,
-) -> InstallPlan:
-    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
-
-    `line`: register the status line too; one that is registered stays. `wait_s`: how long hooks wait for an
-    answer; 0: they do not.
-    """
-    if line and project is not None:
-        raise InstallError("the status line is registered for the user: run install without --project too")
-    if not event_names(version):
-        raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
-    names = [name for name in event_names(version) if name not in without]
-    kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    python, script = base_interpreter(), hook_script(home)
-    line_around = functools.partial(status_line_command, python, script)
-    return _plan(project, hook_command(python, script), names, kept, line_around, line, wait_s)
-
-
-def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
-    return _plan(project, "", [], [])
 
 
 def agents_here() -> list[str]:
     """Return the other programs that are installed, or have a directory."""
-    return [
-        name for name in AGENT_HOOKS if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))
-    ]
+    names = (name for name in PROGRAMS if name != CLAUDE)
+    return [name for name in names if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))]
 
 
-def plan_agent(home: str, agent: str, installs: bool = True) -> InstallPlan:
-    """Plan to register our hook in another program's file, or to remove it; raise InstallError."""
-    about, names = AGENT_HOOKS[agent], AGENT_HOOKS[agent].events.split()
-    path = os.path.abspath(os.path.join(emit_event.agent_directory(agent), about.file))
-    command = hook_command(base_interpreter(), hook_script(home), agent) if installs else ""
-    if agent == "copilot":  # a file of our own
-        old_text = read_text(path)
-        hooks = {name: [{**about.fields, "bash": command}] for name in names}
-        new_text = render_settings({"version": 1, "hooks": hooks}, "") if installs else ""
-        return InstallPlan(path, old_text, new_text, tuple(names))
-    if agent == "kimi":
-        old_text = read_text(path)
-        others = _TOML_BLOCK.sub("", old_text)
-        if installs and re.search(r"^\s*hooks\s*=", others, re.M):
-            raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
-        entries = (
-            f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
-            + "".join(f"{key} = {value}\n" for key, value in about.fields.items())
-            for name in names
-        )
-        block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
-        before = others if others.endswith("\n") or not others else others + "\n"
-        new_text = before + ("\n" if before else "") + block if installs else others
-        return InstallPlan(path, old_text, new_text, tuple(names))
-    old_text, settings = read_settings(path)
-    try:
-        changed = merge_hooks(settings, command, names if installs else [], fields=about.fields)
-        new_text = old_text if changed == settings else render_settings(changed, old_text)
-    except InstallError as error:
-        raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names))
-
-
-def _plan(
-    project: str | None,
-    command: str,
-    names: list[str],
-    kept: list[str],
-    line: Callable[[str | None], str] | None = None,
-    with_status_line: bool = False,
+def plan_install(
+    home: str,
+    program: str = CLAUDE,
+    project: str | None = None,
+    version: Version | None = None,
+    without: Sequence[str] = (),
+    line: bool = False,
     wait_s: int = 0,
 ) -> InstallPlan:
-    """Register `command` for `names`, and for those of `kept` for which our hook is registered.
+    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise InstallError.
 
-    `line` returns the command of the status line; None: it is removed.
+    For Claude Code: in a project's or the user's settings, the events that a client of `version` knows
+    `without` some. `line`: the status line too; a registered one stays. `wait_s`: how long hooks wait for an
+    answer; 0: they do not.
     """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
-    path = settings_path(project)
+    if line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
+    about, is_claude = PROGRAMS[program], program == CLAUDE
+    directory = "" if is_claude else emit_event.agent_directory(program)
+    path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
+    command = hook_command(base_interpreter(), hook_script(home), program) if home else ""
+    names = about.events.split() if home else []
+    if program == "kimi":
+        text = read_text(path)
+        return InstallPlan(path, text, merge_toml(path, text, command, names, about.fields), names)
     old_text, settings = read_settings(path)
     try:
-        hooks = _checked_hooks(settings)
-        registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        names = names + [name for name in kept if name in registered and name not in names]
-        changed = merge_hooks(settings, command, names, wait_s)
-        if with_status_line or status_line_in(settings):
-            changed = merge_status_line(changed, line)
-        new_text = old_text if changed == settings else render_settings(changed, old_text)
+        if is_claude and home:
+            names = event_names(version)
+            if not names:
+                raise InstallError("this version of Claude Code has no hooks; update it, then try again")
+            names += [] if version else sorted(our_hooks(settings).keys() - names)
+            names = [name for name in names if name not in without]
+        if program == "copilot":  # a file of our own
+            hooks = {name: [{**about.fields, "bash": command}] for name in names}
+            changed: JsonObject = {"version": 1, "hooks": hooks} if home else {}
+        else:
+            changed = merge_hooks(settings, command, names, wait_s, about.fields)
+        if is_claude and (line or status_line_in(settings)):
+            changed = merge_status_line(changed, home)
+        new_text = render_settings(changed, old_text) if changed or is_claude else ""
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
+    return InstallPlan(
+        path, old_text, old_text if changed == settings else new_text, names, status_line_in(changed)
+    )
+
+
+def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
+    """Return the text of a TOML file with our hook for each of `names` in a block of its own."""
+    others = _TOML_BLOCK.sub("", text)
+    if not names:
+        return others
+    if re.search(r"^\s*hooks\s*=", others, re.M):
+        raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+    entries = (
+        f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
+        + "".join(f"{key} = {value}\n" for key, value in fields.items())
+        for name in names
+    )
+    before = others + "\n" * (others != "" and not others.endswith("\n"))
+    block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
+    return before + ("\n" if before else "") + block
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -9159,17 +9125,10 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 def client_files(project: str) -> list[ClientFile]:
     """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
-    managed, user = os.path.join(_managed_directory(), "managed-settings"), settings_path(None)
+    managed = os.path.join(_managed_directory(), "managed-settings")
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
-    paths += [settings_path(project, "settings.local.json"), settings_path(project), user]
-    files = [_client_file(path) for path in dict.fromkeys(paths)]
-    plugins = _client_file(os.path.join(os.path.dirname(user), "plugins", "installed_plugins.json")).settings
-    for name, installed in _object(plugins.get("plugins")).items():
-        copies = map(_object, installed if isinstance(installed, list) else [installed])
-        roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
-        if _file_that_enables(files, "enabledPlugins", name):
-            files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
-    return files
+    paths += [settings_path(project, "settings.local.json"), settings_path(project), settings_path(None)]
+    return [_client_file(path) for path in dict.fromkeys(paths)]
 
 
 def _managed_directory() -> str:
@@ -9177,60 +9136,51 @@ def _managed_directory() -> str:
 
 
 def _client_file(path: str) -> ClientFile:
-    is_managed = path.startswith(_managed_directory() + os.sep)
     try:
-        file = ClientFile(path, is_managed, read_settings(path)[1])
-        _checked_hooks(file.settings)
-        return file
+        settings = read_settings(path)[1]
+        _checked_hooks(settings)
+        return ClientFile(path, settings)
     except InstallError as error:
         words = str(error).rpartition(";")[0]
-        return ClientFile(path, is_managed, {}, words if words.startswith(path) else f"{path}: {words}")
+        return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
 
 
 def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a setting at `keys`, if it is true or a list with "hooks", else None."""
-    for file in files:
-        value: Any = file.settings
-        for key in keys:
-            value = _object(value).get(key)
-        if value is not None:
-            return file if value is True or (isinstance(value, list) and "hooks" in value) else None
-    return None
-
-
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
-    managed = [file for file in files if file.is_managed]
-    others = [file for file in files if not file.is_managed]
+    managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
+    others = [file for file in files if file not in managed]
     for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
-        ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
         ("disableAllHooks", others, managed),
     ):
-        file = _file_that_enables(deciding, key)
-        if file is not None:
+        file = next((file for file in deciding if key in file.settings), None)
+        if file and file.settings[key] is True:
             return running, f"{file.path} has {key}, so the hook does not run"
     return files, ""
 
 
-def registered_commands(files: Iterable[ClientFile]) -> list[str]:
-    """Return the commands of our hook in these settings, unchanged and without duplicates."""
-    entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
-    return list(dict.fromkeys(entry["command"] for entry in entries))
+def _handlers(settings: JsonObject) -> Iterator[tuple[str, JsonObject]]:
+    for name, groups in _checked_hooks(settings).items():
+        for group in groups:
+            yield from ((name, entry) for entry in group["hooks"])
+
+
+def our_hooks(settings: JsonObject) -> dict[str, str]:
+    """Return the commands of our hook in these settings, unchanged, by event name."""
+    return {name: entry["command"] for name, entry in _handlers(settings) if _is_ours(entry)}
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
     """Return (event names, paths) of events that several hooks of any kind send to a monitor."""
     places: dict[str, dict[str, str]] = {}  # event name → command or URL, which the client runs once → a file
     for file in files:
-        for name, entry in file.handlers():
-            command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
-            what = command if entry.get("type") == "command" else text_of(entry.get("url"))
+        for name, entry in _handlers(file.settings):
+            what = text_of(entry.get("command") or entry.get("url"))
             if re.search(r"emit[_-]event\.(py|js)\b|/api/hooks$", what):
                 places.setdefault(name, {}).setdefault(what, file.path)
     twice = {name: found for name, found in places.items() if len(found) > 1}
@@ -9287,23 +9237,21 @@ def status_line_in(settings: JsonObject) -> StatusLine | None:
     return None
 
 
-def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
-    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
-    entry, ours = settings.get("statusLine"), status_line_in(settings)
+def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `home` "": without ours."""
+    entry, ours = settings.get("statusLine", {"type": "command"}), status_line_in(settings)
     given = ours.wrapped if ours else _object(entry).get("command")
-    if "statusLine" not in settings:
-        entry = {"type": "command"}
-    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+    is_usable = isinstance(given, str) and _object(entry).get("type") == "command"
+    if not (ours or is_usable or "statusLine" not in settings):
         raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
-    if line is None and given is None:
+    if not home and given is None:
         return {key: value for key, value in settings.items() if key != "statusLine"}
-    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+    command = status_line_command(base_interpreter(), hook_script(home), given) if home else given
+    return {**settings, "statusLine": {**entry, "command": command}}
 
 
-def hook_command(interpreter: str, script: str, agent: str = "") -> str:
+def hook_command(interpreter: str, script: str, program: str = CLAUDE) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
-
-    `agent`: the program of AGENT_HOOKS that runs it.
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
@@ -9313,7 +9261,7 @@ def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
-    option = f" --agent {agent}" if agent else ""
+    option = f" --agent {program}" if program != CLAUDE else ""
     return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
 
 
@@ -9578,12 +9526,13 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
-    commands = registered_commands(files_that_run(files)[0]) or registered_commands(files)
-    if commands:
+    running = files_that_run(files)[0]
+    command = next((it for file in [*running, *files] for it in our_hooks(file.settings).values()), None)
+    if command is not None:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
-        arguments = ["/bin/sh", "-c", commands[0]]
+        arguments = ["/bin/sh", "-c", command]
     else:
         script = hook_script(settings.home)
         script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
@@ -9808,56 +9757,52 @@ class Doctor:
                 yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
-        user = settings_path(None)
         for file in self._client_files:
             if file.trouble:
-                level = "fail" if file.path == user else "warn"
+                level = "fail" if file.path == settings_path(None) else "warn"
                 yield Finding(level, "registered", f"no hook of this file runs: {file.trouble}", "correct it")
         running, off = files_that_run(self._client_files)
-        ours = [file.path for file in self._client_files if registered_commands([file])]
-        if off and not registered_commands(running):
+        ours = [file.path for file in self._client_files if our_hooks(file.settings)]
+        if off and not any(our_hooks(file.settings) for file in running):
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
-        advice = f"{_RUN_INSTALL}; then start Claude Code again"
-        if user in ours:
-            version = claude_version()
-            waits = (0, self._settings["answers.waitSeconds"])
-            plans = {
-                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s=wait_s)
-                for it, wait_s in itertools.product(((), OPTIONAL_EVENTS), waits)
-            }
-            same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
-            if same:
-                (without, wait_s), plan = same[0]
-                words = f", without {', '.join(without)}" if without else ""
-                words += ", questions can be answered on the page" if wait_s else ""
-                yield _ok("registered", f"{len(plan.names)} events in {user}{words}")
-                if wait_s and self._settings["mode"] == "redis":
-                    yield from self._remote_answers()
-            else:
-                yield _warn("registered", f"{user} is not as this version would register", advice)
-        elif ours:
-            is_project = os.path.dirname(ours[0]) == os.path.dirname(settings_path(os.getcwd()))
-            yield _ok("registered", f"in {ours[0]}" + (", for this project only" if is_project else ""))
-        else:
-            yield _fail("registered", f"the hook is not registered in {user}", advice)
+        if ours and settings_path(None) not in ours:
+            yield _ok("registered", f"in {ours[0]}, for this directory")
+        for program in (CLAUDE, *agents_here()):
+            if program != CLAUDE or not ours or settings_path(None) in ours:
+                yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
-        yield from map(self._agent, agents_here())
 
-    def _agent(self, agent: str) -> Finding:
-        advice = f"run: contextuate_monitor.py install --agent {agent}"
+    def _program(self, program: str) -> Findings:
+        """Compare a program's registration with what `install` would write, with the same options."""
+        name, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
+        advice = (
+            f"{_RUN_INSTALL} --agent {program}" if program != CLAUDE else f"{_RUN_INSTALL}; then restart it"
+        )
         try:
-            plan = plan_agent(self._settings.home, agent)
-            is_registered = plan_agent(self._settings.home, agent, installs=False).new_text != plan.old_text
+            removed = plan_install("", program)
+            commands = our_hooks(read_settings(removed.path)[1]) if program == CLAUDE else {}
+            without = [event for event in OPTIONAL_EVENTS if event not in commands]
+            answers = any("--answer" in command for command in commands.values())
+            wait_s = self._settings["answers.waitSeconds"] if answers else 0
+            plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
         except InstallError as error:
-            return _warn("agents", str(error), "correct it")
-        if not is_registered:
-            return _ok("agents", f"{agent} is here without our hook; to add it, {advice}")
-        if plan.new_text != plan.old_text:
-            return _warn("agents", f"{plan.path} is not as this version would register", advice)
-        return _ok("agents", f"{len(plan.names)} events of {agent} in {plan.path}")
+            yield _warn(name, str(error), "correct it")
+            return
+        if removed.new_text == removed.old_text:
+            level, words = ("fail", "is") if program == CLAUDE else ("ok", "here is")
+            words = f"{program} {words} without our hook in {plan.path}"
+            yield Finding(level, name, words if level == "fail" else f"{words}; to add it, {advice}", advice)
+        elif plan.new_text != plan.old_text:
+            yield _warn(name, f"{plan.path} is not as this version would register", advice)
+        else:
+            words = f", without {', '.join(without)}" * (program == CLAUDE and without != [])
+            words += ", questions can be answered on the page" * answers
+            yield _ok(name, f"{len(plan.names)} events of {program} in {plan.path}{words}")
+            if answers and self._settings["mode"] == "redis":
+                yield from self._remote_answers()
 
     def _remote_answers(self) -> Findings:
         if not emit_event.read_answer_key(self._settings.home):
@@ -11227,85 +11172,60 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
-    for agent in agents_of(args):
-        _change_agent(settings, agent, args.dry_run, installs=True)
-    if args.agent not in (None, "all"):
-        return 0
-    version = claude_version()
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
-    without = args.without or ()
-    plan = plan_install(settings.home, args.project, version, without, args.status_line, wait_s)
-    if version is None:
-        words = "`claude` did not print its version, so only events that every version knows are added"
-        print_status(f"{words}; put it on the PATH and run install again")
+    for program in programs_of(args):
+        version = claude_version() if program == CLAUDE else None
+        if program == CLAUDE and version is None:
+            words = "`claude` did not print its version, so only events that every version knows are added"
+            print_status(f"{words}; put it on the PATH and run install again")
+        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        plan = plan_install(settings.home, program, *given)
+        if not args.dry_run:
+            install_hook_files(settings.home)
+        line = (
+            f", and the status line, around {plan.status_line.wrapped or 'none'}" if plan.status_line else ""
+        )
+        carry_out(plan, program, f"{len(plan.names)} events registered{line}", args.dry_run)
     if args.dry_run:
-        return show_plan(plan)
-    print(f"hook     {install_hook_files(settings.home)}")
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    print(f"settings {plan.path}: {len(plan.names)} events registered")
-    if plan.status_line:
-        wrapped = plan.status_line.wrapped
-        print("status line registered, with", "a line of its own" if wrapped is None else f"yours: {wrapped}")
+        return 0
     running, off = files_that_run(client_files(args.project or os.getcwd()))
-    if off and not registered_commands(running):
+    if off and not any(our_hooks(file.settings) for file in running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
-    if backup:
-        print(f"backup   {backup}")
-    print("Restart open sessions of Claude Code: they run the hook from then on.")
+    print(*{PROGRAMS[program].advice for program in programs_of(args)}, sep="\n")
     return 0
 
 
 def command_uninstall(args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
     settings = settings_of(args)
-    for agent in agents_of(args):
-        _change_agent(settings, agent, args.dry_run, installs=False)
-    if args.agent not in (None, "all"):
-        return 0
-    plan = plan_uninstall(args.project)
-    if args.dry_run:
-        return show_plan(plan)
-    if plan.new_text == plan.old_text:
-        print(f"{plan.path}: the hook is not registered")
-        return 0
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
-    print(f"Events and configuration stay in {settings.home}; remove that directory to delete everything.")
+    for program in programs_of(args):
+        plan = plan_install("", program, args.project)
+        is_registered = plan.new_text != plan.old_text
+        words = "hook removed" if is_registered else "the hook is not registered"
+        carry_out(plan, program, words, args.dry_run)
+    print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
     return 0
 
 
-def agents_of(args: argparse.Namespace) -> list[str]:
-    """Return the other programs that `--agent` names; raise InstallError."""
+def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None:
+    """Write what a plan changes, or print it."""
+    if dry_run:
+        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
+        return
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    if backup and not plan.new_text:
+        os.unlink(plan.path)  # the file had our hooks only
+    print(f"{program:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
+
+
+def programs_of(args: argparse.Namespace) -> list[str]:
+    """Return the programs that `--agent` names; raise InstallError."""
     if args.agent and args.project is not None:
         raise InstallError("--project is for Claude Code only; leave out --agent or --project")
-    return agents_here() if args.agent == "all" else [args.agent] if args.agent else []
-
-
-def _change_agent(settings: Settings, agent: str, dry_run: bool, installs: bool) -> None:
-    plan = plan_agent(settings.home, agent, installs)
-    if dry_run:
-        show_plan(plan)
-        return
-    if installs:
-        install_hook_files(settings.home)
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    changes = plan.new_text != plan.old_text
-    if changes and not plan.new_text.strip():
-        os.unlink(plan.path)  # the file had our hooks only
-    removed = "hook removed" if changes else "the hook is not registered"
-    done = f"{len(plan.names)} events registered" if installs else removed
-    print(f"{agent:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
-    if installs:
-        print(AGENT_HOOKS[agent].advice)
-
-
-def show_plan(plan: InstallPlan) -> int:
-    """Print what a plan would change."""
-    print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
-    return 0
+    return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
 def command_notify_test(args: argparse.Namespace) -> int:
@@ -11635,7 +11555,7 @@ _SERVING = (
 )
 _INSTALLING = (
     _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
-            choices=(*AGENT_HOOKS, "all")),
+            choices=(*PROGRAMS, "all")),
     _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),
