@@ -1373,6 +1373,7 @@ class Session:
     effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
+    terminal: JsonObject = dataclasses.field(default_factory=dict)  # variables of the one in which it started
     turn: str = "idle"
     turn_since: int = 0  # the time of the event that set the turn
     turn_start: int = 0  # when the running turn began
@@ -1799,6 +1800,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+        session.terminal = _object(data.get("terminal"))
     elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
         session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
@@ -3066,6 +3068,7 @@ class Sessions:
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
+            "terminal": terminal_of(session.terminal),
         }
 
     def _estimated_context(self, session: Session, used: int) -> JsonObject:
@@ -3126,6 +3129,38 @@ _SESSION_JSON = {
     "demo": "demo", "agent": "agent", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
+
+
+# Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
+# shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
+_PATH = r"([\w@%+=:,./-]{1,150})"
+_TERMINALS: tuple[tuple[dict[str, str], str, str], ...] = (
+    ({"TMUX_PANE": r"(%\d{1,9})", "TMUX": rf"{_PATH},\d+,\d+"}, "tmux {0}",
+     r"tmux -S {1} select-window -t {0} \; select-pane -t {0} \; switch-client -t {0}"),
+    ({"KITTY_WINDOW_ID": r"(\d{1,9})", "KITTY_LISTEN_ON": f"unix:{_PATH}"}, "kitty {0}",
+     "kitty @ --to unix:{1} focus-window --match id:{0}"),
+    ({"KITTY_WINDOW_ID": r"(\d{1,9})"}, "kitty {0}", ""),
+    ({"WEZTERM_PANE": r"(\d{1,9})"}, "WezTerm {0}", "wezterm cli activate-pane --pane-id {0}"),
+    ({"ITERM_SESSION_ID": r"(?:\w{1,20}:)?([0-9A-Fa-f-]{36})"}, "iTerm",
+     "open 'iterm2:///reveal?sessionid={0}'"),
+    ({"SSH_CONNECTION": r"([0-9A-Fa-f.:]{2,45}) .*"}, "ssh {0}", ""),
+    ({"TERM_PROGRAM": r"([\w. -]{1,40})"}, "{0}", ""),
+)  # fmt: skip
+# Program → the command that resumes one of its sessions, by id.
+RESUME_COMMANDS = {
+    "": "claude --resume", "codex": "codex resume", "gemini": "gemini --resume", "kimi": "kimi --session",
+}  # fmt: skip
+
+
+def terminal_of(variables: JsonObject) -> JsonObject | None:
+    """Return {"name", "command"?} of a terminal, from its variables; None if it is unknown."""
+    for patterns, name, command in _TERMINALS:
+        found = [re.fullmatch(it, text_of(variables.get(key)), re.A) for key, it in patterns.items()]
+        values = [match[1] for match in found if match]
+        if len(values) == len(patterns):
+            about = {"name": name.format(*values), "command": command.format(*values)}
+            return about if command else {"name": about["name"]}
+    return None
 
 
 def _gap_ms(before: Session, after: Session) -> int:
@@ -11302,6 +11337,33 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_go(args: argparse.Namespace) -> int:
+    """Bring the terminal of a session to the front."""
+    settings, wanted = settings_of(args), args.session.lower()
+    found = [
+        session
+        for session in known_sessions(settings, with_hidden=True)
+        if session["sessionId"].startswith(args.session) or session["label"].lower().startswith(wanted)
+    ]
+    found = [session for session in found if session["state"] != "ended"] or found
+    if len(found) != 1:
+        names = "".join(f"; {it['sessionId'][:8]} {safe_line(it['label'])}" for it in found[:5])
+        raise CommandError(f"{len(found) or 'no'} sessions begin with {args.session!r}{names}")
+    session, terminal = found[0], found[0]["terminal"] or {}
+    where = f"in {terminal['name']}" if terminal else "in an unknown terminal"
+    if session["state"] == "ended":
+        resume = RESUME_COMMANDS.get(session["agent"], "")
+        command = f"{resume} {shlex.quote(session['sessionId'])}" if resume else "its program"
+        print(f"it has ended; to continue: cd {shlex.quote(session['workingDirectory'])} && {command}")
+    elif session["machineKey"] != settings.machine_key:
+        raise CommandError(f"it runs on {safe_line(session['machineId'])}, {where}; run `go` there")
+    elif "command" not in terminal:
+        raise CommandError(f"it runs {where}, pid {session['pid']}; no command brings that to the front")
+    else:
+        run_steps([terminal["command"]])
+    return 0
+
+
 def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
     settings = settings_of(args)
@@ -11596,6 +11658,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
+    command_go: (_option("session", "beginning of its id or label", metavar="SESSION"),),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
     command_search: (
         _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,

@@ -41,6 +41,9 @@ PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
+TERMINAL_VARIABLES = (
+    "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
+)
 FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
 
 
@@ -211,7 +214,8 @@ def wrap(
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
-    "sessionId"?, "cwd"?, "parentSessionId"?, NAME: <payload>}`; "agent" is the argument of `--agent`.
+    "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
+    `--agent`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -244,6 +248,10 @@ def wrap(
             head += f',"cwd":{quote(posix.getcwd())}'
         except OSError:  # the directory has been removed
             pass
+    if len(payload) < 4096 and b'"SessionStart"' in payload:
+        values = [(name, environ.get(name.encode(), b"")) for name in TERMINAL_VARIABLES.split()]
+        pairs = (f'"{name}":{quote(it.decode("utf-8", "surrogateescape"))}' for name, it in values if it)
+        head += f',"terminal":{{{",".join(pairs)}}}'
     # In JSON, a line end occurs only between tokens, so a space can replace it.
     head += f',"{name}":'
     return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
@@ -1213,7 +1221,9 @@ _EVENT_NAMES = {
 _PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAMES, "hook_event_name"))}
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
+_IGNORED_IN_WRAPPER = frozenset(
+    ("hook", "terminal", "seq", "received")
+)  # the last two are assigned by the store
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
@@ -1292,7 +1302,7 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    data: JsonObject = {}
+    data = _terminal(wrapper.get("terminal"))
     is_known = "hook_event_name" in hook and "session_id" in hook
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
         hook, agent = _known_form(hook, wrapper)
@@ -1324,6 +1334,12 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
             _keep(data, "hook_event_name", hook_type)
         hook_type = ""
     return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+
+
+def _terminal(value: Any) -> JsonObject:
+    known = (it for it in TERMINAL_VARIABLES.split() if isinstance(value, dict) and it in value)
+    plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(value[it]))[:200] for it in known}
+    return {"terminal": plain} if plain else {}
 
 
 def _known_form(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, str]":

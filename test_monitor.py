@@ -9276,6 +9276,95 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     assert [printed("export"), printed("export", "--format", "csv")] == tables, "no monitor is needed"
 
 
+UUID_OF_ITERM = "8A6F2D3C-1111-2222-3333-444455556666"
+# Variables as NAME=VALUE, with `;` between them → name and command of the terminal
+TERMINALS = """
+TMUX=/tmp/tmux-0/default,81,0;TMUX_PANE=%3 → tmux %3: tmux -S /tmp/tmux-0/default select-window -t %3 \\; select-pane -t %3 \\; switch-client -t %3
+TMUX=/tmp/a b;$(id),81,0;TMUX_PANE=%3;SSH_CONNECTION=::1 1 ::2 22 → ssh ::1
+TMUX=/tmp/x,81,0;TMUX_PANE=3;TERM_PROGRAM=tmux → tmux
+KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=unix:@kitty-12 → kitty 4: kitty @ --to unix:@kitty-12 focus-window --match id:4
+KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=tcp:evil.example:1 → kitty 4
+KITTY_WINDOW_ID=4 or 1;TERM_PROGRAM=$(id) →
+WEZTERM_PANE=2;TERM_PROGRAM=WezTerm → WezTerm 2: wezterm cli activate-pane --pane-id 2
+ITERM_SESSION_ID=w0t1p0:UUID → iTerm: open 'iterm2:///reveal?sessionid=UUID'
+SSH_CONNECTION=10.0.0.5 50000 10.0.0.1 22 → ssh 10.0.0.5
+OTHER=1 →
+""".replace("UUID", UUID_OF_ITERM)
+
+
+@pytest.mark.parametrize("line", TERMINALS.strip().splitlines())
+def test_a_terminal_has_a_name_and_a_command_of_checked_values_only(line):
+    given, _, expected = line.partition(" →")
+    variables = dict(re.findall(r"(?:^|;)([A-Z_]+)=([^\n]*?)(?=;[A-Z_]+=|$)", given))
+    found = cm.terminal_of(
+        ee.build_event(hook_wrapped(payload("SessionStart"), terminal=variables), 1, "x")["data"].get(
+            "terminal", {}
+        )
+    )
+    name, _, command = expected.strip().partition(": ")
+    assert found == (({"name": name, "command": command} if command else {"name": name}) if name else None)
+
+
+def test_the_terminal_of_an_event_is_bounded_text_of_known_variables() -> None:
+    terminal = {"TMUX": "a\x1b\n" + "b" * 999, "PATH": "/bin", "WEZTERM_PANE": 5}
+    event = ee.build_event(hook_wrapped(payload("SessionStart"), terminal=terminal), 1, "x")
+    assert event["data"]["terminal"] == {"TMUX": "a" + "b" * 199, "WEZTERM_PANE": ""}
+    for odd in ({}, [], "x", None):
+        event = ee.build_event(hook_wrapped(payload("SessionStart"), terminal=odd), 1, "x")
+        assert "terminal" not in {*event, *event["data"]}
+
+
+def test_go_says_what_to_do_where_it_cannot_bring_a_terminal_to_the_front(running: RunningMonitor) -> None:
+    start = payload("SessionStart", "here-1")
+    running.emit(hook_wrapped(start, id="a", machineKey=ee.machine_key(running.home)))
+    ssh = {"SSH_CONNECTION": "10.0.0.5 1 10.0.0.1 22"}
+    away = hook_wrapped(payload("SessionStart", "away-1"), id="b", machineKey="f00", terminal=ssh)
+    running.emit({**away, "machineId": "far"})
+    running.emit(payload("UserPromptSubmit", "over-1", prompt="Fix it"), payload("SessionEnd", "over-1"))
+    for wanted, words in (
+        ("here", "it runs in an unknown terminal"),
+        ("away-1", "it runs on far, in ssh 10.0.0.5; run `go` there"),
+        ("fix", "cd /home/dev/shop && claude --resume over-1"),
+        ("none", "no sessions begin with 'none'"),
+    ):
+        done = in_process(running, "go", wanted)
+        assert words in done.stdout + done.stderr and done.returncode == (wanted != "fix")
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is missing")
+def test_go_makes_the_tmux_window_of_a_session_the_current_one(
+    running: RunningMonitor, tmp_path: Any
+) -> None:
+    def tmux(*words: str) -> str:
+        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    command = ["tmux", "-S", f"{tmp_path}/tmux", "-f", "/dev/null"]
+    environment = {**running.environment, "TERM": "xterm"}
+    environment.pop("TMUX", None)
+    (tmp_path / "payload").write_text(json.dumps(payload("SessionStart", "in-tmux")))
+    hook = f"{{ {running.installed_command()}; }} <{tmp_path}/payload; exec sleep 600"
+    screen, terminal = os.openpty()
+    try:
+        tmux("new-session", "-d", "-s", "work", hook)
+        where = eventually(lambda: running.sessions().get("in-tmux"))["terminal"]
+        assert where["name"] == "tmux " + tmux("display-message", "-p", "-t", "work", "#{pane_id}")
+        looking = subprocess.Popen([*command, "attach"], env=environment, stdin=terminal, stdout=terminal)
+        eventually(lambda: tmux("list-clients"))
+        tmux(
+            "new-window",
+            "-t",
+            "work",
+            f"cd {ROOT}; {sys.executable} -m contextuate_monitor go in-t; exec sleep 600",
+        )
+        eventually(lambda: tmux("display-message", "-p", "-t", "work", "#{window_index}") == "0")
+    finally:
+        tmux("kill-server")
+        looking.wait(20)
+        os.close(screen)
+        os.close(terminal)
+
+
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert cm.safe_line("a\x1b[31mred\n\u202eb \t") == "a\ufffd[31mred\ufffd\ufffdb \ufffd"
 
