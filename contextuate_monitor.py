@@ -9697,11 +9697,6 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
-    def lines(self) -> list[str]:
-        """Return the finding as the lines that `doctor` prints."""
-        lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
-        return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
-
 
 Findings = Iterator[Finding]
 _ok, _warn, _fail = (functools.partial(Finding, level) for level in ("ok", "warn", "fail"))
@@ -9713,26 +9708,28 @@ class Doctor:
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
         self._settings, self._warnings = settings, warnings
+        self._is_redis = settings["mode"] == "redis"
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
-        self._only_receives = settings["mode"] == "redis" and not has_hook  # a monitor for other machines
         self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
         """Yield the findings of every check, in the order of an event's way."""
+        has_hook = os.path.exists(hook_script(self._settings.home)) or shutil.which(CLAUDE)
+        only_receives = self._is_redis and not has_hook  # a monitor for other machines
         checks = [self._config, self._files]
-        if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered, self._status_line]
+        checks += [] if only_receives else [self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
-        if self._settings["mode"] == "redis":
-            checks += [self._redis_py, self._redis, self._rights, self._publisher]
-        for check in checks if self._only_receives else [*checks, self._probe]:
+        checks += [self._redis_py, self._redis, self._publisher] if self._is_redis else []
+        checks += [] if only_receives else [self._probe]
+        for check in checks:
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
+        if only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -9740,8 +9737,6 @@ class Doctor:
         yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
         for warning in self._warnings:
             yield _warn("config", warning, "correct the file, then restart the monitor")
-        if self._only_receives:
-            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _files(self) -> Findings:
         home = self._settings.home
@@ -9749,10 +9744,9 @@ class Doctor:
             yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
             return
         about = os.stat(home)
-        if about.st_uid != os.getuid():
-            yield _fail("files", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
-        elif not os.access(home, os.W_OK):
-            yield _fail("files", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+        if about.st_uid != os.getuid() or not os.access(home, os.W_OK):
+            advice = f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
+            yield _fail("files", f"{home} cannot be written, or is another user's", advice)
         elif about.st_mode & 0o077:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
@@ -9764,31 +9758,25 @@ class Doctor:
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
-    def _claude(self) -> Findings:
+    def _hook(self) -> Findings:
         version = claude_version()
         if version is None:
             advice = "install it, or put it on the PATH; until then only the oldest events are registered"
             yield _warn("claude", "`claude` was not found or does not print its version", advice)
         else:
             yield _ok("claude", f"Claude Code {'.'.join(map(str, version))}")
-
-    def _hook(self) -> Findings:
         script = hook_script(self._settings.home)
         installed = os.path.join(os.path.dirname(script), "lib", "emit_event.py")
-        if not os.path.exists(script):
-            yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
-        elif not os.path.exists(installed):
-            yield _fail("hook", f"the hook at {script} is incomplete", _RUN_INSTALL)
+        if not (os.path.exists(script) and os.path.exists(installed)):
+            yield _fail("hook", f"no hook at {script}, or not all of it", _RUN_INSTALL)
         elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
             yield _ok("hook", script)
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
         path = self._settings.path("emit.log")
         with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            about = os.fstat(file.fileno())
-            if about.st_size and time.time() - about.st_mtime < RECENT_FAILURE_S:
-                file.seek(max(0, about.st_size - 4096))
-                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            if last and time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
                 yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
@@ -9802,9 +9790,10 @@ class Doctor:
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
         if ours and settings_path(None) not in ours:
             yield _ok("registered", f"in {ours[0]}, for this directory")
-        for program in (CLAUDE, *agents_here()):
-            if program != CLAUDE or not ours or settings_path(None) in ours:
-                yield from self._program(program)
+        else:
+            yield from self._program(CLAUDE)
+        for program in agents_here():
+            yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
@@ -9812,63 +9801,52 @@ class Doctor:
 
     def _program(self, program: str) -> Findings:
         """Compare a program's registration with what `install` would write, with the same options."""
-        name, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
-        advice = (
-            f"{_RUN_INSTALL} --agent {program}" if program != CLAUDE else f"{_RUN_INSTALL}; then restart it"
-        )
+        check, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
+        advice = f"{_RUN_INSTALL} --agent {program}; then restart {program}"
         try:
             removed = plan_install("", program)
             commands = our_hooks(read_settings(removed.path)[1]) if program == CLAUDE else {}
-            without = [event for event in OPTIONAL_EVENTS if event not in commands]
+            without = [event for event in OPTIONAL_EVENTS if commands and event not in commands]
             answers = any("--answer" in command for command in commands.values())
             wait_s = self._settings["answers.waitSeconds"] if answers else 0
             plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
         except InstallError as error:
-            yield _warn(name, str(error), "correct it")
+            yield _warn(check, str(error), "correct it")
             return
         if removed.new_text == removed.old_text:
-            level, words = ("fail", "is") if program == CLAUDE else ("ok", "here is")
-            words = f"{program} {words} without our hook in {plan.path}"
-            yield Finding(level, name, words if level == "fail" else f"{words}; to add it, {advice}", advice)
+            level = "fail" if program == CLAUDE else "ok"
+            yield Finding(level, check, f"the hook is not registered in {plan.path}", advice)
         elif plan.new_text != plan.old_text:
-            yield _warn(name, f"{plan.path} is not as this version would register", advice)
+            yield _warn(check, f"{plan.path} is not as this version would register", advice)
         else:
-            words = f", without {', '.join(without)}" * (program == CLAUDE and without != [])
-            words += ", questions can be answered on the page" * answers
-            yield _ok(name, f"{len(plan.names)} events of {program} in {plan.path}{words}")
-            if answers and self._settings["mode"] == "redis":
-                yield from self._remote_answers()
-
-    def _remote_answers(self) -> Findings:
-        if not emit_event.read_answer_key(self._settings.home):
-            yield _warn("answers", "there is no key, so no answer comes through Redis", "run: answers key")
-        elif not self._settings["answers.remote"]:
-            words = "answers.remote is off, so this machine takes no answer from Redis"
-            yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
-        else:
-            yield _ok("answers", "signed answers are taken from Redis")
+            words = f", without {', '.join(without)}" if without else ""
+            words += ", questions can be answered on the page" if answers else ""
+            yield _ok(check, f"{len(plan.names)} events of {program} in {plan.path}{words}")
+        if answers and self._is_redis:
+            if not emit_event.read_answer_key(self._settings.home):
+                yield _warn(
+                    "answers", "there is no key, so no answer comes through Redis", "run: answers key"
+                )
+            elif not self._settings["answers.remote"]:
+                words = "answers.remote is off, so this machine takes no answer from Redis"
+                yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
 
     def _status_line(self) -> Findings:
-        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
-        user, name = settings_path(None), "statusline"
+        """Run the status line, with an object of which nothing is handed on."""
+        user, check = settings_path(None), "statusline"
+        shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
-        if ours is None:
-            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+        if ours is None or shown is None:
+            yield _ok(check, "not registered, so context and cost are estimates; see `install --status-line`")
             return
-        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
-        if shown != user:
-            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        if shown.path != user:
+            yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        results = []
-        for command in filter(None, (ours.command, ours.wrapped)):
-            began, shell = time.monotonic(), ["/bin/sh", "-c", command]
-            done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
-            output = done.stdout.decode("utf-8", "replace").strip()
-            results.append((done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})"))
-        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
-        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
-        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
-        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
+        shell = ["/bin/sh", "-c", ours.command]
+        done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
+        output = one_line(done.stdout.decode("utf-8", "replace"), 60)
+        level = "ok" if output or ours.wrapped is not None else "fail"
+        yield Finding(level, check, f"prints {output!r}", f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9877,13 +9855,12 @@ class Doctor:
             yield _ok("spool", "empty: no event waits on this machine")
             return
         oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
-        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+        words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
         yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about = self._settings["mode"], self._about
-        if about is None and mode == "redis":
+        if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
             return
         if about is None:
@@ -9896,32 +9873,24 @@ class Doctor:
                     yield _fail("ports", str(error))
             return
         status = ask_monitor(self._settings, about, "/api/status")
-        page = page_links(self._settings, about, False)[0]
-        yield _ok("monitor", f"{about['process']}, version {status['version']}, {page}")
-        if (status["version"], status["mode"]) != (__version__, mode):
-            words = f"it runs version {status['version']} in mode {status['mode']}"
+        words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
+        if (status["version"], status["mode"]) == (__version__, mode):
+            yield _ok("monitor", f"{words}, {page_links(self._settings, about, False)[0]}")
+        else:
             advice = "run: python3 contextuate_monitor.py restart"
             yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
         path = about["socketPath"]
-        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-            yield _fail("socket", f"{path} is not this user's", "set socketPath to a place of your own")
-        else:
-            yield _ok("socket", path)
-        good = {"store", "index", "notify"}
-        for problem in status.get("problems", ()):
-            good.discard(problem["kind"])
+        is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
+        advice = "set socketPath to a place of your own"
+        yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
+        for problem in status["problems"]:
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
-        for fact in status.get("facts") or status_facts(status):
-            if fact["name"] in good:
-                yield _ok(fact["name"], fact["words"])
+        good = {"store", "index", "notify"} - {problem["kind"] for problem in status["problems"]}
+        yield from (_ok(fact["name"], fact["words"]) for fact in status["facts"] if fact["name"] in good)
 
     def _redis_py(self) -> Findings:
         python = emit_event.publisher_python(self._settings.home)
-        try:
-            answer = run_in_python(python, "import redis; print(redis.__version__)")
-        except OSError as error:
-            yield _fail("redis-py", f"{python}: {error}", _RUN_INSTALL)
-            return
+        answer = run_in_python(python, "import redis; print(redis.__version__)")
         if answer.returncode:
             advice = emit_event.redis_py_advice(python)
             yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
@@ -9929,42 +9898,30 @@ class Doctor:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
     def _redis(self) -> Findings:
-        values = self._settings.values
-        started = time.monotonic()
+        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
+        values, channel, started = self._settings.values, self._settings["redis.channel"], time.monotonic()
+        client, off_s = None, 0.0
         try:
             client = _in_time(lambda: emit_event.redis_client(values))
-            _in_time(client.ping)
+            before = time.time()
+            seconds, micros = _in_time(client.time)
+            off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         except Exception as error:
-            if not lacks_right(error):  # a user without the right to PING is connected, too
+            if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         self._client = client
         yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-        try:
-            before = time.time()
-            seconds, micros = _in_time(client.time)
-        except Exception:
-            return  # this user may not use TIME, and no part of the program needs it
-        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-        else:
-            yield _ok("clock", "this machine and Redis agree")
-
-    def _rights(self) -> Findings:
-        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
-        client, channel = self._client, self._settings["redis.channel"]
-        if client is None:
-            return
-        stream = f"{channel}:stream"
-        attempts = [("channel", channel, lambda: _subscribe(client, channel).close())]
+        attempts = {channel: lambda: _subscribe(client, channel).close()}
         if self._settings["redis.streamMaxLength"]:
-            attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
+            attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
         else:
             yield _warn("stream", "off: a monitor misses events sent while it does not run")
-        for check, name, attempt in attempts:
+        for check, (name, attempt) in zip(("channel", "stream"), attempts.items()):
             try:
                 _in_time(attempt)
                 yield _ok(check, name)
@@ -9972,53 +9929,44 @@ class Doctor:
                 if self._about is None and lacks_right(error):
                     yield _ok(check, "this user may not read it, which only a monitor needs")
                 else:
-                    yield _fail(check, emit_event.redis_trouble(error, self._settings.values))
+                    yield _fail(check, emit_event.redis_trouble(error, values))
 
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
+        reasons = [state[it] for it in ("reason", "channelReason", "streamReason") if state.get(it)]
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
-        elif state.get("reason"):
-            yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
+        elif reasons:
+            yield Finding("fail" if state.get("reason") else "warn", "publisher", "; ".join(reasons))
         else:
             reached = f"the last to {state['subscribers']} subscribers"
             yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
-            for name in ("channelReason", "streamReason"):
-                if state.get(name):
-                    yield _warn("publisher", f"refused: {state[name]}")
 
-    def _through_hook(self, token: str) -> Generator[Finding, None, str]:
-        """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
+    def _probe(self) -> Findings:
+        """Run the hook as Claude Code does, and look for its event where it should arrive."""
+        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
+        about, pubsub, path = self._about, None, self._settings.config_path
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # `_redis` has reported the cause
+                pubsub = _subscribe(self._client, self._settings["redis.channel"])
         done = send_through_hook(self._settings, token)
         lines = done.stderr.strip().splitlines()
         foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
-        if read and read[1] != self._settings.config_path:
-            words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
+        if read and read[1] != path:
+            words = f"the hook reads {read[1]}, this command {path}"
             yield _warn("hook", words, "set CONTEXTUATE_CONFIG where Claude Code is started, too")
+        trouble = [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
         if done.returncode or done.stdout:
-            return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
-        if was_delivered(done.stderr):
-            if foreign:
-                yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
-            return ""
-        return [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
-
-    def _probe(self) -> Findings:
-        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
-        client, channel = self._client, self._settings["redis.channel"]
-        about: Any = self._about
-        pubsub: Any = None
-        if client is not None:
-            with contextlib.suppress(Exception):  # `_rights` has reported the cause
-                pubsub = _subscribe(client, channel)
-        trouble = yield from self._through_hook(token)
-        if trouble:
+            trouble = f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
+        if done.returncode or done.stdout or not was_delivered(done.stderr):
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
+        if foreign:
+            yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
         if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
             yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
-        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
+        where = "in Redis" if self._is_redis else "stored"
         if about is None:
             yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
         elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
@@ -11288,21 +11236,20 @@ def command_test_event(args: argparse.Namespace) -> int:
 def command_doctor(args: argparse.Namespace) -> int:
     """Check the whole chain and print what to do, with exit status 1 when a check fails."""
     try:
-        settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = Doctor(settings, warnings).run()
+        findings: Iterable[Finding] = Doctor(*load_settings(args.config)).run()
     except ConfigError as error:
         findings = [Finding("fail", "config", str(error), "correct the file")]
     found = []
     for finding in findings:
         found.append(finding)
+        advice = f"\n{'':16}→ {finding.advice}" if finding.advice and finding.level != "ok" else ""
         if not args.json:
-            print(*finding.lines(), sep="\n", flush=True)
+            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}{advice}", flush=True)
     broken = sum(finding.level == "fail" for finding in found)
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        words = f"{broken} failed: begin with the first" if broken else "All checks passed."
-        print(f"\n{words}")
+        print(f"\n{broken} failed: begin with the first" if broken else "\nAll checks passed.")
     return 1 if broken else 0
 
 
