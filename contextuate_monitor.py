@@ -10009,103 +10009,84 @@ def _ms_since(started: float) -> str:
 # Does no I/O and knows nothing of the monitor. Ids and pauses depend on the time of the call alone.
 # ---------------------------------------------------------------------------
 
-# The steps of a project: letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n and an
-# indented line below begin a new line; <31> stands for the escape sequence of that colour.
+# Letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n begins a line, <31> that colour.
 _DEMO_STEPS = r"""
-tidewater-shop
 g Grep applyDiscount | src | src/cart/totals.ts:41:export function applyDiscount(
+G Glob src/**/*.ts | src/cart/totals.ts\n src/cart/round.ts\n src/checkout/Payment.tsx
 r Read src/cart/totals.ts |   if (!coupon) return net;\n  return net - net * coupon.rate;\n}
-R Read src/checkout/Payment.tsx |   const [busy, setBusy] = useState(false);
 e Edit src/cart/totals.ts |   return net - net * coupon.rate; |   return Math.max(0, net * (1 - coupon.rate));
-E Edit src/checkout/Payment.tsx | type="submit" | type="submit" disabled={busy}
 w Write src/cart/round.ts | export const roundCents = (n) => Math.round(n * 100) / 100;
-T Bash! npm test -- cart | Run the cart tests | <31>FAIL<0> test/cart/totals.test.ts
-    <31>✕ a coupon never makes a total negative (6 ms)<0>\n    Expected: <32>0<0>\n    Received: <31>-4.99<0>
+T Bash! npm test -- cart | Run the cart tests | <31>FAIL<0> cart/totals.test.ts\n    Received: <31>-4.99<0>
 t Bash npm test -- cart | Run the cart tests | <32>PASS<0> test/cart/totals.test.ts\n\nTests: <32>27 passed<0>
 d Bash git diff --stat | List changes |  src/cart/round.ts  | 1 +\n src/cart/totals.ts | 2 +-
+B Bash! npm run build | Build | <31>error TS2322<0>: Type 'string' is not assignable to type 'number'.
 b Bash rm -rf build && npm run build | Build from scratch | <32>✓ built in 4.87s<0>\nbuild/app.js  214.6 kB
-o TodoWrite {"todos": [{"content": "Reproduce the negative total", "status": "completed"},
-  {"content": "Round in one place", "status": "in_progress"}, {"content": "Cover it", "status": "pending"}]}
+a Bash npm run bench | Compare with the last release | totals  <32>-11.8 %<0>  improved
+o TodoWrite {"todos": [{"content": "Find", "status": "completed"}, {"content": "Mend", "status": "pending"}]}
 p mcp__github__get_pull_request {"pull_number": 418} | {"title": "Coupons: clamp totals at 0"}
 f WebFetch https://developer.mozilla.org/docs/Web/HTML/Element/button | What does disabled do? | No clicks.
-
-logslice
-g Grep fn parse_range | src | src/range.rs:18:pub fn parse_range(text: &str) -> Result {
-G Glob src/**/*.rs | src/main.rs\nsrc/range.rs\nsrc/follow.rs
-r Read src/range.rs | pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}
-e Edit src/range.rs | .ok_or(Error::NoRange)?; | .ok_or(Error::NoRange(text.into()))?;
-m Edit src/main.rs |         Error::NoRange => 2, |         Error::NoRange(_) => 2,
-B Bash! cargo build | Build | <31>error[E0532]<0><1>: expected unit, found tuple variant `Error::NoRange`<0>
-   --> src/main.rs:57:9\n   |\n57 |     Error::NoRange => 2\n   |     <31>^^^^^^^^^^^^^^<0>
-b Bash cargo build | Build |     <32>Finished<0> dev profile in 4.31s
-t Bash cargo test | Test | test result: <32>ok<0>. 41 passed; 0 failed; 0 ignored
-a Bash cargo bench --bench follow | Compare with the last release | follow  <32>-11.8 %<0>  improved
-i Bash cargo install --path . --force | Try the build on a real log |    <32>Replaced<0> package `logslice`
-q AskUserQuestion {"questions": [{"question": "What should a backwards range do?",
-  "options": [{"label": "Refuse it"}, {"label": "Swap the ends"}]}]}
+q AskUserQuestion {"questions": [{"question": "Swap?", "options": [{"label": "No"}, {"label": "Yes"}]}]}
 x ExitPlanMode {"plan": "## --follow\n1. Watch the inode\n2. Reopen on change"}
-1 TaskCreate {"subject": "Name the text", "description": "Error::NoRange should carry what was typed"}
+1 TaskCreate {"subject": "Name the text", "description": "The error should carry what was typed"}
 2 TaskUpdate {"taskId": "1", "status": "in_progress"}
 3 TaskUpdate {"taskId": "1", "status": "completed"}
 """
 # The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
-# and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
-# repeats steps, `open` lasts until then or for ever, and so does `ask`, which waits for a person first. Any
-# other verb is a hook's name, with its fields in JSON.
+# and a subagent's lines below its own. > prompt, = steps, < answer; `until` a time repeats steps, `open`
+# lasts until then or for ever, and so does `ask`, which waits for a person first. Any other verb is a hook,
+# with its fields in JSON.
 _DEMO_STORY = """
-build-box /home/ci/projects/tidewater-shop bypassPermissions other
+build-box /home/ci/tidewater-shop bypassPermissions other
   -480m > Update the patch-level dependencies = g r t d T r e t d < All are in; one cart test is fixed.
-mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
-  -408m > Review pull request 418, in particular the rounding = p gr R d t
+mira-laptop /home/mira/tidewater-shop default prompt_input_exit
+  -408m > Review pull request 418, in particular the rounding = p g r d t
   agent general-purpose Find every caller
     = g r
     agent Explore Check the settings
-      = gr R < Only the staging settings differ.
-    = R g < Three callers; two rely on the default, one sets the value itself.
+      = g r < Only the staging settings differ.
+    = r g < Three callers; two rely on the default, one sets the value itself.
   < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
   -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
-mira-laptop /home/mira/projects/logslice default clear
-  -318m > Why does a range over midnight find nothing? = gG r B r b t < Its end lies before its start.
-mira-laptop /home/mira/projects/logslice default
+mira-laptop /home/mira/tidewater-api default clear
+  -318m > Why does a range over midnight find nothing? = g G r B r b t < Its end lies before its start.
+mira-laptop /home/mira/tidewater-api default
   > Write it into the manual = r G e t < The manual has a section on midnight now.
-mira-laptop /home/mira/projects/tidewater-shop default
-  -176m > Customers can press Pay twice, stop that = g R r E t < The button is now disabled.
-  -7m > Make a clean production build and check its size = d R t
+mira-laptop /home/mira/tidewater-shop default
+  -176m > Customers can press Pay twice, stop that = g r e t < The button is now disabled.
+  -7m > Make a clean production build and check its size = d r t
   -4m ask b +41s
-  until +128s d g r R t < The clean build is 214.6 kB: 2 kB less than the last release.
-jonas-mac /Users/jonas/projects/logslice default
+  until +128s d g r t < The clean build is 214.6 kB: 2 kB less than the last release.
+jonas-mac /Users/jonas/tidewater-api default
   -143m > Quote what was typed in an error = 1 TaskCreated {"task_id": "1", "task_subject": "Name the text"}
-  = 2 g r e B m b t 3 TaskCompleted {"task_id": "1", "task_subject": "Name the text"} < They quote it now.
+  = 2 g r e B e b t 3 TaskCompleted {"task_id": "1", "task_subject": "Name the text"} < They quote it now.
   -12m > What should happen with 14:00..12:00? = r g e
   -9m ask q
-jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
-  -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
+jonas-mac /Users/jonas/tidewater-shop acceptEdits
+  -18m > Check the code style of the checkout = g r e t < Three corrected. Shall I rename the fourth?
   -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
-build-box /home/ci/projects/tidewater-shop bypassPermissions
+build-box /home/ci/tidewater-shop bypassPermissions
   -3m > Check the cart and the checkout in parallel, then tidy up the rounding = g r
   background general-purpose Check the cart
     until +58s r g d t g < The cart rounds once, in `round.ts`.
   background general-purpose Check the checkout
-    until +176s g R r d < The checkout sends each payment once.
+    until +176s g r d < The checkout sends each payment once.
   < Two subagents check; the rounding follows when both are back.
   +178s until +236s g r w t d < Both are fine. Amounts are rounded in `round.ts` only.
-jonas-mac /Users/jonas/projects/logslice acceptEdits
+jonas-mac /Users/jonas/tidewater-api acceptEdits
   -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
   -3m > Good plan. Implement it = r e g B e B r B e B B
-  until +75s m b t r e b t g
-  ask i +152s
-  until end t r e b < `--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.
-build-box /home/ci/projects/logslice acceptEdits
+  until end e b t r e b t g
+build-box /home/ci/tidewater-api acceptEdits
   -21m > Is --follow as fast as it was? = r
   open t
   -9m > Not all tests, only the benchmark = r
   -6m open a +212s
   < It is 12 % faster than the last release.
-mira-laptop /home/mira/projects/tidewater-shop default
+mira-laptop /home/mira/tidewater-shop default
   -24m > Where does the build lose its time? = g r < On old browsers. > Leave them out = g e t T
   StopFailure {"error": "rate_limit", "last_assistant_message": "API Error: Rate limit reached"}
-mira-laptop /home/mira/projects/logslice plan
-  -11m > How should --follow notice a truncated file? = gr g r
+mira-laptop /home/mira/tidewater-api plan
+  -11m > How should --follow notice a truncated file? = g r g r
   ask x
 """
 _DEMO_VERB = re.compile(r"(?:([-+]\d+[ms]) )?(\S+) (.*?)(?: (?=[=<>] |[A-Z]\w+ \{)|$)")
@@ -10169,22 +10150,15 @@ class _DemoAgent:
                 else:
                     self.hook(verb, **json.loads(words))
 
-    def work(self, words: Iterable[str], until: float = math.inf) -> None:
-        for word in words:
+    def work(self, letters: Iterable[str], until: float = math.inf) -> None:
+        for letter in letters:
             if self.at > until:
                 return
             self.pause()
-            start, ends = self.at, []
-            for letter in word:
-                self.at = start
-                self.run(letter)
-                ends.append(self.at)
-            self.at = max(ends)
+            self.run(letter)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
-        agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
-        for models in (self.usage["models"], agents):
-            emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
+        emit_event.add_counts(self.usage["models"].setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
         use_id = f"toolu_{self.rng.getrandbits(72):018x}"
         call = {"tool_name": tool, "tool_input": given, "tool_use_id": use_id}
         self.hook("PreToolUse", **call)
@@ -10192,7 +10166,7 @@ class _DemoAgent:
 
     def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
         """Do one step, which ends by itself, at a time, or never (infinity)."""
-        tool, texts = _demo_steps(os.path.basename(self.cwd))[letter]
+        tool, texts = _demo_steps()[letter]
         name = tool.rstrip("!")
         fields = _DEMO_INPUTS.get(name, "").split()
         given = dict(zip(fields, texts)) if fields else json.loads(texts[0], strict=False)
@@ -10233,26 +10207,21 @@ class _DemoAgent:
         child.fields, child.at = {"agent_id": agent_id, "agent_type": kind}, self.at + 40
         child.hook("SubagentStart")
         child.play(story)
-        report = self.events[-1]["hook"]["last_assistant_message"]
         result: JsonObject = {"agentId": agent_id, "status": "async_launched"}
         if in_background:
             task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
             self.running.append((child.at, task))
-            child.fields = {}  # its report comes to the main agent
-            note = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
-            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{note}\n</task-notification>")
         else:
+            report = self.events[-1]["hook"]["last_assistant_message"]
             result.update(status="completed", content=[{"type": "text", "text": report}])
             self.at = child.at
         self.hook("PostToolUse", **call, tool_response=result)
 
 
 @functools.cache
-def _demo_steps(project: str) -> dict[str, tuple[str, list[str]]]:
-    block = _DEMO_STEPS.partition(f"\n{project}\n")[2].partition("\n\n")[0].rstrip()
-    text = re.sub(r"<(\d+)>", "\x1b[\\1m", block)
-    lines = (line.replace("\n  ", "\n").replace("\\n", "\n") for line in re.split(r"\n(?!  )", text))
-    steps = (line.split(" ", 2) for line in lines)
+def _demo_steps() -> dict[str, tuple[str, list[str]]]:
+    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
+    steps = (line.split(" ", 2) for line in re.split(r"\n(?=\w \w+!? )", text))
     return {letter: (tool, rest.split(" | ")) for letter, tool, rest in steps}
 
 
