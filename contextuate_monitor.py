@@ -9438,21 +9438,15 @@ def _is_ours(entry: JsonObject) -> bool:
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
-    hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
-    for name, groups in hooks.items():
-        place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
-        for index, group in enumerate(_expected(list, groups, place)):
-            entries = _expected(dict, group, f"{place}[{index}]").get("hooks")
-            for inner, entry in enumerate(_expected(list, entries, f"{place}[{index}].hooks")):
-                _expected(dict, entry, f"{place}[{index}].hooks[{inner}]")
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
+    for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
+        lists = [_object(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+        if not all(
+            isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
+        ):
+            words = "expected {event: [{hooks: [{…}]}]}; correct it by hand first, nothing was changed"
+            raise InstallError(f"hooks.{one_line(name)}: {words}")
     return hooks
-
-
-def _expected(kind: type, value: Any, place: str) -> Any:
-    if not isinstance(value, kind):
-        words = "an object" if kind is dict else "a list"
-        raise InstallError(f"{place}: expected {words}; correct it by hand first, nothing was changed")
-    return value
 
 
 def read_text(path: str) -> str:
@@ -9543,9 +9537,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             return None
         about = os.stat(target)
         mode = stat.S_IMODE(about.st_mode)
-        stamp = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
-        backup = next(name for name in names if not os.path.lexists(name))
+        backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         emit_event.write_atomically(backup, old_text.encode("utf-8"))
         emit_event.write_atomically(target, new, mode)
     except OSError as error:
@@ -10658,6 +10650,7 @@ START_DEADLINE_S = 60.0
 SUBSCRIPTION_WAIT_S = 2.0
 STOP_DEADLINE_S = 15.0
 TAIL_INTERVAL_S = 0.25
+TAIL_COLOURS = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -10677,7 +10670,7 @@ def command_start(args: argparse.Namespace) -> int:
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
-    if about is not None and args.report_fd is None:
+    if about is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
         if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
             print_status("the options have no effect; `restart` with the same options applies them")
@@ -10713,53 +10706,44 @@ def print_started(settings: Settings, about: JsonObject) -> None:
     if redis["state"] == "connected":
         print(f"Connected to Redis at {redis['server']}.")
     elif redis["state"] != "off":
-        why = redis["reason"] or "Redis does not answer"
-        print(f"Not connected yet, the monitor keeps trying: {why}")
+        print(f"Not connected yet, the monitor keeps trying: {redis['reason'] or 'Redis does not answer'}")
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
+    """Start a detached process and wait until it serves and closes its standard error; raise StartError."""
     emit_event.make_private_directory(settings.home)
-    reader, writer = os.pipe()
     program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    command = [*program, "start", "--foreground", "--report-fd", str(writer)]
+    command = [*program, "start", "--foreground", "--detached"]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]
-    null = subprocess.DEVNULL
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=null, pass_fds=[writer], start_new_session=True, cwd=folder
+        command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
     )
-    os.close(writer)
-    with open(reader, "rb", buffering=0) as reports, selectors.DefaultSelector() as selector:
-        selector.register(reports, selectors.EVENT_READ)
-        has_answer = selector.select(START_DEADLINE_S)
-        report = (reports.read(1 << 16) if has_answer else b"").decode("utf-8", "replace").strip()
-    kind, _, words = report.partition(" ")
-    if kind == "ready":
-        return needed_monitor(settings)
-    if kind == "error":
-        raise StartError(words)
-    what = "ended at once" if has_answer else f"(process {process.pid}) does not answer; end it, start again"
-    raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason")
+    try:
+        said = emit_event.within(START_DEADLINE_S, lambda: process.stderr and process.stderr.read())
+    except TimeoutError:
+        raise StartError(
+            f"the monitor (process {process.pid}) does not answer; end it, start again"
+        ) from None
+    failed = re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M)
+    if failed:
+        raise StartError(failed[1])
+    about = running_monitor(settings)
+    if about is None:
+        raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may name the reason")
+    return about
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the monitor until a signal ends it; report "ready" or "error …" to the process that started it."""
-    in_background = args.report_fd is not None
-
-    def report(line: str) -> None:
-        if in_background:
-            with contextlib.suppress(OSError):  # it has exited; the log has everything
-                os.write(args.report_fd, f"{line}\n".encode("utf-8", "replace"))
-                os.close(args.report_fd)
-
+    """Run the monitor until a signal ends it."""
     os.umask(0o077)
-    if in_background:
+    if args.detached:
         os.chdir("/")  # so that any directory can be removed or unmounted
     emit_event.make_private_directory(settings.home)
     # For a thousand hooks at once.
@@ -10769,7 +10753,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     try:
-        set_up_log(settings, to_stderr=not in_background)
+        set_up_log(settings, to_stderr=not args.detached)
         if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
             record_publisher_python(settings.home)
         monitor = Monitor(settings)
@@ -10779,7 +10763,6 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.strerror:
             words = f"{error.filename or settings.home}: {error.strerror}"
         log.error("cannot start: %s", words)
-        report(f"error {words}")
         raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
@@ -10787,9 +10770,10 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
-    if not in_background:
+    if args.detached:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    else:
         print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
-    report("ready")
     monitor.run()
     log.info("stopped")
     return 0
@@ -10827,12 +10811,7 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
 
 def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    try:
-        settings = settings_of(args)
-    except ConfigError as error:  # the monitor is found without it
-        print_status(f"warning: {error}")
-        home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
-        settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
+    settings = settings_of(args)
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
@@ -10999,27 +10978,25 @@ def command_config(args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
     lines = (line.partition(" ") for line in KEY_MEANINGS.strip().splitlines())
     meanings = {key: words.strip() for key, _, words in lines}
+    keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
+    targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
-        print("| key | default | meaning | may be |", "|---|---|---|---|", sep="\n")
-        for name, key in emit_event.KEYS.items():
-            default = json.dumps(key.default)
-            print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
-        print("\nEach target of `notify` is an object:", "", "| key | default | meaning | may be |", sep="\n")
-        print("|---|---|---|---|")
-        for name, (value, words, expected, _) in NOTIFY_KEYS.items():
-            print(f"| `{name}` | `{json.dumps(value)}` | {words} | {expected} |")
+        for title, rows in ("", keys), ("\nEach target of `notify` is an object:\n\n", targets):
+            print(f"{title}| key | default | meaning | may be |\n|---|---|---|---|")
+            for name, (default, words, expected) in rows.items():
+                print(f"| `{name}` | `{json.dumps(default)}` | {words} | {expected} |")
         return 0
     settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
-    for name, key in emit_event.KEYS.items():
-        default = json.dumps(key.default)
+    for name, (default, words, expected) in keys.items():
         is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
-        print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
-        print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
-    targets = (f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items())
-    print("\nA target of notify has:", *targets, sep="\n    ")
+        shown = f"{name} = {value}" + (
+            f" (default {json.dumps(default)})" if settings[name] != default else ""
+        )
+        print(f"\n{shown}\n    {words}\n    {expected}")
+    print("\nA target of notify has:", *(f"{name}: {row[1]}" for name, row in targets.items()), sep="\n    ")
     return 0
 
 
@@ -11285,49 +11262,45 @@ def command_tail(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq: int | None = None
-    is_waiting = False
+    last_seq = -1
     while True:
         try:
-            if last_seq is None or is_waiting:
-                status = ask_monitor(settings, about, "/api/status")
-                if status.get("loading"):
-                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
-                # In memory only, the numbers begin again with each start.
-                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
-                is_waiting = False
+            status = ask_monitor(settings, about, "/api/status")
+            # In memory only, the numbers begin again with each start.
+            last_seq = status["seq"] if last_seq < 0 else min(last_seq, status["seq"])
             page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
-            if not is_waiting:
-                print_status(f"{error}; waiting for the monitor")
-            is_waiting = True
-            time.sleep(1)  # before the next attempt
-            about = running_monitor(settings) or about
+            print_status(f"{error}; waiting for the monitor")
+            time.sleep(1)
+            while not (again := running_monitor(settings)):
+                time.sleep(1)
+            about = again
             continue
         for event in page["events"]:
             last_seq = event["seq"]
             is_of_session = event["sessionId"].startswith(args.session or "")
             is_of_type = args.type in (None, event["eventType"], event["hookType"])
             if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
-                print(tail_line(event, args.json, colours), flush=True)
+                row = event_row(event)
+                colour = TAIL_COLOURS.get(effective_type(event), "") if colours else ""
+                line = encode_json(event).decode() if args.json else event_line(row, "%H:%M:%S", colour)
+                print(line, flush=True)
         if not page["more"]:
             time.sleep(TAIL_INTERVAL_S)
 
 
-def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
-    """Return one line of `tail`."""
-    if as_json:
-        return encode_json(event).decode("ascii")
-    row = event_row(event)["data"]
-    clock = time.strftime("%H:%M:%S", time.localtime(event["timestamp"] / 1000))
-    what = event["hookType"] or event["eventType"]
-    duration = f"  {row['durationMs']} ms" if "durationMs" in row else ""
-    words = row.get("target") or row.get("text") or ""
+def event_line(event: JsonObject, form: str, colour: str = "") -> str:
+    """Return one line for a row of an event or a search result; matches in bold where there are colours."""
+    clock, data = time.strftime(form, time.localtime(event["timestamp"] / 1000)), event["data"]
+    what, tool = event["hookType"] or event["eventType"], text_of(data.get("toolName"))
     who = f"{event['machineId']:<12.12} {event['sessionId'][:8]}"
-    line = safe_line(f"{clock}  {who}  {what:<20} {row.get('toolName', ''):<12} {words}{duration}")
-    colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
-    code = colour.get(effective_type(event)) if colours else None
-    return f"\x1b[{code}m{line}\x1b[0m" if code else line
+    line = f"\x1b[{colour}m" if colour else ""
+    line += safe_line(f"{clock}  {who}  {what:<18.18} {tool:<12.12}  ")
+    for piece in event.get("snippet") or [{"text": data.get("target") or data.get("text") or ""}]:
+        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
+        line += f"\x1b[1m{text}\x1b[0m" if colour and piece.get("hit") else text
+    line += f"  {data['durationMs']} ms" if "durationMs" in data else ""
+    return line.rstrip() + ("\x1b[0m" if colour else "")
 
 
 def command_prune(args: argparse.Namespace) -> int:
@@ -11378,14 +11351,15 @@ def command_search(args: argparse.Namespace) -> int:
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
     session_id = whole_session_id(settings, args.session)
     wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
-    colours = sys.stdout.isatty()
+    colour = "0" if sys.stdout.isatty() else ""
     left, cursor, page = args.limit, None, {}
     while left > 0:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
         page = ask_monitor(settings, about, f"/api/search?{given}")
         for result in page["results"]:
-            print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
+            line = json.dumps(result) if args.json else event_line(result, "%Y-%m-%d %H:%M:%S", colour)
+            print(line, flush=True)
         left, cursor = left - len(page["results"]), page["next"]
         if cursor is None:
             break
@@ -11396,20 +11370,6 @@ def command_search(args: argparse.Namespace) -> int:
     if page["index"]["state"] == "building":
         print_status("the index is still being built, so there may be more results")
     return 0 if left < args.limit else 1
-
-
-def search_line(result: JsonObject, colours: bool) -> str:
-    """Return one line for one result, matches in bold on a terminal."""
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["timestamp"] / 1000))
-    what = result["hookType"] or result["eventType"]
-    who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
-    tool = safe_line(text_of(result["data"].get("toolName")))
-    line = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10}  "
-    whole = {"text": result["data"].get("target") or result["data"].get("text") or ""}
-    for piece in result["snippet"] or [whole]:
-        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
-        line += f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text
-    return line.rstrip()
 
 
 def command_export(args: argparse.Namespace) -> int:
@@ -11529,7 +11489,7 @@ _SERVING = (
     _option("--host", "address to listen on (default 127.0.0.1)"),
     _switch("--foreground", "stay in the foreground and log to the terminal"),
     _switch("--no-open", "do not open a browser"),
-    _option("--report-fd", argparse.SUPPRESS, type=int),
+    _switch("--detached", argparse.SUPPRESS),
 )
 _INSTALLING = (
     _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
