@@ -9029,6 +9029,10 @@ PROGRAMS = {
 _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
 
 
+# The words of our command, with zero bytes between them.
+_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--answer|\0--agent\0[^\0]+)?")
+
+
 class InstallError(Exception):
     """An installation that is refused; the message is one line and says what to do."""
 
@@ -9423,17 +9427,11 @@ def _is_ours(entry: JsonObject) -> bool:
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
     try:
-        words = shlex.split(command)
+        choices = "\0".join(shlex.split(command)).split("\0||\0")
     except ValueError:  # a quote is open
         return False
-    choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
-    choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
-    return choices != [] and all(
-        (choice[4:] in ([], ["--answer"]) or (len(choice) == 6 and choice[4] == "--agent"))
-        and choice[1:3] == ["-I", "-S"]
-        and choice[3].endswith("/hooks/emit_event.py")
-        for choice in choices
-    )
+    choices = choices[:-1] if choices[1:] and choices[-1] == ":" else choices
+    return all(_OUR_WORDS.fullmatch(choice) for choice in choices)
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
