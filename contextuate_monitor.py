@@ -10726,9 +10726,8 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     try:
         said = emit_event.within(START_DEADLINE_S, lambda: process.stderr and process.stderr.read())
     except TimeoutError:
-        raise StartError(
-            f"the monitor (process {process.pid}) does not answer; end it, start again"
-        ) from None
+        what = f"(process {process.pid}) does not answer; end it, start again"
+        raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason") from None
     failed = re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M)
     if failed:
         raise StartError(failed[1])
