@@ -1384,6 +1384,7 @@ class Session:
     effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
+    terminal: JsonObject = dataclasses.field(default_factory=dict)  # variables of the one in which it started
     turn: str = "idle"
     turn_since: int = 0  # the time of the event that set the turn
     turn_start: int = 0  # when the running turn began
@@ -1808,6 +1809,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+        session.terminal = _object(data.get("terminal"))
     elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
         session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
@@ -3082,6 +3084,7 @@ class Sessions:
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
+            "terminal": terminal_of(session.terminal),
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -3137,6 +3140,38 @@ _SESSION_JSON = {
     "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
+
+
+# Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
+# shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
+_PATH = r"([\w@%+=:,./-]{1,150})"
+_TERMINALS: tuple[tuple[dict[str, str], str, str], ...] = (
+    ({"TMUX_PANE": r"(%\d{1,9})", "TMUX": rf"{_PATH},\d+,\d+"}, "tmux {0}",
+     r"tmux -S {1} select-window -t {0} \; select-pane -t {0} \; switch-client -t {0}"),
+    ({"KITTY_WINDOW_ID": r"(\d{1,9})", "KITTY_LISTEN_ON": f"unix:{_PATH}"}, "kitty {0}",
+     "kitty @ --to unix:{1} focus-window --match id:{0}"),
+    ({"KITTY_WINDOW_ID": r"(\d{1,9})"}, "kitty {0}", ""),
+    ({"WEZTERM_PANE": r"(\d{1,9})"}, "WezTerm {0}", "wezterm cli activate-pane --pane-id {0}"),
+    ({"ITERM_SESSION_ID": r"(?:\w{1,20}:)?([0-9A-Fa-f-]{36})"}, "iTerm",
+     "open 'iterm2:///reveal?sessionid={0}'"),
+    ({"SSH_CONNECTION": r"([0-9A-Fa-f.:]{2,45}) .*"}, "ssh {0}", ""),
+    ({"TERM_PROGRAM": r"([\w. -]{1,40})"}, "{0}", ""),
+)  # fmt: skip
+# Program → the command that resumes one of its sessions, by id.
+RESUME_COMMANDS = {
+    "": "claude --resume", "codex": "codex resume", "gemini": "gemini --resume", "kimi": "kimi --session",
+}  # fmt: skip
+
+
+def terminal_of(variables: JsonObject) -> JsonObject | None:
+    """Return {"name", "command"?} of a terminal, from its variables; None if it is unknown."""
+    for patterns, name, command in _TERMINALS:
+        found = [re.fullmatch(it, text_of(variables.get(key)), re.A) for key, it in patterns.items()]
+        values = [match[1] for match in found if match]
+        if len(values) == len(patterns):
+            about = {"name": name.format(*values), "command": command.format(*values)}
+            return about if command else {"name": about["name"]}
+    return None
 
 
 def _gap_ms(before: Session, after: Session) -> int:
@@ -8644,14 +8679,14 @@ def send_events(socket_path: str, events: Sequence[JsonObject]) -> None:
 # ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings and in those of other programs
 #
-# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json and in the files of
-# AGENT_HOOKS, no others.
+# Owns: hooks/ in our directory, and our own entries in the files of PROGRAMS, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
 # running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
 
+CLAUDE = "claude"
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
@@ -8678,14 +8713,12 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
 
 OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
-
-
 # Claude Code's names of the events that a turn consists of; Gemini has its own.
 _TURN_EVENTS = "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Stop"
 
 
-class AgentHooks(NamedTuple):
-    """Where and how another program registers hooks. Not registered: events that hold up every request."""
+class Program(NamedTuple):
+    """Where and how a program registers hooks. Not registered: events that hold up every request."""
 
     file: str  # in its directory
     events: str
@@ -8693,31 +8726,32 @@ class AgentHooks(NamedTuple):
     advice: str = "Restart its open sessions: they run the hook from then on."
 
 
-AGENT_HOOKS = {
+PROGRAMS = {
+    CLAUDE: Program("settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}),  # events by version
     # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
-    "codex": AgentHooks(
+    "codex": Program(
         "hooks.json",
         f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
         {"type": "command"},
         "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
     ),
-    "gemini": AgentHooks(
+    "gemini": Program(
         "settings.json",
         "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
         {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
     ),
-    "copilot": AgentHooks(
+    "copilot": Program(
         "hooks/contextuate.json",
         f"{_TURN_EVENTS} PostToolUseFailure Notification SubagentStart SubagentStop PreCompact ErrorOccurred",
         {"type": "command", "timeoutSec": HOOK_TIMEOUT_S},
     ),
-    "qwen": AgentHooks(
+    "qwen": Program(
         "settings.json",
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
         " SubagentStart SubagentStop PreCompact PostCompact",
         {"type": "command", "timeout": HOOK_TIMEOUT_S},
     ),
-    "kimi": AgentHooks(
+    "kimi": Program(
         "config.toml",
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionResult Interrupt"
         " SubagentStart SubagentStop PreCompact PostCompact",
@@ -8725,6 +8759,10 @@ AGENT_HOOKS = {
     ),
 }
 _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
+
+
+# The words of our command, with zero bytes between them.
+_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--answer|\0--agent\0[^\0]+)?")
 
 
 class InstallError(Exception):
@@ -8735,15 +8773,8 @@ class ClientFile(NamedTuple):
     """A file from which Claude Code reads hooks; `trouble`: why it cannot use it (`settings` is {})."""
 
     path: str
-    is_managed: bool
     settings: JsonObject
     trouble: str = ""
-
-    def handlers(self) -> Iterator[tuple[str, JsonObject]]:
-        """Yield (event name, handler) of every hook."""
-        for name, groups in _checked_hooks(self.settings).items():
-            for group in groups:
-                yield from ((name, entry) for entry in group["hooks"])
 
 
 class StatusLine(NamedTuple):
@@ -8754,112 +8785,86 @@ class StatusLine(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
+    """The change of a settings file ("": no file); events and status line that are registered then."""
 
     path: str
     old_text: str
     new_text: str
-    names: tuple[str, ...]
+    names: list[str]
     status_line: StatusLine | None = None
-
-
-def plan_install(
-    home: str,
-    project: str | None,
-    version: Version | None,
-    without: Sequence[str] = (),
-    line: bool = False,
-    wait_s: int = 0,
-) -> InstallPlan:
-    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
-
-    `line`: register the status line too; one that is registered stays. `wait_s`: how long hooks wait for an
-    answer; 0: they do not.
-    """
-    if line and project is not None:
-        raise InstallError("the status line is registered for the user: run install without --project too")
-    if not event_names(version):
-        raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
-    names = [name for name in event_names(version) if name not in without]
-    kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    python, script = base_interpreter(), hook_script(home)
-    line_around = functools.partial(status_line_command, python, script)
-    return _plan(project, hook_command(python, script), names, kept, line_around, line, wait_s)
-
-
-def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
-    return _plan(project, "", [], [])
 
 
 def agents_here() -> list[str]:
     """Return the other programs that are installed, or have a directory."""
-    return [
-        name for name in AGENT_HOOKS if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))
-    ]
+    names = (name for name in PROGRAMS if name != CLAUDE)
+    return [name for name in names if shutil.which(name) or os.path.isdir(emit_event.agent_directory(name))]
 
 
-def plan_agent(home: str, agent: str, installs: bool = True) -> InstallPlan:
-    """Plan to register our hook in another program's file, or to remove it; raise InstallError."""
-    about, names = AGENT_HOOKS[agent], AGENT_HOOKS[agent].events.split()
-    path = os.path.abspath(os.path.join(emit_event.agent_directory(agent), about.file))
-    command = hook_command(base_interpreter(), hook_script(home), agent) if installs else ""
-    if agent == "copilot":  # a file of our own
-        old_text = read_text(path)
-        hooks = {name: [{**about.fields, "bash": command}] for name in names}
-        new_text = render_settings({"version": 1, "hooks": hooks}, "") if installs else ""
-        return InstallPlan(path, old_text, new_text, tuple(names))
-    if agent == "kimi":
-        old_text = read_text(path)
-        others = _TOML_BLOCK.sub("", old_text)
-        if installs and re.search(r"^\s*hooks\s*=", others, re.M):
-            raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
-        entries = (
-            f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
-            + "".join(f"{key} = {value}\n" for key, value in about.fields.items())
-            for name in names
-        )
-        block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
-        before = others if others.endswith("\n") or not others else others + "\n"
-        new_text = before + ("\n" if before else "") + block if installs else others
-        return InstallPlan(path, old_text, new_text, tuple(names))
-    old_text, settings = read_settings(path)
-    try:
-        changed = merge_hooks(settings, command, names if installs else [], fields=about.fields)
-        new_text = old_text if changed == settings else render_settings(changed, old_text)
-    except InstallError as error:
-        raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names))
-
-
-def _plan(
-    project: str | None,
-    command: str,
-    names: list[str],
-    kept: list[str],
-    line: Callable[[str | None], str] | None = None,
-    with_status_line: bool = False,
+def plan_install(
+    home: str,
+    program: str = CLAUDE,
+    project: str | None = None,
+    version: Version | None = None,
+    without: Sequence[str] = (),
+    line: bool = False,
     wait_s: int = 0,
 ) -> InstallPlan:
-    """Register `command` for `names`, and for those of `kept` for which our hook is registered.
+    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise InstallError.
 
-    `line` returns the command of the status line; None: it is removed.
+    For Claude Code: in a project's or the user's settings, the events that a client of `version` knows
+    `without` some. `line`: the status line too; a registered one stays. `wait_s`: how long hooks wait for an
+    answer; 0: they do not.
     """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
-    path = settings_path(project)
+    if line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
+    about, is_claude = PROGRAMS[program], program == CLAUDE
+    directory = "" if is_claude else emit_event.agent_directory(program)
+    path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
+    command = hook_command(base_interpreter(), hook_script(home), program) if home else ""
+    names = about.events.split() if home else []
+    if program == "kimi":
+        text = read_text(path)
+        return InstallPlan(path, text, merge_toml(path, text, command, names, about.fields), names)
     old_text, settings = read_settings(path)
     try:
-        hooks = _checked_hooks(settings)
-        registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        names = names + [name for name in kept if name in registered and name not in names]
-        changed = merge_hooks(settings, command, names, wait_s)
-        if with_status_line or status_line_in(settings):
-            changed = merge_status_line(changed, line)
-        new_text = old_text if changed == settings else render_settings(changed, old_text)
+        if is_claude and home:
+            names = event_names(version)
+            if not names:
+                raise InstallError("this version of Claude Code has no hooks; update it, then try again")
+            names += [] if version else sorted(our_hooks(settings).keys() - names)
+            names = [name for name in names if name not in without]
+        if program == "copilot":  # a file of our own
+            hooks = {name: [{**about.fields, "bash": command}] for name in names}
+            changed: JsonObject = {"version": 1, "hooks": hooks} if home else {}
+        else:
+            changed = merge_hooks(settings, command, names, wait_s, about.fields)
+        if is_claude and (line or status_line_in(settings)):
+            changed = merge_status_line(changed, home)
+        new_text = render_settings(changed, old_text) if changed or is_claude else ""
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
+    return InstallPlan(
+        path, old_text, old_text if changed == settings else new_text, names, status_line_in(changed)
+    )
+
+
+def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
+    """Return the text of a TOML file with our hook for each of `names` in a block of its own."""
+    others = _TOML_BLOCK.sub("", text)
+    if not names:
+        return others
+    if re.search(r"^\s*hooks\s*=", others, re.M):
+        raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+    entries = (
+        f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
+        + "".join(f"{key} = {value}\n" for key, value in fields.items())
+        for name in names
+    )
+    before = others + "\n" * (others != "" and not others.endswith("\n"))
+    block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
+    return before + ("\n" if before else "") + block
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8891,17 +8896,10 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 def client_files(project: str) -> list[ClientFile]:
     """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
-    managed, user = os.path.join(_managed_directory(), "managed-settings"), settings_path(None)
+    managed = os.path.join(_managed_directory(), "managed-settings")
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
-    paths += [settings_path(project, "settings.local.json"), settings_path(project), user]
-    files = [_client_file(path) for path in dict.fromkeys(paths)]
-    plugins = _client_file(os.path.join(os.path.dirname(user), "plugins", "installed_plugins.json")).settings
-    for name, installed in _object(plugins.get("plugins")).items():
-        copies = map(_object, installed if isinstance(installed, list) else [installed])
-        roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
-        if _file_that_enables(files, "enabledPlugins", name):
-            files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
-    return files
+    paths += [settings_path(project, "settings.local.json"), settings_path(project), settings_path(None)]
+    return [_client_file(path) for path in dict.fromkeys(paths)]
 
 
 def _managed_directory() -> str:
@@ -8909,60 +8907,51 @@ def _managed_directory() -> str:
 
 
 def _client_file(path: str) -> ClientFile:
-    is_managed = path.startswith(_managed_directory() + os.sep)
     try:
-        file = ClientFile(path, is_managed, read_settings(path)[1])
-        _checked_hooks(file.settings)
-        return file
+        settings = read_settings(path)[1]
+        _checked_hooks(settings)
+        return ClientFile(path, settings)
     except InstallError as error:
         words = str(error).rpartition(";")[0]
-        return ClientFile(path, is_managed, {}, words if words.startswith(path) else f"{path}: {words}")
+        return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
 
 
 def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a setting at `keys`, if it is true or a list with "hooks", else None."""
-    for file in files:
-        value: Any = file.settings
-        for key in keys:
-            value = _object(value).get(key)
-        if value is not None:
-            return file if value is True or (isinstance(value, list) and "hooks" in value) else None
-    return None
-
-
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
-    managed = [file for file in files if file.is_managed]
-    others = [file for file in files if not file.is_managed]
+    managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
+    others = [file for file in files if file not in managed]
     for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
-        ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
         ("disableAllHooks", others, managed),
     ):
-        file = _file_that_enables(deciding, key)
-        if file is not None:
+        file = next((file for file in deciding if key in file.settings), None)
+        if file and file.settings[key] is True:
             return running, f"{file.path} has {key}, so the hook does not run"
     return files, ""
 
 
-def registered_commands(files: Iterable[ClientFile]) -> list[str]:
-    """Return the commands of our hook in these settings, unchanged and without duplicates."""
-    entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
-    return list(dict.fromkeys(entry["command"] for entry in entries))
+def _handlers(settings: JsonObject) -> Iterator[tuple[str, JsonObject]]:
+    for name, groups in _checked_hooks(settings).items():
+        for group in groups:
+            yield from ((name, entry) for entry in group["hooks"])
+
+
+def our_hooks(settings: JsonObject) -> dict[str, str]:
+    """Return the commands of our hook in these settings, unchanged, by event name."""
+    return {name: entry["command"] for name, entry in _handlers(settings) if _is_ours(entry)}
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
     """Return (event names, paths) of events that several hooks of any kind send to a monitor."""
     places: dict[str, dict[str, str]] = {}  # event name → command or URL, which the client runs once → a file
     for file in files:
-        for name, entry in file.handlers():
-            command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
-            what = command if entry.get("type") == "command" else text_of(entry.get("url"))
+        for name, entry in _handlers(file.settings):
+            what = text_of(entry.get("command") or entry.get("url"))
             if re.search(r"emit[_-]event\.(py|js)\b|/api/hooks$", what):
                 places.setdefault(name, {}).setdefault(what, file.path)
     twice = {name: found for name, found in places.items() if len(found) > 1}
@@ -9019,23 +9008,21 @@ def status_line_in(settings: JsonObject) -> StatusLine | None:
     return None
 
 
-def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
-    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
-    entry, ours = settings.get("statusLine"), status_line_in(settings)
+def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `home` "": without ours."""
+    entry, ours = settings.get("statusLine", {"type": "command"}), status_line_in(settings)
     given = ours.wrapped if ours else _object(entry).get("command")
-    if "statusLine" not in settings:
-        entry = {"type": "command"}
-    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+    is_usable = isinstance(given, str) and _object(entry).get("type") == "command"
+    if not (ours or is_usable or "statusLine" not in settings):
         raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
-    if line is None and given is None:
+    if not home and given is None:
         return {key: value for key, value in settings.items() if key != "statusLine"}
-    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+    command = status_line_command(base_interpreter(), hook_script(home), given) if home else given
+    return {**settings, "statusLine": {**entry, "command": command}}
 
 
-def hook_command(interpreter: str, script: str, agent: str = "") -> str:
+def hook_command(interpreter: str, script: str, program: str = CLAUDE) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
-
-    `agent`: the program of AGENT_HOOKS that runs it.
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
@@ -9045,7 +9032,7 @@ def hook_command(interpreter: str, script: str, agent: str = "") -> str:
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
-    option = f" --agent {agent}" if agent else ""
+    option = f" --agent {program}" if program != CLAUDE else ""
     return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
 
 
@@ -9172,36 +9159,24 @@ def _is_ours(entry: JsonObject) -> bool:
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
     try:
-        words = shlex.split(command)
+        choices = "\0".join(shlex.split(command)).split("\0||\0")
     except ValueError:  # a quote is open
         return False
-    choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
-    choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
-    return choices != [] and all(
-        (choice[4:] in ([], ["--answer"]) or (len(choice) == 6 and choice[4] == "--agent"))
-        and choice[1:3] == ["-I", "-S"]
-        and choice[3].endswith("/hooks/emit_event.py")
-        for choice in choices
-    )
+    choices = choices[:-1] if choices[1:] and choices[-1] == ":" else choices
+    return all(_OUR_WORDS.fullmatch(choice) for choice in choices)
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
-    hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
-    for name, groups in hooks.items():
-        place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
-        for index, group in enumerate(_expected(list, groups, place)):
-            entries = _expected(dict, group, f"{place}[{index}]").get("hooks")
-            for inner, entry in enumerate(_expected(list, entries, f"{place}[{index}].hooks")):
-                _expected(dict, entry, f"{place}[{index}].hooks[{inner}]")
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
+    for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
+        lists = [_object(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+        if not all(
+            isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
+        ):
+            words = "expected {event: [{hooks: [{…}]}]}; correct it by hand first, nothing was changed"
+            raise InstallError(f"hooks.{one_line(name)}: {words}")
     return hooks
-
-
-def _expected(kind: type, value: Any, place: str) -> Any:
-    if not isinstance(value, kind):
-        words = "an object" if kind is dict else "a list"
-        raise InstallError(f"{place}: expected {words}; correct it by hand first, nothing was changed")
-    return value
 
 
 def read_text(path: str) -> str:
@@ -9292,9 +9267,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             return None
         about = os.stat(target)
         mode = stat.S_IMODE(about.st_mode)
-        stamp = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
-        backup = next(name for name in names if not os.path.lexists(name))
+        backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         emit_event.write_atomically(backup, old_text.encode("utf-8"))
         emit_event.write_atomically(target, new, mode)
     except OSError as error:
@@ -9310,12 +9283,13 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
-    commands = registered_commands(files_that_run(files)[0]) or registered_commands(files)
-    if commands:
+    running = files_that_run(files)[0]
+    command = next((it for file in [*running, *files] for it in our_hooks(file.settings).values()), None)
+    if command is not None:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
-        arguments = ["/bin/sh", "-c", commands[0]]
+        arguments = ["/bin/sh", "-c", command]
     else:
         script = hook_script(settings.home)
         script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
@@ -9445,11 +9419,6 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
-    def lines(self) -> list[str]:
-        """Return the finding as the lines that `doctor` prints."""
-        lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
-        return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
-
 
 Findings = Iterator[Finding]
 _ok, _warn, _fail = (functools.partial(Finding, level) for level in ("ok", "warn", "fail"))
@@ -9461,26 +9430,28 @@ class Doctor:
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
         self._settings, self._warnings = settings, warnings
+        self._is_redis = settings["mode"] == "redis"
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
-        self._only_receives = settings["mode"] == "redis" and not has_hook  # a monitor for other machines
         self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
         """Yield the findings of every check, in the order of an event's way."""
+        has_hook = os.path.exists(hook_script(self._settings.home)) or shutil.which(CLAUDE)
+        only_receives = self._is_redis and not has_hook  # a monitor for other machines
         checks = [self._config, self._files]
-        if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered, self._status_line]
+        checks += [] if only_receives else [self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
-        if self._settings["mode"] == "redis":
-            checks += [self._redis_py, self._redis, self._rights, self._publisher]
-        for check in checks if self._only_receives else [*checks, self._probe]:
+        checks += [self._redis_py, self._redis, self._publisher] if self._is_redis else []
+        checks += [] if only_receives else [self._probe]
+        for check in checks:
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
+        if only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -9488,8 +9459,6 @@ class Doctor:
         yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
         for warning in self._warnings:
             yield _warn("config", warning, "correct the file, then restart the monitor")
-        if self._only_receives:
-            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _files(self) -> Findings:
         home = self._settings.home
@@ -9497,10 +9466,9 @@ class Doctor:
             yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
             return
         about = os.stat(home)
-        if about.st_uid != os.getuid():
-            yield _fail("files", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
-        elif not os.access(home, os.W_OK):
-            yield _fail("files", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+        if about.st_uid != os.getuid() or not os.access(home, os.W_OK):
+            advice = f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
+            yield _fail("files", f"{home} cannot be written, or is another user's", advice)
         elif about.st_mode & 0o077:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
@@ -9512,115 +9480,95 @@ class Doctor:
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
-    def _claude(self) -> Findings:
+    def _hook(self) -> Findings:
         version = claude_version()
         if version is None:
             advice = "install it, or put it on the PATH; until then only the oldest events are registered"
             yield _warn("claude", "`claude` was not found or does not print its version", advice)
         else:
             yield _ok("claude", f"Claude Code {'.'.join(map(str, version))}")
-
-    def _hook(self) -> Findings:
         script = hook_script(self._settings.home)
         installed = os.path.join(os.path.dirname(script), "lib", "emit_event.py")
-        if not os.path.exists(script):
-            yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
-        elif not os.path.exists(installed):
-            yield _fail("hook", f"the hook at {script} is incomplete", _RUN_INSTALL)
+        if not (os.path.exists(script) and os.path.exists(installed)):
+            yield _fail("hook", f"no hook at {script}, or not all of it", _RUN_INSTALL)
         elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
             yield _ok("hook", script)
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
         path = self._settings.path("emit.log")
         with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            about = os.fstat(file.fileno())
-            if about.st_size and time.time() - about.st_mtime < RECENT_FAILURE_S:
-                file.seek(max(0, about.st_size - 4096))
-                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+            if last and time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
                 yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
-        user = settings_path(None)
         for file in self._client_files:
             if file.trouble:
-                level = "fail" if file.path == user else "warn"
+                level = "fail" if file.path == settings_path(None) else "warn"
                 yield Finding(level, "registered", f"no hook of this file runs: {file.trouble}", "correct it")
         running, off = files_that_run(self._client_files)
-        ours = [file.path for file in self._client_files if registered_commands([file])]
-        if off and not registered_commands(running):
+        ours = [file.path for file in self._client_files if our_hooks(file.settings)]
+        if off and not any(our_hooks(file.settings) for file in running):
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
-        advice = f"{_RUN_INSTALL}; then start Claude Code again"
-        if user in ours:
-            version = claude_version()
-            waits = (0, self._settings["answers.waitSeconds"])
-            plans = {
-                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s=wait_s)
-                for it, wait_s in itertools.product(((), OPTIONAL_EVENTS), waits)
-            }
-            same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
-            if same:
-                (without, wait_s), plan = same[0]
-                words = f", without {', '.join(without)}" if without else ""
-                words += ", questions can be answered on the page" if wait_s else ""
-                yield _ok("registered", f"{len(plan.names)} events in {user}{words}")
-                if wait_s and self._settings["mode"] == "redis":
-                    yield from self._remote_answers()
-            else:
-                yield _warn("registered", f"{user} is not as this version would register", advice)
-        elif ours:
-            is_project = os.path.dirname(ours[0]) == os.path.dirname(settings_path(os.getcwd()))
-            yield _ok("registered", f"in {ours[0]}" + (", for this project only" if is_project else ""))
+        if ours and settings_path(None) not in ours:
+            yield _ok("registered", f"in {ours[0]}, for this directory")
         else:
-            yield _fail("registered", f"the hook is not registered in {user}", advice)
+            yield from self._program(CLAUDE)
+        for program in agents_here():
+            yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
-        yield from map(self._agent, agents_here())
 
-    def _agent(self, agent: str) -> Finding:
-        advice = f"run: contextuate_monitor.py install --agent {agent}"
+    def _program(self, program: str) -> Findings:
+        """Compare a program's registration with what `install` would write, with the same options."""
+        check, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
+        advice = f"{_RUN_INSTALL} --agent {program}; then restart {program}"
         try:
-            plan = plan_agent(self._settings.home, agent)
-            is_registered = plan_agent(self._settings.home, agent, installs=False).new_text != plan.old_text
+            removed = plan_install("", program)
+            commands = our_hooks(read_settings(removed.path)[1]) if program == CLAUDE else {}
+            without = [event for event in OPTIONAL_EVENTS if commands and event not in commands]
+            answers = any("--answer" in command for command in commands.values())
+            wait_s = self._settings["answers.waitSeconds"] if answers else 0
+            plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
         except InstallError as error:
-            return _warn("agents", str(error), "correct it")
-        if not is_registered:
-            return _ok("agents", f"{agent} is here without our hook; to add it, {advice}")
-        if plan.new_text != plan.old_text:
-            return _warn("agents", f"{plan.path} is not as this version would register", advice)
-        return _ok("agents", f"{len(plan.names)} events of {agent} in {plan.path}")
-
-    def _remote_answers(self) -> Findings:
-        if not emit_event.read_answer_key(self._settings.home):
-            yield _warn("answers", "there is no key, so no answer comes through Redis", "run: answers key")
-        elif not self._settings["answers.remote"]:
-            words = "answers.remote is off, so this machine takes no answer from Redis"
-            yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
+            yield _warn(check, str(error), "correct it")
+            return
+        if removed.new_text == removed.old_text:
+            level = "fail" if program == CLAUDE else "ok"
+            yield Finding(level, check, f"the hook is not registered in {plan.path}", advice)
+        elif plan.new_text != plan.old_text:
+            yield _warn(check, f"{plan.path} is not as this version would register", advice)
         else:
-            yield _ok("answers", "signed answers are taken from Redis")
+            words = f", without {', '.join(without)}" if without else ""
+            words += ", questions can be answered on the page" if answers else ""
+            yield _ok(check, f"{len(plan.names)} events of {program} in {plan.path}{words}")
+        if answers and self._is_redis:
+            if not emit_event.read_answer_key(self._settings.home):
+                yield _warn(
+                    "answers", "there is no key, so no answer comes through Redis", "run: answers key"
+                )
+            elif not self._settings["answers.remote"]:
+                words = "answers.remote is off, so this machine takes no answer from Redis"
+                yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
 
     def _status_line(self) -> Findings:
-        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
-        user, name = settings_path(None), "statusline"
+        """Run the status line, with an object of which nothing is handed on."""
+        user, check = settings_path(None), "statusline"
+        shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
-        if ours is None:
-            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+        if ours is None or shown is None:
+            yield _ok(check, "not registered, so context and cost are estimates; see `install --status-line`")
             return
-        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
-        if shown != user:
-            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        if shown.path != user:
+            yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        results = []
-        for command in filter(None, (ours.command, ours.wrapped)):
-            began, shell = time.monotonic(), ["/bin/sh", "-c", command]
-            done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
-            output = done.stdout.decode("utf-8", "replace").strip()
-            results.append((done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})"))
-        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
-        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
-        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
-        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
+        shell = ["/bin/sh", "-c", ours.command]
+        done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
+        output = one_line(done.stdout.decode("utf-8", "replace"), 60)
+        level = "ok" if output or ours.wrapped is not None else "fail"
+        yield Finding(level, check, f"prints {output!r}", f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9629,13 +9577,12 @@ class Doctor:
             yield _ok("spool", "empty: no event waits on this machine")
             return
         oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
-        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+        words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
         yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about = self._settings["mode"], self._about
-        if about is None and mode == "redis":
+        if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
             return
         if about is None:
@@ -9648,32 +9595,24 @@ class Doctor:
                     yield _fail("ports", str(error))
             return
         status = ask_monitor(self._settings, about, "/api/status")
-        page = page_links(self._settings, about, False)[0]
-        yield _ok("monitor", f"{about['process']}, version {status['version']}, {page}")
-        if (status["version"], status["mode"]) != (__version__, mode):
-            words = f"it runs version {status['version']} in mode {status['mode']}"
+        words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
+        if (status["version"], status["mode"]) == (__version__, mode):
+            yield _ok("monitor", f"{words}, {page_links(self._settings, about, False)[0]}")
+        else:
             advice = "run: python3 contextuate_monitor.py restart"
             yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
         path = about["socketPath"]
-        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-            yield _fail("socket", f"{path} is not this user's", "set socketPath to a place of your own")
-        else:
-            yield _ok("socket", path)
-        good = {"store", "index", "notify"}
-        for problem in status.get("problems", ()):
-            good.discard(problem["kind"])
+        is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
+        advice = "set socketPath to a place of your own"
+        yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
+        for problem in status["problems"]:
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
-        for fact in status.get("facts") or status_facts(status):
-            if fact["name"] in good:
-                yield _ok(fact["name"], fact["words"])
+        good = {"store", "index", "notify"} - {problem["kind"] for problem in status["problems"]}
+        yield from (_ok(fact["name"], fact["words"]) for fact in status["facts"] if fact["name"] in good)
 
     def _redis_py(self) -> Findings:
         python = emit_event.publisher_python(self._settings.home)
-        try:
-            answer = run_in_python(python, "import redis; print(redis.__version__)")
-        except OSError as error:
-            yield _fail("redis-py", f"{python}: {error}", _RUN_INSTALL)
-            return
+        answer = run_in_python(python, "import redis; print(redis.__version__)")
         if answer.returncode:
             advice = emit_event.redis_py_advice(python)
             yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
@@ -9681,42 +9620,30 @@ class Doctor:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
     def _redis(self) -> Findings:
-        values = self._settings.values
-        started = time.monotonic()
+        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
+        values, channel, started = self._settings.values, self._settings["redis.channel"], time.monotonic()
+        client, off_s = None, 0.0
         try:
             client = _in_time(lambda: emit_event.redis_client(values))
-            _in_time(client.ping)
+            before = time.time()
+            seconds, micros = _in_time(client.time)
+            off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         except Exception as error:
-            if not lacks_right(error):  # a user without the right to PING is connected, too
+            if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         self._client = client
         yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-        try:
-            before = time.time()
-            seconds, micros = _in_time(client.time)
-        except Exception:
-            return  # this user may not use TIME, and no part of the program needs it
-        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-        else:
-            yield _ok("clock", "this machine and Redis agree")
-
-    def _rights(self) -> Findings:
-        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
-        client, channel = self._client, self._settings["redis.channel"]
-        if client is None:
-            return
-        stream = f"{channel}:stream"
-        attempts = [("channel", channel, lambda: _subscribe(client, channel).close())]
+        attempts = {channel: lambda: _subscribe(client, channel).close()}
         if self._settings["redis.streamMaxLength"]:
-            attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
+            attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
         else:
             yield _warn("stream", "off: a monitor misses events sent while it does not run")
-        for check, name, attempt in attempts:
+        for check, (name, attempt) in zip(("channel", "stream"), attempts.items()):
             try:
                 _in_time(attempt)
                 yield _ok(check, name)
@@ -9724,53 +9651,44 @@ class Doctor:
                 if self._about is None and lacks_right(error):
                     yield _ok(check, "this user may not read it, which only a monitor needs")
                 else:
-                    yield _fail(check, emit_event.redis_trouble(error, self._settings.values))
+                    yield _fail(check, emit_event.redis_trouble(error, values))
 
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
+        reasons = [state[it] for it in ("reason", "channelReason", "streamReason") if state.get(it)]
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
-        elif state.get("reason"):
-            yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
+        elif reasons:
+            yield Finding("fail" if state.get("reason") else "warn", "publisher", "; ".join(reasons))
         else:
             reached = f"the last to {state['subscribers']} subscribers"
             yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
-            for name in ("channelReason", "streamReason"):
-                if state.get(name):
-                    yield _warn("publisher", f"refused: {state[name]}")
 
-    def _through_hook(self, token: str) -> Generator[Finding, None, str]:
-        """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
+    def _probe(self) -> Findings:
+        """Run the hook as Claude Code does, and look for its event where it should arrive."""
+        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
+        about, pubsub, path = self._about, None, self._settings.config_path
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # `_redis` has reported the cause
+                pubsub = _subscribe(self._client, self._settings["redis.channel"])
         done = send_through_hook(self._settings, token)
         lines = done.stderr.strip().splitlines()
         foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
-        if read and read[1] != self._settings.config_path:
-            words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
+        if read and read[1] != path:
+            words = f"the hook reads {read[1]}, this command {path}"
             yield _warn("hook", words, "set CONTEXTUATE_CONFIG where Claude Code is started, too")
+        trouble = [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
         if done.returncode or done.stdout:
-            return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
-        if was_delivered(done.stderr):
-            if foreign:
-                yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
-            return ""
-        return [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
-
-    def _probe(self) -> Findings:
-        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
-        client, channel = self._client, self._settings["redis.channel"]
-        about: Any = self._about
-        pubsub: Any = None
-        if client is not None:
-            with contextlib.suppress(Exception):  # `_rights` has reported the cause
-                pubsub = _subscribe(client, channel)
-        trouble = yield from self._through_hook(token)
-        if trouble:
+            trouble = f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
+        if done.returncode or done.stdout or not was_delivered(done.stderr):
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
+        if foreign:
+            yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
         if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
             yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
-        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
+        where = "in Redis" if self._is_redis else "stored"
         if about is None:
             yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
         elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
@@ -9813,103 +9731,84 @@ def _ms_since(started: float) -> str:
 # Does no I/O and knows nothing of the monitor. Ids and pauses depend on the time of the call alone.
 # ---------------------------------------------------------------------------
 
-# The steps of a project: letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n and an
-# indented line below begin a new line; <31> stands for the escape sequence of that colour.
+# Letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n begins a line, <31> that colour.
 _DEMO_STEPS = r"""
-tidewater-shop
 g Grep applyDiscount | src | src/cart/totals.ts:41:export function applyDiscount(
+G Glob src/**/*.ts | src/cart/totals.ts\n src/cart/round.ts\n src/checkout/Payment.tsx
 r Read src/cart/totals.ts |   if (!coupon) return net;\n  return net - net * coupon.rate;\n}
-R Read src/checkout/Payment.tsx |   const [busy, setBusy] = useState(false);
 e Edit src/cart/totals.ts |   return net - net * coupon.rate; |   return Math.max(0, net * (1 - coupon.rate));
-E Edit src/checkout/Payment.tsx | type="submit" | type="submit" disabled={busy}
 w Write src/cart/round.ts | export const roundCents = (n) => Math.round(n * 100) / 100;
-T Bash! npm test -- cart | Run the cart tests | <31>FAIL<0> test/cart/totals.test.ts
-    <31>✕ a coupon never makes a total negative (6 ms)<0>\n    Expected: <32>0<0>\n    Received: <31>-4.99<0>
+T Bash! npm test -- cart | Run the cart tests | <31>FAIL<0> cart/totals.test.ts\n    Received: <31>-4.99<0>
 t Bash npm test -- cart | Run the cart tests | <32>PASS<0> test/cart/totals.test.ts\n\nTests: <32>27 passed<0>
 d Bash git diff --stat | List changes |  src/cart/round.ts  | 1 +\n src/cart/totals.ts | 2 +-
+B Bash! npm run build | Build | <31>error TS2322<0>: Type 'string' is not assignable to type 'number'.
 b Bash rm -rf build && npm run build | Build from scratch | <32>✓ built in 4.87s<0>\nbuild/app.js  214.6 kB
-o TodoWrite {"todos": [{"content": "Reproduce the negative total", "status": "completed"},
-  {"content": "Round in one place", "status": "in_progress"}, {"content": "Cover it", "status": "pending"}]}
+a Bash npm run bench | Compare with the last release | totals  <32>-11.8 %<0>  improved
+o TodoWrite {"todos": [{"content": "Find", "status": "completed"}, {"content": "Mend", "status": "pending"}]}
 p mcp__github__get_pull_request {"pull_number": 418} | {"title": "Coupons: clamp totals at 0"}
 f WebFetch https://developer.mozilla.org/docs/Web/HTML/Element/button | What does disabled do? | No clicks.
-
-logslice
-g Grep fn parse_range | src | src/range.rs:18:pub fn parse_range(text: &str) -> Result {
-G Glob src/**/*.rs | src/main.rs\nsrc/range.rs\nsrc/follow.rs
-r Read src/range.rs | pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}
-e Edit src/range.rs | .ok_or(Error::NoRange)?; | .ok_or(Error::NoRange(text.into()))?;
-m Edit src/main.rs |         Error::NoRange => 2, |         Error::NoRange(_) => 2,
-B Bash! cargo build | Build | <31>error[E0532]<0><1>: expected unit, found tuple variant `Error::NoRange`<0>
-   --> src/main.rs:57:9\n   |\n57 |     Error::NoRange => 2\n   |     <31>^^^^^^^^^^^^^^<0>
-b Bash cargo build | Build |     <32>Finished<0> dev profile in 4.31s
-t Bash cargo test | Test | test result: <32>ok<0>. 41 passed; 0 failed; 0 ignored
-a Bash cargo bench --bench follow | Compare with the last release | follow  <32>-11.8 %<0>  improved
-i Bash cargo install --path . --force | Try the build on a real log |    <32>Replaced<0> package `logslice`
-q AskUserQuestion {"questions": [{"question": "What should a backwards range do?",
-  "options": [{"label": "Refuse it"}, {"label": "Swap the ends"}]}]}
+q AskUserQuestion {"questions": [{"question": "Swap?", "options": [{"label": "No"}, {"label": "Yes"}]}]}
 x ExitPlanMode {"plan": "## --follow\n1. Watch the inode\n2. Reopen on change"}
-1 TaskCreate {"subject": "Name the text", "description": "Error::NoRange should carry what was typed"}
+1 TaskCreate {"subject": "Name the text", "description": "The error should carry what was typed"}
 2 TaskUpdate {"taskId": "1", "status": "in_progress"}
 3 TaskUpdate {"taskId": "1", "status": "completed"}
 """
 # The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
-# and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
-# repeats steps, `open` lasts until then or for ever, and so does `ask`, which waits for a person first. Any
-# other verb is a hook's name, with its fields in JSON.
+# and a subagent's lines below its own. > prompt, = steps, < answer; `until` a time repeats steps, `open`
+# lasts until then or for ever, and so does `ask`, which waits for a person first. Any other verb is a hook,
+# with its fields in JSON.
 _DEMO_STORY = """
-build-box /home/ci/projects/tidewater-shop bypassPermissions other
+build-box /home/ci/tidewater-shop bypassPermissions other
   -480m > Update the patch-level dependencies = g r t d T r e t d < All are in; one cart test is fixed.
-mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
-  -408m > Review pull request 418, in particular the rounding = p gr R d t
+mira-laptop /home/mira/tidewater-shop default prompt_input_exit
+  -408m > Review pull request 418, in particular the rounding = p g r d t
   agent general-purpose Find every caller
     = g r
     agent Explore Check the settings
-      = gr R < Only the staging settings differ.
-    = R g < Three callers; two rely on the default, one sets the value itself.
+      = g r < Only the staging settings differ.
+    = r g < Three callers; two rely on the default, one sets the value itself.
   < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
   -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
-mira-laptop /home/mira/projects/logslice default clear
-  -318m > Why does a range over midnight find nothing? = gG r B r b t < Its end lies before its start.
-mira-laptop /home/mira/projects/logslice default
+mira-laptop /home/mira/tidewater-api default clear
+  -318m > Why does a range over midnight find nothing? = g G r B r b t < Its end lies before its start.
+mira-laptop /home/mira/tidewater-api default
   > Write it into the manual = r G e t < The manual has a section on midnight now.
-mira-laptop /home/mira/projects/tidewater-shop default
-  -176m > Customers can press Pay twice, stop that = g R r E t < The button is now disabled.
-  -7m > Make a clean production build and check its size = d R t
+mira-laptop /home/mira/tidewater-shop default
+  -176m > Customers can press Pay twice, stop that = g r e t < The button is now disabled.
+  -7m > Make a clean production build and check its size = d r t
   -4m ask b +41s
-  until +128s d g r R t < The clean build is 214.6 kB: 2 kB less than the last release.
-jonas-mac /Users/jonas/projects/logslice default
+  until +128s d g r t < The clean build is 214.6 kB: 2 kB less than the last release.
+jonas-mac /Users/jonas/tidewater-api default
   -143m > Quote what was typed in an error = 1 TaskCreated {"task_id": "1", "task_subject": "Name the text"}
-  = 2 g r e B m b t 3 TaskCompleted {"task_id": "1", "task_subject": "Name the text"} < They quote it now.
+  = 2 g r e B e b t 3 TaskCompleted {"task_id": "1", "task_subject": "Name the text"} < They quote it now.
   -12m > What should happen with 14:00..12:00? = r g e
   -9m ask q
-jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
-  -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
+jonas-mac /Users/jonas/tidewater-shop acceptEdits
+  -18m > Check the code style of the checkout = g r e t < Three corrected. Shall I rename the fourth?
   -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
-build-box /home/ci/projects/tidewater-shop bypassPermissions
+build-box /home/ci/tidewater-shop bypassPermissions
   -3m > Check the cart and the checkout in parallel, then tidy up the rounding = g r
   background general-purpose Check the cart
     until +58s r g d t g < The cart rounds once, in `round.ts`.
   background general-purpose Check the checkout
-    until +176s g R r d < The checkout sends each payment once.
+    until +176s g r d < The checkout sends each payment once.
   < Two subagents check; the rounding follows when both are back.
   +178s until +236s g r w t d < Both are fine. Amounts are rounded in `round.ts` only.
-jonas-mac /Users/jonas/projects/logslice acceptEdits
+jonas-mac /Users/jonas/tidewater-api acceptEdits
   -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
   -3m > Good plan. Implement it = r e g B e B r B e B B
-  until +75s m b t r e b t g
-  ask i +152s
-  until end t r e b < `--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.
-build-box /home/ci/projects/logslice acceptEdits
+  until end e b t r e b t g
+build-box /home/ci/tidewater-api acceptEdits
   -21m > Is --follow as fast as it was? = r
   open t
   -9m > Not all tests, only the benchmark = r
   -6m open a +212s
   < It is 12 % faster than the last release.
-mira-laptop /home/mira/projects/tidewater-shop default
+mira-laptop /home/mira/tidewater-shop default
   -24m > Where does the build lose its time? = g r < On old browsers. > Leave them out = g e t T
   StopFailure {"error": "rate_limit", "last_assistant_message": "API Error: Rate limit reached"}
-mira-laptop /home/mira/projects/logslice plan
-  -11m > How should --follow notice a truncated file? = gr g r
+mira-laptop /home/mira/tidewater-api plan
+  -11m > How should --follow notice a truncated file? = g r g r
   ask x
 """
 _DEMO_VERB = re.compile(r"(?:([-+]\d+[ms]) )?(\S+) (.*?)(?: (?=[=<>] |[A-Z]\w+ \{)|$)")
@@ -9973,22 +9872,15 @@ class _DemoAgent:
                 else:
                     self.hook(verb, **json.loads(words))
 
-    def work(self, words: Iterable[str], until: float = math.inf) -> None:
-        for word in words:
+    def work(self, letters: Iterable[str], until: float = math.inf) -> None:
+        for letter in letters:
             if self.at > until:
                 return
             self.pause()
-            start, ends = self.at, []
-            for letter in word:
-                self.at = start
-                self.run(letter)
-                ends.append(self.at)
-            self.at = max(ends)
+            self.run(letter)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
-        agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
-        for models in (self.usage["models"], agents):
-            emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
+        emit_event.add_counts(self.usage["models"].setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
         use_id = f"toolu_{self.rng.getrandbits(72):018x}"
         call = {"tool_name": tool, "tool_input": given, "tool_use_id": use_id}
         self.hook("PreToolUse", **call)
@@ -9996,7 +9888,7 @@ class _DemoAgent:
 
     def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
         """Do one step, which ends by itself, at a time, or never (infinity)."""
-        tool, texts = _demo_steps(os.path.basename(self.cwd))[letter]
+        tool, texts = _demo_steps()[letter]
         name = tool.rstrip("!")
         fields = _DEMO_INPUTS.get(name, "").split()
         given = dict(zip(fields, texts)) if fields else json.loads(texts[0], strict=False)
@@ -10037,26 +9929,21 @@ class _DemoAgent:
         child.fields, child.at = {"agent_id": agent_id, "agent_type": kind}, self.at + 40
         child.hook("SubagentStart")
         child.play(story)
-        report = self.events[-1]["hook"]["last_assistant_message"]
         result: JsonObject = {"agentId": agent_id, "status": "async_launched"}
         if in_background:
             task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
             self.running.append((child.at, task))
-            child.fields = {}  # its report comes to the main agent
-            note = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
-            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{note}\n</task-notification>")
         else:
+            report = self.events[-1]["hook"]["last_assistant_message"]
             result.update(status="completed", content=[{"type": "text", "text": report}])
             self.at = child.at
         self.hook("PostToolUse", **call, tool_response=result)
 
 
 @functools.cache
-def _demo_steps(project: str) -> dict[str, tuple[str, list[str]]]:
-    block = _DEMO_STEPS.partition(f"\n{project}\n")[2].partition("\n\n")[0].rstrip()
-    text = re.sub(r"<(\d+)>", "\x1b[\\1m", block)
-    lines = (line.replace("\n  ", "\n").replace("\\n", "\n") for line in re.split(r"\n(?!  )", text))
-    steps = (line.split(" ", 2) for line in lines)
+def _demo_steps() -> dict[str, tuple[str, list[str]]]:
+    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
+    steps = (line.split(" ", 2) for line in re.split(r"\n(?=\w \w+!? )", text))
     return {letter: (tool, rest.split(" | ")) for letter, tool, rest in steps}
 
 
@@ -10454,6 +10341,7 @@ START_DEADLINE_S = 60.0
 SUBSCRIPTION_WAIT_S = 2.0
 STOP_DEADLINE_S = 15.0
 TAIL_INTERVAL_S = 0.25
+TAIL_COLOURS = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -10473,7 +10361,7 @@ def command_start(args: argparse.Namespace) -> int:
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
-    if about is not None and args.report_fd is None:
+    if about is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
         if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
             print_status("the options have no effect; `restart` with the same options applies them")
@@ -10509,53 +10397,43 @@ def print_started(settings: Settings, about: JsonObject) -> None:
     if redis["state"] == "connected":
         print(f"Connected to Redis at {redis['server']}.")
     elif redis["state"] != "off":
-        why = redis["reason"] or "Redis does not answer"
-        print(f"Not connected yet, the monitor keeps trying: {why}")
+        print(f"Not connected yet, the monitor keeps trying: {redis['reason'] or 'Redis does not answer'}")
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
+    """Start a detached process and wait until it serves and closes its standard error; raise StartError."""
     emit_event.make_private_directory(settings.home)
-    reader, writer = os.pipe()
     program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    command = [*program, "start", "--foreground", "--report-fd", str(writer)]
+    command = [*program, "start", "--foreground", "--detached"]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]
-    null = subprocess.DEVNULL
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=null, pass_fds=[writer], start_new_session=True, cwd=folder
+        command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
     )
-    os.close(writer)
-    with open(reader, "rb", buffering=0) as reports, selectors.DefaultSelector() as selector:
-        selector.register(reports, selectors.EVENT_READ)
-        has_answer = selector.select(START_DEADLINE_S)
-        report = (reports.read(1 << 16) if has_answer else b"").decode("utf-8", "replace").strip()
-    kind, _, words = report.partition(" ")
-    if kind == "ready":
-        return needed_monitor(settings)
-    if kind == "error":
-        raise StartError(words)
-    what = "ended at once" if has_answer else f"(process {process.pid}) does not answer; end it, start again"
-    raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason")
+    try:
+        said = emit_event.within(START_DEADLINE_S, lambda: process.stderr and process.stderr.read())
+    except TimeoutError:
+        what = f"(process {process.pid}) does not answer; end it, start again"
+        raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason") from None
+    failed = re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M)
+    if failed:
+        raise StartError(failed[1])
+    about = running_monitor(settings)
+    if about is None:
+        raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may name the reason")
+    return about
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the monitor until a signal ends it; report "ready" or "error …" to the process that started it."""
-    in_background = args.report_fd is not None
-
-    def report(line: str) -> None:
-        if in_background:
-            with contextlib.suppress(OSError):  # it has exited; the log has everything
-                os.write(args.report_fd, f"{line}\n".encode("utf-8", "replace"))
-                os.close(args.report_fd)
-
+    """Run the monitor until a signal ends it."""
     os.umask(0o077)
-    if in_background:
+    if args.detached:
         os.chdir("/")  # so that any directory can be removed or unmounted
     emit_event.make_private_directory(settings.home)
     # For a thousand hooks at once.
@@ -10565,7 +10443,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     try:
-        set_up_log(settings, to_stderr=not in_background)
+        set_up_log(settings, to_stderr=not args.detached)
         if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
             record_publisher_python(settings.home)
         monitor = Monitor(settings)
@@ -10575,7 +10453,6 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.strerror:
             words = f"{error.filename or settings.home}: {error.strerror}"
         log.error("cannot start: %s", words)
-        report(f"error {words}")
         raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
@@ -10583,9 +10460,10 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
-    if not in_background:
+    if args.detached:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    else:
         print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
-    report("ready")
     monitor.run()
     log.info("stopped")
     return 0
@@ -10623,12 +10501,7 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
 
 def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    try:
-        settings = settings_of(args)
-    except ConfigError as error:  # the monitor is found without it
-        print_status(f"warning: {error}")
-        home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
-        settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
+    settings = settings_of(args)
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
@@ -10795,27 +10668,25 @@ def command_config(args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
     lines = (line.partition(" ") for line in KEY_MEANINGS.strip().splitlines())
     meanings = {key: words.strip() for key, _, words in lines}
+    keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
+    targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
-        print("| key | default | meaning | may be |", "|---|---|---|---|", sep="\n")
-        for name, key in emit_event.KEYS.items():
-            default = json.dumps(key.default)
-            print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
-        print("\nEach target of `notify` is an object:", "", "| key | default | meaning | may be |", sep="\n")
-        print("|---|---|---|---|")
-        for name, (value, words, expected, _) in NOTIFY_KEYS.items():
-            print(f"| `{name}` | `{json.dumps(value)}` | {words} | {expected} |")
+        for title, rows in ("", keys), ("\nEach target of `notify` is an object:\n\n", targets):
+            print(f"{title}| key | default | meaning | may be |\n|---|---|---|---|")
+            for name, (default, words, expected) in rows.items():
+                print(f"| `{name}` | `{json.dumps(default)}` | {words} | {expected} |")
         return 0
     settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
-    for name, key in emit_event.KEYS.items():
-        default = json.dumps(key.default)
+    for name, (default, words, expected) in keys.items():
         is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
-        print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
-        print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
-    targets = (f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items())
-    print("\nA target of notify has:", *targets, sep="\n    ")
+        shown = f"{name} = {value}" + (
+            f" (default {json.dumps(default)})" if settings[name] != default else ""
+        )
+        print(f"\n{shown}\n    {words}\n    {expected}")
+    print("\nA target of notify has:", *(f"{name}: {row[1]}" for name, row in targets.items()), sep="\n    ")
     return 0
 
 
@@ -10920,85 +10791,60 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
-    for agent in agents_of(args):
-        _change_agent(settings, agent, args.dry_run, installs=True)
-    if args.agent not in (None, "all"):
-        return 0
-    version = claude_version()
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
-    without = args.without or ()
-    plan = plan_install(settings.home, args.project, version, without, args.status_line, wait_s)
-    if version is None:
-        words = "`claude` did not print its version, so only events that every version knows are added"
-        print_status(f"{words}; put it on the PATH and run install again")
+    for program in programs_of(args):
+        version = claude_version() if program == CLAUDE else None
+        if program == CLAUDE and version is None:
+            words = "`claude` did not print its version, so only events that every version knows are added"
+            print_status(f"{words}; put it on the PATH and run install again")
+        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        plan = plan_install(settings.home, program, *given)
+        if not args.dry_run:
+            install_hook_files(settings.home)
+        line = (
+            f", and the status line, around {plan.status_line.wrapped or 'none'}" if plan.status_line else ""
+        )
+        carry_out(plan, program, f"{len(plan.names)} events registered{line}", args.dry_run)
     if args.dry_run:
-        return show_plan(plan)
-    print(f"hook     {install_hook_files(settings.home)}")
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    print(f"settings {plan.path}: {len(plan.names)} events registered")
-    if plan.status_line:
-        wrapped = plan.status_line.wrapped
-        print("status line registered, with", "a line of its own" if wrapped is None else f"yours: {wrapped}")
+        return 0
     running, off = files_that_run(client_files(args.project or os.getcwd()))
-    if off and not registered_commands(running):
+    if off and not any(our_hooks(file.settings) for file in running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
-    if backup:
-        print(f"backup   {backup}")
-    print("Restart open sessions of Claude Code: they run the hook from then on.")
+    print(*{PROGRAMS[program].advice for program in programs_of(args)}, sep="\n")
     return 0
 
 
 def command_uninstall(args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
     settings = settings_of(args)
-    for agent in agents_of(args):
-        _change_agent(settings, agent, args.dry_run, installs=False)
-    if args.agent not in (None, "all"):
-        return 0
-    plan = plan_uninstall(args.project)
-    if args.dry_run:
-        return show_plan(plan)
-    if plan.new_text == plan.old_text:
-        print(f"{plan.path}: the hook is not registered")
-        return 0
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
-    print(f"Events and configuration stay in {settings.home}; remove that directory to delete everything.")
+    for program in programs_of(args):
+        plan = plan_install("", program, args.project)
+        is_registered = plan.new_text != plan.old_text
+        words = "hook removed" if is_registered else "the hook is not registered"
+        carry_out(plan, program, words, args.dry_run)
+    print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
     return 0
 
 
-def agents_of(args: argparse.Namespace) -> list[str]:
-    """Return the other programs that `--agent` names; raise InstallError."""
+def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None:
+    """Write what a plan changes, or print it."""
+    if dry_run:
+        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
+        return
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    if backup and not plan.new_text:
+        os.unlink(plan.path)  # the file had our hooks only
+    print(f"{program:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
+
+
+def programs_of(args: argparse.Namespace) -> list[str]:
+    """Return the programs that `--agent` names; raise InstallError."""
     if args.agent and args.project is not None:
         raise InstallError("--project is for Claude Code only; leave out --agent or --project")
-    return agents_here() if args.agent == "all" else [args.agent] if args.agent else []
-
-
-def _change_agent(settings: Settings, agent: str, dry_run: bool, installs: bool) -> None:
-    plan = plan_agent(settings.home, agent, installs)
-    if dry_run:
-        show_plan(plan)
-        return
-    if installs:
-        install_hook_files(settings.home)
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    changes = plan.new_text != plan.old_text
-    if changes and not plan.new_text.strip():
-        os.unlink(plan.path)  # the file had our hooks only
-    removed = "hook removed" if changes else "the hook is not registered"
-    done = f"{len(plan.names)} events registered" if installs else removed
-    print(f"{agent:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
-    if installs:
-        print(AGENT_HOOKS[agent].advice)
-
-
-def show_plan(plan: InstallPlan) -> int:
-    """Print what a plan would change."""
-    print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
-    return 0
+    return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
 def command_notify_test(args: argparse.Namespace) -> int:
@@ -11026,21 +10872,20 @@ def command_test_event(args: argparse.Namespace) -> int:
 def command_doctor(args: argparse.Namespace) -> int:
     """Check the whole chain and print what to do, with exit status 1 when a check fails."""
     try:
-        settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = Doctor(settings, warnings).run()
+        findings: Iterable[Finding] = Doctor(*load_settings(args.config)).run()
     except ConfigError as error:
         findings = [Finding("fail", "config", str(error), "correct the file")]
     found = []
     for finding in findings:
         found.append(finding)
+        advice = f"\n{'':16}→ {finding.advice}" if finding.advice and finding.level != "ok" else ""
         if not args.json:
-            print(*finding.lines(), sep="\n", flush=True)
+            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}{advice}", flush=True)
     broken = sum(finding.level == "fail" for finding in found)
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        words = f"{broken} failed: begin with the first" if broken else "All checks passed."
-        print(f"\n{words}")
+        print(f"\n{broken} failed: begin with the first" if broken else "\nAll checks passed.")
     return 1 if broken else 0
 
 
@@ -11075,54 +10920,77 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_go(args: argparse.Namespace) -> int:
+    """Bring the terminal of a session to the front."""
+    settings, wanted = settings_of(args), args.session.lower()
+    found = [
+        session
+        for session in known_sessions(settings, with_hidden=True)
+        if session["sessionId"].startswith(args.session) or session["label"].lower().startswith(wanted)
+    ]
+    found = [session for session in found if session["state"] != "ended"] or found
+    if len(found) != 1:
+        names = "".join(f"; {it['sessionId'][:8]} {safe_line(it['label'])}" for it in found[:5])
+        raise CommandError(f"{len(found) or 'no'} sessions begin with {args.session!r}{names}")
+    session, terminal = found[0], found[0]["terminal"] or {}
+    where = f"in {terminal['name']}" if terminal else "in an unknown terminal"
+    if session["state"] == "ended":
+        resume = RESUME_COMMANDS.get(session["agent"], "")
+        command = f"{resume} {shlex.quote(session['sessionId'])}" if resume else "its program"
+        print(f"it has ended; to continue: cd {shlex.quote(session['workingDirectory'])} && {command}")
+    elif session["machineKey"] != settings.machine_key:
+        raise CommandError(f"it runs on {safe_line(session['machineId'])}, {where}; run `go` there")
+    elif "command" not in terminal:
+        raise CommandError(f"it runs {where}, pid {session['pid']}; no command brings that to the front")
+    else:
+        run_steps([terminal["command"]])
+    return 0
+
+
 def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
     settings = settings_of(args)
     about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq: int | None = None
-    is_waiting = False
+    last_seq = -1
     while True:
         try:
-            if last_seq is None or is_waiting:
-                status = ask_monitor(settings, about, "/api/status")
-                if status.get("loading"):
-                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
-                # In memory only, the numbers begin again with each start.
-                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
-                is_waiting = False
+            status = ask_monitor(settings, about, "/api/status")
+            # In memory only, the numbers begin again with each start.
+            last_seq = status["seq"] if last_seq < 0 else min(last_seq, status["seq"])
             page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
-            if not is_waiting:
-                print_status(f"{error}; waiting for the monitor")
-            is_waiting = True
-            time.sleep(1)  # before the next attempt
-            about = running_monitor(settings) or about
+            print_status(f"{error}; waiting for the monitor")
+            time.sleep(1)
+            while not (again := running_monitor(settings)):
+                time.sleep(1)
+            about = again
             continue
         for event in page["events"]:
             last_seq = event["seq"]
             is_of_session = event["sessionId"].startswith(args.session or "")
             is_of_type = args.type in (None, event["eventType"], event["hookType"])
             if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
-                print(tail_line(event, args.json, colours), flush=True)
+                row = event_row(event)
+                colour = TAIL_COLOURS.get(effective_type(event), "") if colours else ""
+                line = encode_json(event).decode() if args.json else event_line(row, "%H:%M:%S", colour)
+                print(line, flush=True)
         if not page["more"]:
             time.sleep(TAIL_INTERVAL_S)
 
 
-def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
-    """Return one line of `tail`."""
-    if as_json:
-        return encode_json(event).decode("ascii")
-    row = event_row(event)["data"]
-    clock = time.strftime("%H:%M:%S", time.localtime(event["timestamp"] / 1000))
-    what = event["hookType"] or event["eventType"]
-    duration = f"  {row['durationMs']} ms" if "durationMs" in row else ""
-    words = row.get("target") or row.get("text") or ""
+def event_line(event: JsonObject, form: str, colour: str = "") -> str:
+    """Return one line for a row of an event or a search result; matches in bold where there are colours."""
+    clock, data = time.strftime(form, time.localtime(event["timestamp"] / 1000)), event["data"]
+    what, tool = event["hookType"] or event["eventType"], text_of(data.get("toolName"))
     who = f"{event['machineId']:<12.12} {event['sessionId'][:8]}"
-    line = safe_line(f"{clock}  {who}  {what:<20} {row.get('toolName', ''):<12} {words}{duration}")
-    colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
-    code = colour.get(effective_type(event)) if colours else None
-    return f"\x1b[{code}m{line}\x1b[0m" if code else line
+    line = f"\x1b[{colour}m" if colour else ""
+    line += safe_line(f"{clock}  {who}  {what:<18.18} {tool:<12.12}  ")
+    for piece in event.get("snippet") or [{"text": data.get("target") or data.get("text") or ""}]:
+        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
+        line += f"\x1b[1m{text}\x1b[0m" if colour and piece.get("hit") else text
+    line += f"  {data['durationMs']} ms" if "durationMs" in data else ""
+    return line.rstrip() + ("\x1b[0m" if colour else "")
 
 
 def command_prune(args: argparse.Namespace) -> int:
@@ -11172,14 +11040,15 @@ def command_search(args: argparse.Namespace) -> int:
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
     session_id = whole_session_id(settings, args.session)
     wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
-    colours = sys.stdout.isatty()
+    colour = "0" if sys.stdout.isatty() else ""
     left, cursor, page = args.limit, None, {}
     while left > 0:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
         page = ask_monitor(settings, about, f"/api/search?{given}")
         for result in page["results"]:
-            print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
+            line = json.dumps(result) if args.json else event_line(result, "%Y-%m-%d %H:%M:%S", colour)
+            print(line, flush=True)
         left, cursor = left - len(page["results"]), page["next"]
         if cursor is None:
             break
@@ -11190,20 +11059,6 @@ def command_search(args: argparse.Namespace) -> int:
     if page["index"]["state"] == "building":
         print_status("the index is still being built, so there may be more results")
     return 0 if left < args.limit else 1
-
-
-def search_line(result: JsonObject, colours: bool) -> str:
-    """Return one line for one result, matches in bold on a terminal."""
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["timestamp"] / 1000))
-    what = result["hookType"] or result["eventType"]
-    who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
-    tool = safe_line(text_of(result["data"].get("toolName")))
-    line = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10}  "
-    whole = {"text": result["data"].get("target") or result["data"].get("text") or ""}
-    for piece in result["snippet"] or [whole]:
-        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
-        line += f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text
-    return line.rstrip()
 
 
 def command_export(args: argparse.Namespace) -> int:
@@ -11322,11 +11177,11 @@ _SERVING = (
     _option("--host", "address to listen on (default 127.0.0.1)"),
     _switch("--foreground", "stay in the foreground and log to the terminal"),
     _switch("--no-open", "do not open a browser"),
-    _option("--report-fd", argparse.SUPPRESS, type=int),
+    _switch("--detached", argparse.SUPPRESS),
 )
 _INSTALLING = (
     _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
-            choices=(*AGENT_HOOKS, "all")),
+            choices=(*PROGRAMS, "all")),
     _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),
@@ -11367,6 +11222,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
+    command_go: (_option("session", "beginning of its id or label", metavar="SESSION"),),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
     command_search: (
         _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,

@@ -41,6 +41,9 @@ PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
+TERMINAL_VARIABLES = (
+    "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
+)
 FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
 
 
@@ -202,7 +205,8 @@ def wrap(
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
-    "sessionId"?, "cwd"?, "parentSessionId"?, NAME: <payload>}`; "agent" is the argument of `--agent`.
+    "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
+    `--agent`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -232,6 +236,10 @@ def wrap(
             head += f',"cwd":{quote(posix.getcwd())}'
         except OSError:  # the directory has been removed
             pass
+    if len(payload) < 4096 and b'"SessionStart"' in payload:
+        values = [(name, environ.get(name.encode(), b"")) for name in TERMINAL_VARIABLES.split()]
+        pairs = (f'"{name}":{quote(it.decode("utf-8", "surrogateescape"))}' for name, it in values if it)
+        head += f',"terminal":{{{",".join(pairs)}}}'
     # In JSON, a line end occurs only between tokens, so a space can replace it.
     head += f',"{name}":'
     return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
@@ -1295,7 +1303,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
     about: JsonObject = {}
-    data: JsonObject = {}
+    data = _terminal(wrapper.pop("terminal", None))
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
@@ -1318,6 +1326,12 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
                 _keep(data, field, value)
     about["eventType"] = EVENT_TYPES.get(about.get("hookType", ""), "message")
     return about, data
+
+
+def _terminal(value: Any) -> JsonObject:
+    known = (it for it in TERMINAL_VARIABLES.split() if isinstance(value, dict) and it in value)
+    plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(value[it]))[:200] for it in known}
+    return {"terminal": plain} if plain else {}
 
 
 def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":

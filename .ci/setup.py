@@ -39,6 +39,7 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 # Program → its possible names, and its package for each package manager.
 SYSTEM_PROGRAMS = {
     "redis-server": (("redis-server",), {"apt-get": "redis-server", "dnf": "redis", "brew": "redis"}),
+    "tmux": (("tmux",), dict.fromkeys(("apt-get", "dnf", "brew"), "tmux")),
     "openssl": (("openssl",), {"apt-get": "openssl", "dnf": "openssl", "brew": "openssl"}),
     "chromium": (CHROMIUM_NAMES, {"apt-get": "chromium", "dnf": "chromium", "brew": "chromium"}),
 }
