@@ -477,15 +477,8 @@ def contained(place: str, *command: str, flags: str = "") -> list[str]:
         return [*mounts.split(), *command]
     options = "--pid --fork --kill-child --mount-proc --uts" + " --net" * ("net" in flags)
     options += " --user --map-user=4242" if "user" in flags else " --user" * (os.geteuid() != 0)
-    return [
-        str(UNSHARE),
-        *options.split(),
-        "sh",
-        "-c",
-        'hostname "$0" 2>/dev/null; exec "$@"',
-        name,
-        *command,
-    ]
+    named = ["sh", "-c", 'hostname "$0" 2>/dev/null; exec "$@"', name]
+    return [str(UNSHARE), *options.split(), *named, *command]
 
 
 @contextlib.contextmanager
@@ -493,16 +486,9 @@ def in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> Ite
     """Run a command in a container while the block runs; its directory is the monitor's, mounted."""
     environment = monitor.environment
     del environment["CONTEXTUATE_MACHINE_ID"]
-    argv, pipe = contained(monitor.home, *command, flags=flags), subprocess.PIPE
-    process = subprocess.Popen(
-        argv,
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=pipe,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    argv = contained(monitor.home, *command, flags=flags)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(argv, env=environment, cwd=ROOT, text=True, start_new_session=True, **pipes)
     try:
         yield process
     finally:
@@ -804,13 +790,6 @@ def test_the_launcher_exits_0_without_its_library(hook_installed, monitor):
     assert hook_call(hook_installed.command.replace("emit_event.py", "gone.py"), b"{}", monitor.environment)
 
 
-def test_the_whole_file_is_a_hook_too(monitor, shared):
-    command = cm.hook_command(PYTHON, os.path.join(ROOT, "emit_event.py"))
-    for home in (shared, monitor):
-        hook_call(command, payload("Stop", "hook-whole"), home.environment)
-    assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
-
-
 def status_line_call(command: str, line: Any, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
     """Run a status line as Claude Code does; return (standard output, standard error, exit status)."""
     given = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
@@ -832,9 +811,7 @@ def test_an_earlier_status_line_is_shown_unchanged(hook_installed, monitor, loca
     kept = {k: v for k, v in monitor.environment.items() if not k.startswith(("LC_", "LANG"))}
     large = status_line(padding="x" * 300_000)
     for wrapped, line in itertools.product(STATUS_LINES, (status_line(), large, b"no object\n", b"")):
-        ours, gone = (
-            cm.status_line_command(PYTHON, it, wrapped) for it in (script, "/gone/hooks/emit_event.py")
-        )
+        ours, gone = (cm.status_line_command(PYTHON, it, wrapped) for it in (script, "/gone/emit_event.py"))
         results = [status_line_call(it, line, {**kept, **locale}) for it in (wrapped, ours, gone)]
         assert results[0] == results[1] == results[2], wrapped
     own = cm.status_line_command(PYTHON, script, None)
@@ -1021,9 +998,7 @@ def test_after_three_time_outs_in_a_row_hooks_do_not_wait_for_10_s(hook_alone):
         listener.listen()
         for tries in (1, 2, 3):
             assert "no acknowledgement" in hook_alone() and os.path.getsize(path) == tries
-        begin = time.monotonic()
         assert "not sent, after 3 time-outs" in hook_alone()
-        assert time.monotonic() - begin < ee.ACKNOWLEDGEMENT_DEADLINE_S
         for age_s in (11, -3600):  # it is over, or the clock was set back
             os.utime(path, (time.time() - age_s,) * 2)
             assert "not sent" not in hook_alone()
@@ -1071,10 +1046,8 @@ def test_a_user_without_home_and_entry_loses_no_event_and_sees_one_line(monitor)
     os.mkdir(program)
     for name in ("contextuate_monitor.py", "emit_event.py"):
         shutil.copy(os.path.join(ROOT, name), program)
-    event, bare = (
-        shlex.quote(json.dumps(payload("Stop"))),
-        f"env -i PATH=$PATH CONTEXTUATE_HOME=$0 {PYTHON} {program}",
-    )
+    event = shlex.quote(json.dumps(payload("Stop")))
+    bare = f"env -i PATH=$PATH CONTEXTUATE_HOME=$0 {PYTHON} {program}"
     for home, place in (("", program + "/.contextuate"), (monitor.home + "/own", monitor.home + "/own")):
         hook = ("sh", "-c", f"printf %s {event} | {bare}/emit_event.py", home)
         assert said_in_container(monitor, *hook, flags="user") == ""
@@ -1112,19 +1085,12 @@ def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monke
 # Config: relaxed JSON, one table of keys
 # ---------------------------------------------------------------------------
 
+hook_scalars = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False)
+hook_scalars |= st.integers(-(10**20), 10**20) | st.text(max_size=20) | st.integers(0xD800, 0xDFFF).map(chr)
+hook_scalars |= st.sampled_from(r'http://a/b¦# none¦/* no */ // comment¦,]¦,}¦"¦\\¦\\",]//'.split("¦"))
 hook_json = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**20), 10**20)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=20)
-    | st.sampled_from(["http://a/b", "# no comment", "/* no */ // comment", ",]", ",}", '"', "\\", '\\",]//'])
-    | st.integers(0xD800, 0xDFFF).map(chr),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-
-
+    hook_scalars, lambda it: st.lists(it, max_size=4) | st.dictionaries(st.text(max_size=8), it, max_size=4), max_leaves=8
+)  # fmt: skip
 HOOK_COMMENTS = ["", *'// line\n~# "hash" ,]\n~/* block\n , } */~/* " */~//\n~/**/~// */\n~ ~\n'.split("~")]
 
 
@@ -1152,11 +1118,7 @@ def test_comments_and_trailing_commas_change_nothing(value, rng):
 
 HOOK_WRONG_URLS = "http://u:12345678@h redis://:a/b@h:1/0 redis://:a#b@h:1 redis://h:0 unix:x h:6379".split()
 HOOK_PRICE = {"input": 1, "output": 1}
-HOOK_ODD_PRICES = [
-    7,
-    {"input": 1},
-    *(HOOK_PRICE | odd for odd in ({"input": -1}, {"output": True}, {"x": 1})),
-]
+HOOK_ODD_PRICES = [7, {"input": 1}, *(HOOK_PRICE | it for it in ({"input": -1}, {"output": True}, {"x": 1}))]
 # For every key and section: values that must be refused, and one that is taken.
 HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     **dict.fromkeys({key.partition(".")[0] for key in ee.KEYS if "." in key}, ([1, "x", [], None], {})),
@@ -1229,23 +1191,17 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
 
 
+HOOK_OPEN = "holds a password that others can read; run: chmod 600 {path}"
+HOOK_NO_TLS = "redis.tls: is false, so the certificate files are not used"
 # A key, its value, the file's mode, and what its warning says; None where there must be none.
 HOOK_CONFIG_WARNINGS = [
     ("server.prot", 1, 0o600, "server.prot: unknown key, ignored; did you mean server.port?"),
     ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored; did you mean socketPath?"),
     ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
-    *(
-        (f"redis.{key}", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used")
-        for key in ("caFile", "certFile", "keyFile")
-    ),
-    ("redis.password", "p", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
-    (
-        "notify",
-        [{"url": "https://ntfy.example/t"}],
-        0o644,
-        "holds a password that others can read; run: chmod 600 {path}",
-    ),
-    ("redis.url", "redis://u:p@h", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
+    *((f"redis.{key}File", "/x.pem", 0o600, HOOK_NO_TLS) for key in ("ca", "cert", "key")),
+    ("redis.password", "p", 0o644, HOOK_OPEN),
+    ("notify", [{"url": "https://ntfy.example/t"}], 0o644, HOOK_OPEN),
+    ("redis.url", "redis://u:p@h", 0o644, HOOK_OPEN),
     ("redis.password", "p", 0o600, None),
     ("server.port", 1, 0o644, None),
 ]
@@ -1363,9 +1319,7 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
                 moved.update(agent_id="agentId", agent_type="agentType")
             for field, ours in moved.items():
                 assert event.get(ours) == given_payload.pop(field, None)
-            assert event["data"] == {
-                HOOK_DATA_NAMES.get(name, name): it for name, it in given_payload.items()
-            }
+            assert event["data"] == {HOOK_DATA_NAMES.get(it, it): given_payload[it] for it in given_payload}
             assert event["eventType"] == HOOK_EVENT_TYPES.get(event["hookType"], "message")
             assert uuid.UUID(event["id"]).version == 4 and (event["timestamp"] == 5) == (sent is line)
             assert (event["machineId"], event.get("pid")) == origin
@@ -1515,24 +1469,6 @@ def test_any_object_becomes_an_event_with_every_value(given_object):
         ee.encode_json(cm.event_row(stored))
 
 
-def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(ee, "this_machine", lambda: "box.example.org")
-    here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
-    ingest = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)
-    stored = []
-    for number, name in enumerate(("box", "box.example.org", "elsewhere")):
-        wrapped = hook_wrapped(payload("Stop"), id=f"e{number}", machineId=name)
-        stored += ingest.take([json.dumps(wrapped).encode()])[1]
-    assert [entry.event["machineId"] for entry in stored] == ["box", "box.example.org", "elsewhere"]
-    keys = [entry.event.get("machineKey") for entry in stored]
-    assert keys == [here.machine_key, here.machine_key, None]
-    assert [json.loads(entry.line)["machineId"] for entry in stored] == [
-        "box",
-        "box.example.org",
-        "elsewhere",
-    ]
-
-
 HOOK_ODD_JSON = {
     "NaN": (b'{"n": NaN, "m": -Infinity}', {"n": "NaN", "m": "-Infinity"}),
     "a number beyond floats": (b'{"n": [1e999, {"m": -1e999}]}', {"n": ["Infinity", {"m": "-Infinity"}]}),
@@ -1559,18 +1495,14 @@ def test_a_value_of_any_length_and_depth_is_kept(length, depth):
     assert b"70707" * length in ee.encode_json(event["data"])
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *b'|x|[1]|"text"|5|null|{"a":|{}{}|{} x'.split(b"|"),
-        b"{}\xc2\xa0",  # a space, but none of JSON's
-        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    ],
-)
-def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
-    with pytest.raises(ee.MalformedEvent):
-        ee.parse_event_line(line)
-    assert not ee.is_json_object(line)
+def test_what_is_not_one_object_is_malformed_and_nothing_worse():
+    lines = b'|x|[1]|"text"|5|null|{"a":|{}{}|{} x|{}\xc2\xa0'.split(
+        b"|"
+    )  # the last: a space, but none of JSON's
+    for line in (*lines, b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
+        with pytest.raises(ee.MalformedEvent):
+            ee.parse_event_line(line)
+        assert not ee.is_json_object(line)
 
 
 @settings(max_examples=150)
@@ -1592,10 +1524,9 @@ MACHINE_KEYS = {
 }
 
 
-@pytest.mark.parametrize(("remote", "fields", "key"), MACHINE_KEYS.values(), ids=MACHINE_KEYS)
-def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(
-    tmp_path, monkeypatch, remote, fields, key
-):
+@pytest.mark.parametrize("case", MACHINE_KEYS)
+def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(tmp_path, monkeypatch, case):
+    remote, fields, key = MACHINE_KEYS[case]
     monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
     here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
     line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
@@ -1729,9 +1660,7 @@ def hook_tokens() -> Iterator[tuple[str, str]]:
         for head, length in (shape.replace("~", "").split(":") for shape in shapes):
             yield kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))
     long = hook_token("", 40)
-    hex8, hex24, hex32, hex34, hex40, hex64 = (
-        hook_token("", size, HOOK_HEX) for size in (8, 24, 32, 34, 40, 64)
-    )
+    hex8, hex24, hex32, hex34, hex40, hex64 = (hook_token("", it, HOOK_HEX) for it in (8, 24, 32, 34, 40, 64))
     base16, base24, base64_ = (hook_token("", size, HOOK_BASE32) for size in (16, 24, 64))
     bodies = [
         long * 4, hook_token("1", 60, HOOK_BASE32), base16, hex32, hex40, "eyJ" + long * 2, f"{hex64}-{long[:16]}",
@@ -1746,10 +1675,8 @@ def hook_tokens() -> Iterator[tuple[str, str]]:
 
 def hook_secrets() -> list[tuple[str, str, str]]:
     """List (kind, secret, text around it with {} in its place)."""
-    plain = [
-        *hook_tokens(),
-        *(("private-key", hook_key_block(kind=kind)) for kind in ("", "RSA ", "OPENSSH ")),
-    ]
+    keys = (("private-key", hook_key_block(kind=kind)) for kind in ("", "RSA ", "OPENSSH "))
+    plain = [*hook_tokens(), *keys]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
     login = base64.b64encode(b"user:" + word.encode()).decode()
@@ -1852,14 +1779,11 @@ def test_a_secret_is_replaced_wherever_it_stands(kind):
         assert hook_protected(given_payload, ee.Privacy(redact=False))["data"]["future"] == text
 
 
-HOOK_SECRETS_ALONE = (
-    *("CREATE USER a IDENTIFIED BY '{}';", "ALTER USER a IDENTIFIED WITH sha2 BY '{}'"),
-    *("ADMIN_PASSWORD=p@ss&word#{}", "-H 'Authorization:Basic {}'", "curl -X POST h \\\n  --user 'me:{}'"),
-    *("password: >-\n  {}", "secret:\n    {}\n"),
-)
+HOOK_SECRETS_ALONE = """CREATE USER a IDENTIFIED BY '{}'; ¦ ALTER USER a IDENTIFIED WITH sha2 BY '{}' ¦ secret:~    {}~
+ADMIN_PASSWORD=p@ss&word#{} ¦ -H 'Authorization:Basic {}' ¦ curl -X POST h \\~  --user 'me:{}' ¦ password: >-~  {}"""
 
 
-@pytest.mark.parametrize("text", HOOK_SECRETS_ALONE)
+@pytest.mark.parametrize("text", [it.replace("~", "\n") for it in re.split(" ¦ |\n", HOOK_SECRETS_ALONE)])
 def test_a_secret_in_a_text_of_its_own_is_replaced(text):
     secret = hook_token("", 24)
     for _ in range(1 if "&" in text else 3):  # in JSON, too, and in JSON in JSON
@@ -1884,16 +1808,11 @@ HOOK_PASSWORDS = ["short", "short é", 12345678, 1234, -99999, 1234.5]
 HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
 
 
-@pytest.mark.parametrize(
-    ("names", "values", "are_secret"),
-    [
-        (HOOK_SECRET_NAMES, HOOK_PASSWORDS, True),
-        (HOOK_SECRET_NAMES, HOOK_NO_PASSWORDS, False),
-        (HOOK_OTHER_NAMES, HOOK_PASSWORDS, False),
-    ],
-    ids=["secret names", "values that are no passwords", "other names"],
-)
-def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret):
+@pytest.mark.parametrize("case", ["secret names", "no passwords", "other names"])
+def test_a_value_is_replaced_when_its_name_says_secret(case):
+    names = HOOK_OTHER_NAMES if case == "other names" else HOOK_SECRET_NAMES
+    values = HOOK_NO_PASSWORDS if case == "no passwords" else HOOK_PASSWORDS
+    are_secret = case == "secret names"
     for name in names.split():
         for value in values:
             digest = hashlib.sha256(str(value).encode()).hexdigest()[:8]
@@ -1908,8 +1827,8 @@ def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret
             assert (word not in ee.redact_text(f'{{"{name}": "{word}"}}')) == are_secret, name
 
 
-# With " ¦ " between them.
-HOOK_HARMLESS = """proxy_pass http://backend:8080; ¦ password: str = Field(...) ¦ token: Optional[str] = None
+# With " ¦ " or a new line between them.
+HOOK_HARMLESS_TEXTS = """proxy_pass http://backend:8080; ¦ password: str = Field(...) ¦ token: Optional[str] = None
 docker run -u 1000:1000 img ¦ curl -u $USER:$PASS https://x ¦ git push -u origin main
 "auth": "oauth2", "auth": true ¦ PWD=/home/me/project1 ¦ 12 passed, "pass": 12, pass: 100%
 TOKEN_LIMIT=100000 max_tokens=4096 ¦ secretName: my-secret-1 ¦ secretKeyRef: {name: db1, key: password}
@@ -1943,9 +1862,10 @@ usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token
 MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123
 password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}
 3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890
-the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task""".replace(
-    "\n", " ¦ "
-).split(" ¦ ")
+the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task"""
+
+
+HOOK_HARMLESS = re.split(" ¦ |\n", HOOK_HARMLESS_TEXTS)
 
 
 def hook_harmless_texts() -> list[str]:
@@ -2164,16 +2084,16 @@ def test_at_the_level_of_metadata_no_content_leaves(given_object, data):
     assert (event["sessionId"], event["hookType"]) == (built["sessionId"], built["hookType"])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "beginning", "is_whole"),
-    [
-        ("server.port", 0, "use [redacted:github:", True),
-        ("privacy.redact", False, "use ghp_", True),
-        ("limits.fieldBytes", 1024, "use [redacted:github:", False),
-        ("privacy.level", "metadata", "None", False),
-    ],
-)
-def test_the_config_decides_what_is_stored(tmp_path, key, value, beginning, is_whole):
+# Key and value → how a prompt begins that is stored then, and whether it is whole
+HOOK_STORED = {
+    ("server.port", 0): ("use [redacted:github:", True), ("privacy.redact", False): ("use ghp_", True),
+    ("limits.fieldBytes", 1024): ("use [redacted:github:", False), ("privacy.level", "metadata"): ("None", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), HOOK_STORED)
+def test_the_config_decides_what_is_stored(tmp_path, key, value):
+    beginning, is_whole = HOOK_STORED[key, value]
     here = cm.Settings(str(tmp_path), "", "box", hook_load(tmp_path / "c.json", key, value)[0])
     prompt = f"use {hook_token('gh' + 'p_', 36)} " + "x" * 3000
     line = json.dumps(hook_wrapped(payload("UserPromptSubmit", prompt=prompt))).encode()
@@ -2217,9 +2137,8 @@ def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
     event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
     shown = ee.protect(dict(event), ee.Privacy())[0]
     protector = ee._Protector(ee.Privacy(), {""})  # searches every text
-    assert (
-        shown["data"] == {"x": protector.value(content, "x", "x")} and shown["beside"] == shown["data"]["x"]
-    )
+    assert shown["data"] == {"x": protector.value(content, "x", "x")}
+    assert shown["beside"] == shown["data"]["x"]
 
 
 # ---------------------------------------------------------------------------
