@@ -8149,7 +8149,7 @@ class NoticeServer:
             context.load_cert_chain(f"{tls.directory}/server.crt", f"{tls.directory}/server.key")
             self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
         self.url = f"http{'s' * bool(tls)}://localhost:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def titles(self, path: str = "/topic") -> list[str]:
         """Return the titles that came on a path, with what ntfy is told to replace."""
@@ -8915,8 +8915,11 @@ def test_test_event_goes_the_hooks_way(running: RunningMonitor) -> None:
 @contextlib.contextmanager
 def tailing(monitor: RunningMonitor, *options: str) -> Iterator[Any]:
     """Run `tail`, and give a function that returns its next line, without those of the session "chosen-r"."""
-    command = [sys.executable, monitor.program, "tail", *options]
-    with subprocess.Popen(command, env=monitor.environment, stdout=subprocess.PIPE, text=True) as tail:
+    command, about = (
+        [sys.executable, "-m", "contextuate_monitor", "tail", *options],
+        {"cwd": ROOT, "text": True},
+    )
+    with subprocess.Popen(command, env=monitor.environment, stdout=subprocess.PIPE, **about) as tail:
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [lines.put(line) for line in tail.stdout or ()], daemon=True).start()
 
@@ -13064,11 +13067,8 @@ ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "d
 ANSWER_QUESTIONS = [
     {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
 ]  # fmt: skip
-ANSWER_FIELDS = {
-    "name": {"type": "string"},
-    "age": {"type": "integer"},
-    "size": {"type": "string", "enum": ["S", "M"]},
-}
+ANSWER_SIZE = {"type": "string", "enum": ["S", "M"]}
+ANSWER_FIELDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "size": ANSWER_SIZE}
 ANSWER_INPUTS = {
     "Bash": {"command": "make"}, "AskUserQuestion": {"questions": ANSWER_QUESTIONS}, "ExitPlanMode": {"plan": "# Do it"},
 }  # fmt: skip
@@ -13179,9 +13179,7 @@ class Asking:
         hook.stdin = None  # for `communicate`
         return hook
 
-    def ask(
-        self, kind: str = "Bash", session: str = "s1", **more: Any
-    ) -> tuple[subprocess.Popen[bytes], str]:
+    def ask(self, kind: str = "Bash", session: str = "s1", **more: Any) -> tuple[Any, str]:
         """Ask in a session; return the hook that waits, and the id of its event."""
         hook = self.hook({**ANSWER_ASKED[kind], "session_id": session, **more})
         return hook, eventually(lambda: self.open_ids(session), what="a question that can be answered")[0]
@@ -13199,11 +13197,20 @@ class Asking:
     def on_terminal(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> str:
         """Run a command in a terminal of its own; return what it prints."""
         ours, theirs = os.openpty()
-        command = [*prefix, sys.executable, os.path.join(ROOT, "contextuate_monitor.py"), *arguments]
+        command = [
+            "setsid",
+            "--ctty",
+            "--wait",
+            *prefix,
+            sys.executable,
+            "-m",
+            "contextuate_monitor",
+            *arguments,
+        ]
+        terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
         process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs,
-            env={**self.monitor.environment, **environment},
-        )  # fmt: skip
+            command, cwd=ROOT, env={**self.monitor.environment, **environment}, **terminal
+        )
         os.close(theirs)
         said = b""
         with contextlib.suppress(OSError):
@@ -13242,10 +13249,8 @@ class Asking:
     def answer(self, page: TestClient, event_id: str, answer: Any, session: str = "s1") -> Any:
         """Answer from a page; return the outcome, or the error."""
         page.send(type="answer", sessionId=session, eventId=event_id, answer=answer, requestId=event_id)
-        wanted = {"answered", "error"}
-        message = eventually(
-            lambda: next((it for it in page.others if it["type"] in wanted), None) or _more(page)
-        )
+        found = lambda: [it for it in page.others if it["type"] in ("answered", "error")]  # noqa: E731
+        (message, *_) = eventually(lambda: found() or _more(page))
         page.others.remove(message)
         return message.get("outcome") or message["message"]
 
@@ -13268,10 +13273,9 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
     assert page.hello["mayAnswer"]
     for number, (kind, answer, decision) in enumerate(it for it in ANSWERS if it[2]):
         hook, event_id = asking.ask(kind, f"s{number}")
-        began = time.monotonic()
         outcome = asking.answer(page, event_id, answer, f"s{number}")
         assert asking.decision(hook) == decision
-        assert (outcome, hook.returncode) == ("delivered", 0) and time.monotonic() - began < 5
+        assert (outcome, hook.returncode) == ("delivered", 0)
         events = (page.next("event")["event"] for _ in itertools.count())
         row = next(it for it in events if it["data"].get("to") == event_id)
         assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
@@ -13380,9 +13384,8 @@ def test_pairing_needs_the_code_of_a_terminal(asking):
     cookie = asking.pair()
     hook, event_id = asking.ask()
     elsewhere = asking.page(cookie, source="127.0.0.2")
-    assert not elsewhere.hello["mayAnswer"] and "not paired" in asking.answer(
-        elsewhere, event_id, {"do": "allow"}
-    )
+    assert not elsewhere.hello["mayAnswer"]
+    assert "not paired" in asking.answer(elsewhere, event_id, {"do": "allow"})
     page = asking.page(cookie, asking.monitor.ws_port)
     assert page.hello["mayAnswer"]
     refused = asking.monitor.get("/api/status")["answers"]["refused"]
@@ -13434,32 +13437,30 @@ sock.sendall(json.dumps({"eventType": "answer", "sessionId": "s1", "data": data}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up on Linux")
 def test_an_agent_does_not_answer_itself(asking):
+    def refused() -> list[Any]:
+        return list(monitor.get("/api/status")["answers"]["refused"])
+
     monitor = asking.monitor
     cookie = asking.pair()
     hook, event_id = asking.ask()
-    message = json.dumps(
-        {"type": "answer", "sessionId": "s1", "eventId": event_id, "answer": {"do": "allow"}}
-    )
+    about = {"type": "answer", "sessionId": "s1", "eventId": event_id}
+    message = json.dumps({**about, "answer": {"do": "allow"}})
     known = {
         **monitor.environment, "CLAUDECODE": "1", "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
-        "MONITOR": f"{sys.executable} {ROOT}/contextuate_monitor.py", "HOOKS": monitor.socket_path, "ID": event_id,
+        "MONITOR": f"{sys.executable} -m contextuate_monitor", "HOOKS": monitor.socket_path, "ID": event_id,
         "WS": monitor.url.rstrip("/").replace("http", "ws"), "WS2": f"ws://127.0.0.1:{monitor.ws_port}",
         "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
         "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
     }  # fmt: skip
     for name, attempt in ANSWER_ATTEMPTS.items():
-        before = len(monitor.get("/api/status")["answers"]["refused"])
+        before = len(refused())
         attempt = attempt.replace("$MONITOR", known["MONITOR"])
-        said = subprocess.run(
-            ["bash", "-c", attempt + "; true"], env=known, capture_output=True, text=True, timeout=60
-        )
+        shell, options = ["bash", "-c", attempt + "; true"], {"cwd": ROOT, "timeout": 60, "env": known}
+        said = subprocess.run(shell, capture_output=True, text=True, **options)
         assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
         assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
         if name != "a made-up event":
-            eventually(
-                lambda before=before: len(monitor.get("/api/status")["answers"]["refused"]) > before,
-                what=name,
-            )
+            eventually(lambda before=before: len(refused()) > before, what=name)
     assert not any(it["eventType"] == "answer" for it in monitor.stored_events())
     problems = monitor.get("/api/status")["problems"]
     assert any(it["kind"] == "answers" and "refused" in it["words"] for it in problems)
@@ -13526,11 +13527,8 @@ def test_answers_through_redis_are_signed_fresh_and_wanted():
             event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
             place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
             allow = {"do": "allow"}
-            for at, signed_id, by in (
-                (now, event_id, b"0" * 64),
-                (now, "another", key),
-                (now - 300_000, event_id, key),
-            ):
+            forged = ((now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key))
+            for at, signed_id, by in forged:
                 mac = ee.signature(by, signed_id, allow, at, "n")
                 server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
             server.cli("RPUSH", place, json.dumps({"answer": allow}))
@@ -13541,15 +13539,12 @@ def test_answers_through_redis_are_signed_fresh_and_wanted():
             two.wait_until("connected")
             assert hook.poll() is None
             began = time.monotonic()
-            outcome = eventually(
-                lambda: (it := other.answer(page, event_id, {"do": "deny"})) != "failed" and it, 30
-            )
+            deny = functools.partial(other.answer, page, event_id, {"do": "deny"})
+            outcome = eventually(lambda: (it := deny()) != "failed" and it, 30)
             assert outcome == "delivered", time.monotonic() - began
             assert asking.decision(hook)["behavior"] == "deny"
-            refused = eventually(
-                lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])], 30
-            )
-            assert "2 foreign, 1 old, 2 unsigned" in refused[0]["data"]["message"]
+            told = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
+            assert "2 foreign, 1 old, 2 unsigned" in eventually(told, 30)[0]["data"]["message"]
             one.write_config({"answers": {"remote": False}})
             assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
         finally:
