@@ -10192,6 +10192,7 @@ def test_every_fault_is_said_in_a_clear_sentence_and_keeps_its_event(make: Any, 
             assert machine.arrivals() == {"testbox": ["kept"]}
         else:
             assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+        assert name != "wrong password" or "password" in in_process(machine, "doctor").stdout
         for text in redis_shown_and_stored(machine) if "password" in machine.config["redis"] else ():
             assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text, name
 
