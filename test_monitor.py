@@ -11852,6 +11852,40 @@ def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
         assert [number for number, line in enumerate(file, 1) if len(line.rstrip("\n")) > 120] == []
 
 
+# An expression over the section "Parsing" of the page -> its value.
+PAGE_PARSES: list[tuple[str, Any]] = [
+    ("oneLine('a\\u001b[1mb\\nc')", "ab c"),
+    ("(walkAnsi('x\\u001b[31my', {}, (text, { fg }) => seen.push([text, fg ?? null])), seen)", [["x", None], ["y", 1]]),
+    ("diffLines('a\\nb', 'a\\nc').map(({ kind, text }) => kind + text)", [" a", "-b", "+c"]),
+    ("patchedFiles('*** Add File: a\\n+b')[0].path", "a"),
+    ("markdownBlocks('# T\\n\\n- a')", [
+        {"kind": "h", "text": "T"},
+        {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
+    ("markdownSpans('a `b`').map(({ kind }) => kind)", ["text", "code"]),
+    ("filter('Build -\"two words\"')", [["", "build", False], ["", "two words", True]]),
+    ("filter('status:Failed -tool:bash x:y')", [
+        ["status", "failed", False], ["tool", "bash", True], ["", "x:y", False]]),
+    ("filter('>5s <1.5m >200ms')", [[">", 5000, False], ["<", 90000, False], [">", 200, False]]),
+    ("filter('  - > >5 status: a-b')", [[">", 5000, False], ["", "a-b", False]]),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node is missing")
+def test_what_parses_needs_no_page() -> None:
+    with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
+        section = re.search(
+            r"\n// Parsing: .*?\n(// -----+\n.*?)// -----+\n// Render: ", file.read(), re.DOTALL
+        )
+    helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
+    values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
+    script = f"'use strict';\n{section[1]}\n{helpers}\nconsole.log(JSON.stringify([{values}]))"
+    done = subprocess.run(
+        ["node", "-"], input=script, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [value for _, value in PAGE_PARSES]
+
+
 # Stories: verb → the hook, and its field that holds the words behind the verb.
 HOOK_VERBS = {
     "prompt": ("UserPromptSubmit", "prompt"), "agent": ("SubagentStart", None),
