@@ -12228,8 +12228,7 @@ background commands, any characters and long output are shown
     play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
     @two play unicode               | every row opens
     @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt; Show 500 more of & not in drawer: 777
-    click .showmore >> nth=0        | in drawer: 777
+                                    | open Read / lines.txt: lines.txt; 777
 
 the keyboard leads from the first visit to raw JSON
                                     | in firstvisit: contextuate_monitor.py install
