@@ -11852,7 +11852,7 @@ def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
         assert [number for number, line in enumerate(file, 1) if len(line.rstrip("\n")) > 120] == []
 
 
-# An expression over the section "Parsing" of the page -> its value.
+# An expression over the section "Parsers" of the page -> its value.
 PAGE_PARSES: list[tuple[str, Any]] = [
     ("oneLine('a\\u001b[1mb\\nc')", "ab c"),
     ("(walkAnsi('x\\u001b[31my', {}, (text, { fg }) => seen.push([text, fg ?? null])), seen)", [["x", None], ["y", 1]]),
@@ -11874,7 +11874,7 @@ PAGE_PARSES: list[tuple[str, Any]] = [
 def test_what_parses_needs_no_page() -> None:
     with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
         section = re.search(
-            r"\n// Parsing: .*?\n(// -----+\n.*?)// -----+\n// Render: ", file.read(), re.DOTALL
+            r"\n// Parsers: .*?\n(// -----+\n.*?)// -----+\n// Render: ", file.read(), re.DOTALL
         )
     helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
     values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
