@@ -11573,10 +11573,17 @@ def command_demo(args: argparse.Namespace) -> int:
     if args.live:
         print_status(f"the page shows the demo live for {args.live:.0f} s; Ctrl-C ends it")
     day = list(demo_day(now_ms(), args.live))
-    with EventSender(about["socketPath"]) as sender:
-        for timestamp, event in day:
-            time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
-            sender.send([event])
+    for timestamp, event in day:
+        time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
+        for left in reversed(range(60)):  # the monitor may restart meanwhile
+            try:
+                with EventSender(about["socketPath"]) as sender:
+                    sender.send([event])
+                break
+            except (OSError, CommandError):
+                if not left:
+                    raise
+                time.sleep(0.5)
     print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 
