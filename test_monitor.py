@@ -11857,7 +11857,21 @@ PAGE_PARSES: list[tuple[str, Any]] = [
     ("oneLine('a\\u001b[1mb\\nc')", "ab c"),
     ("(walkAnsi('x\\u001b[31my', {}, (text, { fg }) => seen.push([text, fg ?? null])), seen)", [["x", None], ["y", 1]]),
     ("diffLines('a\\nb', 'a\\nc').map(({ kind, text }) => kind + text)", [" a", "-b", "+c"]),
+    ("diffLines('a\\nb\\nc\\nd', 'x\\nb\\nd\\ny').map(({ kind, text }) => kind + text)",
+     ["-a", "+x", " b", "-c", " d", "+y"]),
+    ("foldSame(diffLines([...Array(5e4).keys()].join('\\n'), [...Array(5e4).keys()].reverse().join('\\n')))"
+     ".filter(({ kind }) => kind !== ' ').length > 5e4", True),   # too different for the shortest way
     ("patchedFiles('*** Add File: a\\n+b')[0].path", "a"),
+    ("lastWritten('10 %\\r50 %\\r100 %\\r\\nnext')", "100 %\nnext"),
+    ("textPieces('\\u001b[31m' + 'x\\n'.repeat(500)).map(({ lines, style }) => [lines, style.fg ?? null])",
+     [[200, None], [200, 1], [100, 1]]),
+    ("['image/png', 'image/svg+xml'].map((mimeType) => imageAddress({ data: 'AAAA', mimeType }))",
+     ["data:image/png;base64,AAAA", ""]),
+    ("[imageAddress({ file: { base64: 'AA…A', type: 'image/png' } }), jsonOf('[1'), jsonOf(' {}')]", ["", None, {}]),
+    ("markdownBlocks('- [x] a\\n\\n  ```\\n    b\\n\\n  ```\\n\\n- [ ] c')[0].items.map(({ text, done }) => [text, done])",
+     [["a\n```\n  b\n\n```", True], ["c", False]]),
+    ("markdownBlocks('3. a\\n\\n4. b')[0].items.map(({ start }) => start)", [3, 4]),
+    ("markdownBlocks('a|b\\n-|-\\n1\\\\|2|`x`')[0].rows[1]", ["1|2", "`x`"]),
     ("markdownBlocks('# T\\n\\n- a')", [
         {"kind": "h", "text": "T"},
         {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
@@ -12148,7 +12162,7 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
 # A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
 # `hooks`), or what a person does:
 #     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
-#     width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
+#     back, forward   width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
 #     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
 # In a PART, <NAME> is the part of that data-testid. What the page shows:
 #     row STATUS: words of the one row that has them        rows STATUS: how many there are
@@ -12349,6 +12363,52 @@ history finds what is stored and opens it
     select [aria-label=Time]:
     fill <history-query>:           | hits: 4
 
+Back and Forward go through views, sessions and details
+    @one prompt work of one; @one call make 1; @two prompt work of two | row event: work of two
+    click [data-session-id=one]     | link: #s=one & open Bash / make 1: make 1
+    press 3                         | in sheet: Statistics
+    back                            | in drawer: make 1 & linked: s=one; e=
+    back                            | no drawer & link: #s=one & no row: work of two
+    back                            | no link & row event: work of two
+    forward                         | link: #s=one & no row: work of two
+
+what was hidden or pinned by mistake is undone
+    @one prompt work of one; @two prompt work of two
+    menu one: Hide                  | kept one hidden: true
+    click #toast >> text=Undo       | kept one hidden: false
+    menu one: Pin                   | kept one isPinned: true
+    click #toast >> text=Undo       | kept one isPinned: false
+
+keys of single letters can be switched off
+    prompt work                     | row event: work
+    press ?
+    click text=Keys of a single letter
+    press Escape 3 t                | no sheet & true: document.querySelector('#timeline').offsetHeight > 0
+    load                            | row event: work
+    press 3 Escape                  | no sheet
+    click [aria-label='Keyboard shortcuts']
+    click text=Keys of a single letter
+    press Escape 3                  | in sheet: Statistics
+
+a wait is one row, and lanes are in the rail's order
+    @w prompt work; @w call rm; @w ask rm; @i prompt idle; @i answer done; @x prompt other | counter waiting: 1
+                                    | rows waiting: 1 & no row: Permission request
+                                    | true: contextuate.timeline.shown.map((lane) => lane.sid).join() === 'w,x,i'
+
+a parent that was set is named
+    @one prompt work of one; @two prompt work of two
+    menu one: Set parent
+    select dialog select: two
+    click dialog button.first       | kept one parentSessionId: "two"
+    click [data-session-id=one]     | in panehead-facts: below work of two
+
+tools are sorted up and down
+    call make; result make; question which; reply which | calls: 2
+    load #stats                     | in stats: 2 calls
+    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'AskUserQuestion'
+    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'Bash'
+                                    | true: document.querySelector('th[aria-sort]').ariaSort === 'descending'
+
 widths are kept
     call make                       | open Bash / make: make & widths: 280 560
     focus #rail-split
@@ -12476,6 +12536,8 @@ BROWSER_ACTS: dict[str, Any] = {
     "select": lambda tab, part, words: tab.page.select_option(part, words),
     "menu": lambda tab, session, words: tab.choose(session, words),
     "tab": lambda tab, testid, _: press_tab_until(tab, testid),
+    "back": lambda tab, *_: tab.page.go_back(),
+    "forward": lambda tab, *_: tab.page.go_forward(),
     "width": lambda tab, pixels, _: tab.page.set_viewport_size({"width": int(pixels), "height": 900}),
     "brush": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 8),
     "point": lambda tab, target, _: tab.page.mouse.move(**browser_place(tab, target)),
@@ -12568,6 +12630,8 @@ BROWSER_LOOKS: dict[str, Any] = {
     "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
     "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
     "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
+    "end": lambda *given: browser_end(*given),
+    "copied": lambda *given: browser_copied(*given),
     "true": lambda tab, _, __, words: tab.page.evaluate(words),
 }
 
@@ -12927,7 +12991,164 @@ def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     spans = "[...document.querySelectorAll('.drawer .block span')]"
     found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
     assert [text for text, _ in found] == ["red", "green", "orange"]
-    assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
+    assert len({colour for _, colour in found}) == 3
+    tab.page.click("[aria-label='Copy: Output']")
+    assert tab.page.evaluate("navigator.clipboard.readText()") == "red green orange plain end"
+    codes = "".join(f"\x1b[38;5;{n}mf{n}\x1b[0m \x1b[48;5;{n}mb{n}\x1b[0m " for n in range(256))
+    tab.emit(f"call paint; failure paint => Exit code 2\n{codes} \x1b[2mdim\x1b[0m")
+    for scheme in ("light", "dark"):
+        tab.page.emulate_media(color_scheme=scheme)
+        tab.row_with("paint").click()
+        tab.shows("drawer", "b255")
+        assert tab.page.evaluate(BROWSER_CONTRASTS)[0] >= 4.5, scheme
+
+
+BROWSER_CONTRASTS = """() => {
+  const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const light = (...colours) => {
+    for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
+    const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
+      .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const block = [...document.querySelectorAll('.drawer .block')].at(-1);
+  return [...block.querySelectorAll('span')].map((el) => {
+    const style = getComputedStyle(el);
+    const [a, b] = [light(getComputedStyle(block).backgroundColor, style.backgroundColor), light(style.color)];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }).sort((one, other) => one - other);
+}"""
+# A 3 × 2 image, as a tool of an MCP server returns it.
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGM4EaABQQxwFgBO1AeBToSARAAAAABJRU5ErkJggg=="
+LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
+# What a person wants to know → at most three clicks or keys | what then is shown (see BROWSER_SHOWS)
+BROWSER_TASKS = r"""
+why did it fail
+    click [data-session-id=f]; click <row> >> text=no rule | in drawer: Exit code 2; no rule to make it
+what a finished subagent did
+    click [data-session-id=sub]; click <row> >> text=Agent ended; click <jump> | agents: 1 & linked: a=
+how a 19,000-line output ended
+    click [data-session-id=f]; click <row> >> text=npm test; click <to-end> | end: test 18999
+send a colleague this failure
+    click [data-session-id=f]; click <row> >> text=no rule; click [aria-label='Copy link'] | copied: no rule to make it
+a command run earlier
+    press 2; press /; type zebra | hits: 1 & in hits: make zebra
+cost today per project
+    press 3; select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost project
+"""
+
+
+def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
+    """True if the last lines of the last text in the drawer are seen, and have these words."""
+    return bool(tab.page.evaluate(
+        """(words) => {
+          const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
+          const { top, bottom } = block.getBoundingClientRect();
+          return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
+        }""", words
+    ))  # fmt: skip
+
+
+def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
+    """True if the link in the clipboard leads to details with these words."""
+    link = tab.page.evaluate("navigator.clipboard.readText()")
+    tab.load(link[link.index("#") :])
+    tab.shows("drawer", words)
+    return True
+
+
+@pytest.mark.parametrize("task", BROWSER_TASKS.strip().split("\n")[::2])
+def test_a_task_of_the_day_takes_three_steps(tab, task):
+    lines = BROWSER_TASKS.strip().split("\n")
+    steps, _, looks = lines[lines.index(task) + 1].strip().partition(" | ")
+    assert steps.count(";") < 3
+    tab.emit("@f prompt build it; @f call no rule; @f failure no rule => Exit code 2 no rule to make it")
+    tab.emit(f"@f call npm test; @f result npm test => {LINES_19000}; @sub play subagent")
+    tab.emit("@old prompt long ago; @old call make zebra; @old end other")
+    eventually(lambda: tab.monitor.get("/api/search?q=zebra")["results"])
+    tab.load()
+    tab.until("contextuate.store.loaded && contextuate.store.status")
+    for act in steps.split("; "):
+        browser_acts(tab, act)
+    for look in looks.split(" & "):
+        kind, _, words = look.partition(": ")
+        kind, _, more = kind.partition(" ")
+        looks = functools.partial(BROWSER_LOOKS[kind], tab, "", more, words)
+        eventually(looks, 20, look)
+
+
+def test_long_output_opens_soon_is_searched_and_shows_its_end_when_it_failed(tab: BrowserTab) -> None:
+    tab.emit(f"call good; result good => {LINES_19000}; call bad; failure bad => Exit code 1\n{LINES_19000}")
+    tab.load("#s=s1").row_with("bad").click()
+    eventually(lambda: browser_end(tab, "", "", "test 18999"), what="the end of what failed")
+    tab.row_with("good").click()
+    tab.shows("drawer", "19,000 lines")
+    assert tab.page.evaluate("document.querySelector('.drawerbody').scrollTop") == 0
+    tab.until("document.querySelectorAll('.piece:empty').length === 0")
+    tab.page.fill("[aria-label='Find in Output']", "TEST 1234")
+    tab.shows("drawer", "1 of 11")
+    seen = """(() => { const [range] = CSS.highlights.get('found'); const { top } = range.getBoundingClientRect();
+      return top > 100 && top < innerHeight && range.toString() === 'test 1234' && range.endContainer.data; })()"""
+    eventually(lambda: "test 1234\n" in str(tab.page.evaluate(seen)))
+    tab.press("Enter")
+    tab.shows("drawer", "2 of 11")
+    eventually(lambda: "test 12340" in str(tab.page.evaluate(seen)))
+    tab.press("Shift+Enter Shift+Enter")
+    tab.shows("drawer", "11 of 11")
+    smooth = """async () => { const body = document.querySelector('.drawerbody'); const times = [];
+      for (let at = 0; at < 40; at += 1) {
+        body.scrollTop = at / 40 * body.scrollHeight;
+        times.push(await new Promise((seen) => requestAnimationFrame(seen)));
+      }
+      return times.map((time, i) => time - (times[i - 1] ?? time)).sort((a, b) => a - b)[20]; }"""
+    assert tab.page.evaluate(smooth) < 100, "frames while scrolling, in ms: the median on any machine"
+
+
+def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> None:
+    image = {"type": "image", "data": PNG, "mimeType": "image/png"}
+    results: list[tuple[str, Any]] = [
+        ("shot", [{"type": "text", "text": "Saved"}, image, {**image, "mimeType": "image/svg+xml"}]),
+        ("tree", [{"type": "text", "text": json.dumps({"user": {"teams": [{"name": "shop"}]}})}]),
+        ("pull", {"stdout": "10 %\r100 %\nend", "stderr": ""}),
+    ]
+    for name, result in results:
+        tool = "Bash" if name == "pull" else f"mcp__x__{name}"
+        call = {"tool_name": tool, "tool_input": {"command": f"{name}\rls"}, "tool_use_id": name}
+        tab.monitor.emit(payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=result))
+    tab.row_with("x › shot").click()
+    tab.until("document.querySelector('.drawer img')?.naturalWidth === 3")
+    tab.shows("drawer", "Saved", "An image that is not whole or of no kind that is shown")
+    tab.row_with("x › tree").click()
+    tab.shows("drawer", "teams")
+    lefts = "[...document.querySelectorAll('.drawer .json .branch dt')].map((el) => el.getBoundingClientRect().left)"
+    first, *others = tab.page.evaluate(lefts)
+    assert others == [first + 12, first + 24]
+    tab.row_with("pull").click()
+    tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
+
+
+def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -> None:
+    tab.emit("prompt work; call rm; ask rm")
+    tab = open_tab(tab.monitor)
+    wire = BrowserWire(tab)
+    tab.row_with("rm")
+    timers = (
+        "[...document.querySelectorAll('.timer, .row:not([hidden]) .c-duration')].map((el) => el.innerText)"
+    )
+    later = "Date.now = ((now) => () => now() + 3600e3)(Date.now.bind(Date)); contextuate.tick()"
+    wire.cut()
+    tab.page.evaluate("contextuate.tick()")
+    before = tab.page.evaluate(timers)
+    tab.page.evaluate(later)
+    assert tab.page.evaluate(timers) == before and any(before)
+    wire.mend()
+    eventually(lambda: tab.page.evaluate(timers) != before)
+
+
+def test_the_first_visit_says_that_redis_is_away(tab: BrowserTab) -> None:
+    tab.shows("firstvisit", "The monitor is running")
+    tab.hears(redis=REDIS_AWAY)
+    tab.shows("firstvisit", "is not connected to Redis")
 
 
 def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
@@ -13267,6 +13488,9 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     follows = "document.querySelector('[aria-label=Follow]').ariaPressed"
     press(tab.row_with("make 59"))
     tab.shows("drawer", "make 59")
+    tab.emit("; ".join(f"call make {next(numbers)}" for _ in range(40)))
+    tab.shows("new-count", "new")
+    assert tab.rows("make 59 "), "the row stays where it was clicked"
     tab.press("Escape")
     press(tab.page.query_selector("[aria-label=Follow]"))
     tab.until(f"{follows} === 'false'")
@@ -14084,9 +14308,7 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         printed = asking.decision(hook)
         answers = {"Colour?": "Green", "Which?": ["Blue"]}
         assert printed == decision if decision else printed["updatedInput"]["answers"] == answers
-    hook, _ = asking.ask(
-        "Bash", "s6", tool_name="Write", tool_input={"file_path": "/x", "content": "row\n" * 3000}
-    )
+    hook, _ = asking.ask("Bash", "s6", tool_name="mcp__x__write", tool_input={"rows": list(range(300))})
     tab.page.click("[data-session-id=s6]")
     tab.shows("ask", "Show all of it before you allow it")
     assert tab.page.is_disabled("[data-act=a]")
