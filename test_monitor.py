@@ -9364,6 +9364,16 @@ def test_the_demo_fills_every_state_and_is_replaced_or_removed(running):
     assert {event["sessionId"] for event in running.stored_events()} == {"mine"}
 
 
+def test_the_demo_goes_on_when_the_monitor_restarts(running):
+    command = [sys.executable, "-m", "contextuate_monitor", "demo", "--live", "2"]
+    demo = subprocess.Popen(command, cwd=ROOT, env=running.environment, stdout=subprocess.PIPE, text=True)
+    eventually(lambda: len(running.stored_events()) > 20)
+    running.kill()
+    running.serve()
+    sent = re.search(r"(\d+) demo events sent", demo.communicate(timeout=90)[0])
+    assert demo.returncode == 0 and len(running.stored_events()) == int(sent[1])
+
+
 COMMANDS_IN_A_ROW = """
 import sys, contextuate_monitor
 for command in sys.argv[1:]:
@@ -11871,7 +11881,7 @@ PAGE_PARSES: list[tuple[str, Any]] = [
     ("markdownBlocks('- [x] a\\n\\n  ```\\n    b\\n\\n  ```\\n\\n- [ ] c')[0].items.map(({ text, done }) => [text, done])",
      [["a\n```\n  b\n\n```", True], ["c", False]]),
     ("markdownBlocks('3. a\\n\\n4. b')[0].items.map(({ start }) => start)", [3, 4]),
-    ("markdownBlocks('a|b\\n-|-\\n1\\\\|2|`x`')[0].rows[1]", ["1|2", "`x`"]),
+    ("markdownBlocks('a|b\\n--|--\\n1\\\\|2|`x`')[0].rows[1]", ["1|2", "`x`"]),
     ("markdownBlocks('# T\\n\\n- a')", [
         {"kind": "h", "text": "T"},
         {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
@@ -12242,7 +12252,7 @@ background commands, any characters and long output are shown
     play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
     @two play unicode               | every row opens
     @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt; 777
+                                    | open Read / lines.txt: lines.txt & true: document.querySelector('.drawer').textContent.includes('777')
 
 the keyboard leads from the first visit to raw JSON
                                     | in firstvisit: contextuate_monitor.py install
@@ -13034,7 +13044,7 @@ send a colleague this failure
 a command run earlier
     press 2; press /; type zebra | hits: 1 & in hits: make zebra
 cost today per project
-    press 3; select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost project
+    press 3; select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
 """
 
 
@@ -13043,7 +13053,7 @@ def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
     return bool(tab.page.evaluate(
         """(words) => {
           const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
-          const { top, bottom } = block.getBoundingClientRect();
+          const { top, bottom } = block?.getBoundingClientRect() ?? {};
           return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
         }""", words
     ))  # fmt: skip
@@ -13122,7 +13132,7 @@ def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> N
     tab.shows("drawer", "teams")
     lefts = "[...document.querySelectorAll('.drawer .json .branch dt')].map((el) => el.getBoundingClientRect().left)"
     first, *others = tab.page.evaluate(lefts)
-    assert others == [first + 12, first + 24]
+    assert others == [first + 12, first + 24, first + 36]
     tab.row_with("pull").click()
     tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
 
