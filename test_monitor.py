@@ -12531,7 +12531,7 @@ demo: a phone shows one pane at a time and everything fits
     click text=Got it               | no banner
     load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
                                     | no banner & fits
-    click <session>                 | no rail & fits & open Edit / : Edit
+    click [data-need=turn]          | no rail & fits & open Edit / : Edit
                                     | fits
     click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
     click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
