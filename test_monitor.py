@@ -21,6 +21,7 @@ import base64
 import bisect
 import calendar
 import collections
+import colorsys
 import concurrent.futures
 import contextlib
 import csv
@@ -11910,13 +11911,37 @@ def test_what_parses_needs_no_page() -> None:
     assert json.loads(done.stdout) == [value for _, value in PAGE_PARSES]
 
 
+def test_the_colours_of_agents_have_one_hue_in_both_themes_and_stand_out() -> None:
+    with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
+        themes = file.read().split("</style>")[0].split("prefers-color-scheme: dark", 1)
+
+    def colours(theme: str, names: str) -> list[list[float]]:
+        found = re.findall(rf"--(?:{names}): #(\w\w)(\w\w)(\w\w);", theme)
+        return [[int(part, 16) / 255 for part in parts] for parts in found]
+
+    def light(colour: list[float]) -> float:
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] + 0.05
+
+    for theme in themes:
+        for ground, colour in itertools.product(colours(theme, "bg|panel|select"), colours(theme, "a[0-7]")):
+            low, high = sorted((light(ground), light(colour)))
+            assert high / low >= 3, (ground, colour)
+    pairs = list(zip(*(colours(theme, "a[0-7]") for theme in themes)))
+    assert len(pairs) == 8
+    assert all(
+        abs(colorsys.rgb_to_hsv(*one)[0] - colorsys.rgb_to_hsv(*other)[0]) < 0.05 for one, other in pairs
+    )
+
+
 # Stories: verb → the hook, and its field that holds the words behind the verb.
 HOOK_VERBS = {
     "prompt": ("UserPromptSubmit", "prompt"), "agent": ("SubagentStart", None),
     "call": ("PreToolUse", None), "ask": ("PermissionRequest", None), "question": ("PreToolUse", None),
     "result": ("PostToolUse", None), "failure": ("PostToolUseFailure", "error"), "reply": ("PostToolUse", None),
     "batch": ("PostToolBatch", "tool_calls"), "answer": ("Stop", "last_assistant_message"),
-    "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"),
+    "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"), "idle": ("Notification", "message"),
+    "stop": ("SubagentStop", "last_assistant_message"),
 }  # fmt: skip
 STORY_WHO = r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?"
 STORY_NUMBERS = itertools.count()  # make each event its own, however soon another test emits the same story
@@ -11941,6 +11966,8 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
         about: dict[str, Any] = {field: said if verb == "failure" else words} if field else {}
         if agent:
             about |= {"agent_id": agent, "agent_type": "explorer"}
+        if verb == "idle":
+            about["notification_type"] = "idle_prompt"
         if verb in ("question", "reply"):
             about |= {"tool_name": "AskUserQuestion", "tool_input": {"questions": [{"question": words}]}}
         elif "Permission" in hook or "ToolUse" in hook:
@@ -12171,6 +12198,7 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
 
 # A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
 # `hooks`), or what a person does:
+#     give SESSION: FIELDS of its JSON that the page gets
 #     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
 #     back, forward   width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
 #     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
@@ -12203,13 +12231,13 @@ who waits for a permission is named, with what is asked
                                     | counter waiting: 0 & title: Contextuate Monitor
 
 a turn that ended says where and how much
-    prompt go; call make; result make; answer All done | rail idle: shop, 1 call & row event: Answer All done
+    prompt go; call make; result make; answer All done | rail idle: shop 1 call & row event: Answer All done
 
 a turn that failed says why
     prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
 
 a session that ended says where and why
-    prompt go; end logout           | rail ended: shop, /logout
+    prompt go; end logout           | rail ended: shop /logout
 
 calls that only their batch ended failed, as the monitor counts
     play p-perm                     | rows failed: 2 & errors: 2
@@ -12303,7 +12331,7 @@ what one tab does is kept and shown in every tab
 
 keys reach who waits, menus and the rail
     @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
-    press n                         | link: #s=asks & no row: busy work
+    press w                         | link: #s=asks & no row: busy work
     press m                         | in menu: Rename
     press ArrowDown Enter
     type By keys
@@ -12420,11 +12448,11 @@ tools are sorted up and down
                                     | true: document.querySelector('th[aria-sort]').ariaSort === 'descending'
 
 widths are kept
-    call make                       | open Bash / make: make & widths: 280 560
+    call make                       | open Bash / make: make & widths: 320 560
     focus #rail-split
     press ArrowRight
-    pull #drawer-split -60          | widths: 296 620
-    load same link                  | in drawer: make & widths: 296 620
+    pull #drawer-split -60          | widths: 336 620
+    load same link                  | in drawer: make & widths: 336 620
 
 statistics count what happened and lead to it
     @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
@@ -12488,6 +12516,75 @@ a brushed part of the timeline filters the table
     brush 0.6 0.999                 | in range: – & rows: 2
     press Escape                    | no range
 
+a task of the day: does anyone need me and what for, blocked or just done, until I have seen it
+    @d prompt write notes; @d answer Done; @d idle Claude is waiting for your input
+    @b prompt fix the cart; @b call rm build; @b ask rm build | rail: b d & rail waiting: shop Allow Bash: rm build
+                                    | true: [...document.querySelectorAll('.session')].map((el) => el.dataset.need).join() === 'blocked,turn'
+    press w                         | link: #s=b & in ask: Allow Bash?; rm build; Answer it in the terminal
+    press e                         | rail: d b & true: document.querySelector('[data-session-id=b]').dataset.need === 'seen'
+    load same link                  | rail: d b & title: (1) fix the cart – Contextuate Monitor
+    @b/a1 agent; @b/a1 call rm more; @b/a1 ask rm more | rail: b d & title: (2) fix the cart – Contextuate Monitor
+
+a task of the day: which project, which machine
+    @a prompt one; @b prompt two
+    give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
+    press o
+    click <menu> >> text=Group by project | true: [...document.querySelectorAll('.group')].map((el) => el.innerText.replace(/\s+/, ' ')).join() === 'shop 1,shop 1'
+    give a: {"project": "/src/api"}
+    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | true: [...document.querySelectorAll('.group')].map((el) => el.innerText.replace(/\s+/, ' ')).join() === 'shop 1, 1 needs you,api 1'
+    press o
+    click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
+    load                            | rail: b a & not in rail: Working
+
+a task of the day: read a question and go there
+    question Which colour, and why?
+    give s1: {"terminal": {"name": "tmux shop:2.1", "command": "tmux switch-client -t shop:2.1"}}
+    press w                         | in ask: A question; Which colour, and why?; Answer it in tmux shop:2.1
+    click text=Copy command to go there | true: navigator.clipboard.readText().then((text) => text === 'tmux switch-client -t shop:2.1')
+
+a task of the day: why did it fail, and the failed calls of one session
+    call a; failure a => first wrong; call b; result b; call c; failure c => second wrong; @o call d; @o failure d => other
+    click [data-session-id=s1]
+    press n Enter                   | in drawer: first wrong
+    press n                         | in drawer: second wrong
+    press n                         | in drawer: first wrong
+    press N                         | in drawer: second wrong
+    press Escape
+    click text=2 failed             | rows: 2 & rows failed: 2 & linked: q=status
+    click text=2 failed             | rows: 3
+
+a task of the day: what a finished subagent did
+    prompt go; @s1/a1 agent; @s1/a1 call look; @s1/a1 result look => found it; @s1/a1 stop seen; answer done | rail idle: 1 call
+    click [data-session-id=s1]
+    click text=1 finished agent     | in rail: Hide 1 finished agent; explorer
+    click .agent                    | linked: a=a1 & row done: Bash look & no row: done
+
+a task of the day: a command run earlier, by words, status, tool, machine and duration, kept for later
+    prompt go; call make 1; failure make 1 => no; call make 2; result make 2 took 20; call ls; result ls | rows: 4
+    press /
+    type make -status:failed        | rows: 1 & row done: Bash make 2
+    fill <filter>: tool:bash >10s   | rows: 1 & row done: Bash make 2
+    fill <filter>: tool:bash machine:nowhere | rows: 0
+    fill <filter>: "make 1"         | rows: 1 & row failed: Bash make 1
+    click <filters>
+    click <menu> >> text=Save       | no menu
+    fill <filter>:                  | rows: 4
+    load
+    press s
+    click <menu> >> text="make 1"   | rows: 1 & row failed: Bash make 1
+    click <filters>
+    click <menu> >> text=Forget
+    click <filters>
+    click <menu> >> text=Show all   | rows: 4
+
+several sessions are chosen and hidden
+    @a prompt one; @b prompt two; @c prompt three | counter working: 3
+    click [data-session-id=a]
+    press x
+    click [data-session-id=b]
+    press x                         | in chosen: 2 chosen
+    press H                         | kept a hidden: true & kept b hidden: true & rail: c & no chosen & kept c hidden: false
+
 demo: nothing sticks out at any width, with or without the drawer
     width 360                       | fits
     width 1024                      | fits
@@ -12503,7 +12600,7 @@ demo: a phone shows one pane at a time and everything fits
     click text=Got it               | no banner
     load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
                                     | no banner & fits
-    click <session>                 | no rail & fits & open Edit / : Edit
+    click [data-need=turn]          | no rail & fits & open Edit / : Edit
                                     | fits
     click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
     click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
@@ -12534,6 +12631,7 @@ def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
     return {"x": bar["x"], "y": bar["y"]}
 
 
+BROWSER_GIVE = "(session) => contextuate.store.apply({ type: 'session_update', session })"
 # What a person does: (tab, part, words) → None
 BROWSER_ACTS: dict[str, Any] = {
     "load": lambda tab, link, _: tab.load(tab.link() if link == "same link" else link),
@@ -12545,6 +12643,9 @@ BROWSER_ACTS: dict[str, Any] = {
     "fill": lambda tab, part, words: tab.page.fill(part, words),
     "select": lambda tab, part, words: tab.page.select_option(part, words),
     "menu": lambda tab, session, words: tab.choose(session, words),
+    "give": lambda tab, session, words: tab.page.evaluate(
+        BROWSER_GIVE, {**json.loads(words), "sessionId": session}
+    ),
     "tab": lambda tab, testid, _: press_tab_until(tab, testid),
     "back": lambda tab, *_: tab.page.go_back(),
     "forward": lambda tab, *_: tab.page.go_forward(),
@@ -12560,7 +12661,7 @@ BROWSER_ACTS: dict[str, Any] = {
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
     act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
     verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
-    if verb in ("fill", "select", "menu"):
+    if verb in ("fill", "select", "menu", "give"):
         part, _, words = what.removesuffix(":").partition(": ")
         BROWSER_ACTS[verb](tab, part, words)
     elif verb in BROWSER_ACTS:
@@ -12689,6 +12790,12 @@ def test_counters_filter_rail_and_table(tab):
         eventually(lambda name=name: {row["session"] for row in tab.rows()} == {name})
         tab.press("Escape")
         eventually(lambda: len(tab.rail()) == 5)
+
+
+def test_failed_rows_are_ticks_beside_the_scroll_bar(tab: BrowserTab) -> None:
+    tab.monitor.emit(*many_calls(range(60), "s1"), *hooks("call x; failure x => no"))
+    tab.until("(document.querySelector('#ticks path').getAttribute('d') || '').split('M').length === 2")
+    tab.until("document.querySelector('#ticks').getBoundingClientRect().bottom <= innerHeight")
 
 
 def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
