@@ -13140,10 +13140,6 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGM4EaABQQxwFgBO1
 LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
 # What a person wants to know → at most three clicks or keys | what then is shown (see BROWSER_SHOWS)
 BROWSER_TASKS = r"""
-why did it fail
-    click [data-session-id=f]; click <row> >> text=no rule | in drawer: Exit code 2; no rule to make it
-what a finished subagent did
-    click [data-session-id=sub]; click <row> >> text=Agent ended; click <jump> | agents: 1 & linked: a=
 how a 19,000-line output ended
     click [data-session-id=f]; click <row> >> text=npm test; click <to-end> | end: test 18999
 send a colleague this failure
@@ -13180,7 +13176,7 @@ def test_a_task_of_the_day_takes_three_steps(tab, task):
     steps, _, looks = lines[lines.index(task) + 1].strip().partition(" | ")
     assert steps.count(";") < 3
     tab.emit("@f prompt build it; @f call no rule; @f failure no rule => Exit code 2 no rule to make it")
-    tab.emit(f"@f call npm test; @f result npm test => {LINES_19000}; @sub play subagent")
+    tab.emit(f"@f call npm test; @f result npm test => {LINES_19000}")
     tab.emit("@old prompt long ago; @old call make zebra; @old end other")
     eventually(lambda: tab.monitor.get("/api/search?q=zebra")["results"])
     tab.load()
