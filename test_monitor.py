@@ -12472,6 +12472,9 @@ a task of the day: read a question and go there
     give s1: {"terminal": {"name": "tmux shop:2.1", "command": "tmux switch-client -t shop:2.1"}}
     press w                         | in ask: A question; Which colour, and why?; Answer it in tmux shop:2.1
     click text=Copy command to go there | true: navigator.clipboard.readText().then((text) => text === 'tmux switch-client -t shop:2.1')
+    @z prompt other                 | counter working: 1
+    give z: {"state": "waiting", "reason": {"kind": "dialog", "detail": "Trust this directory?"}} | counter waiting: 2
+    click [data-session-id=z]       | in ask: Trust this directory?; Answer it in the terminal
 
 a task of the day: why did it fail, and the failed calls of one session
     call a; failure a => first wrong; call b; result b; call c; failure c => second wrong; @o call d; @o failure d => other
