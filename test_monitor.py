@@ -12526,21 +12526,24 @@ a task of the day: does anyone need me and what for, blocked or just done, until
     @b/a1 agent; @b/a1 call rm more; @b/a1 ask rm more | rail: b d & title: (2) fix the cart – Contextuate Monitor
 
 a task of the day: which project, which machine
-    @a prompt one; @b prompt two
+    @a prompt one; @b prompt two    | counter working: 2
     give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
     press o
-    click <menu> >> text=Group by project | true: [...document.querySelectorAll('.group')].map((el) => el.innerText.replace(/\s+/, ' ')).join() === 'shop 1,shop 1'
+    click <menu> >> text=Group by project | in rail: shop 2
     give a: {"project": "/src/api"}
-    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | true: [...document.querySelectorAll('.group')].map((el) => el.innerText.replace(/\s+/, ' ')).join() === 'shop 1, 1 needs you,api 1'
+    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you; api 1
     press o
     click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
-    load                            | rail: b a & not in rail: Working
+    load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
 
 a task of the day: read a question and go there
-    question Which colour, and why?
+    question Which colour, and why? | rail waiting: Answer: Which colour, and why?
     give s1: {"terminal": {"name": "tmux shop:2.1", "command": "tmux switch-client -t shop:2.1"}}
     press w                         | in ask: A question; Which colour, and why?; Answer it in tmux shop:2.1
     click text=Copy command to go there | true: navigator.clipboard.readText().then((text) => text === 'tmux switch-client -t shop:2.1')
+    @z prompt other                 | counter working: 1
+    give z: {"state": "waiting", "reason": {"kind": "dialog", "detail": "Trust this directory?"}} | counter waiting: 2
+    click [data-session-id=z]       | in ask: Trust this directory?; Answer it in the terminal
 
 a task of the day: why did it fail, and the failed calls of one session
     call a; failure a => first wrong; call b; result b; call c; failure c => second wrong; @o call d; @o failure d => other
@@ -12557,7 +12560,7 @@ a task of the day: what a finished subagent did
     prompt go; @s1/a1 agent; @s1/a1 call look; @s1/a1 result look => found it; @s1/a1 stop seen; answer done | rail idle: 1 call
     click [data-session-id=s1]
     click text=1 finished agent     | in rail: Hide 1 finished agent; explorer
-    click .agent                    | linked: a=a1 & row done: Bash look & no row: done
+    click .agent                    | linked: a=a1 & row done: Bash look & no row: go
 
 a task of the day: a command run earlier, by words, status, tool, machine and duration, kept for later
     prompt go; call make 1; failure make 1 => no; call make 2; result make 2 took 20; call ls; result ls | rows: 4
