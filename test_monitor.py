@@ -13241,6 +13241,17 @@ def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> N
     assert others == [first + 12, first + 24, first + 36]
     tab.row_with("pull").click()
     tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
+    call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    rule = {
+        "type": "addRules",
+        "rules": [{"toolName": "Bash"}],
+        "behavior": "allow",
+        "destination": "session",
+    }
+    asked = payload("PermissionRequest", **call, permission_suggestions=[rule])
+    tab.monitor.emit(payload("PreToolUse", **call, tool_use_id="make"), asked)
+    tab.row_with("make").click()
+    tab.shows("drawer", "“Always allow” would mean: ")
 
 
 def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -> None:
