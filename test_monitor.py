@@ -12810,7 +12810,7 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
     eventually(
         lambda: tab.monitor.sessions()["x"]["agent"] == "codex" and tab.monitor.sessions()["c"]["agent"] == ""
     )
-    eventually(lambda: "codex \u00b7" in tab.page.inner_text("[data-testid=rail]"))
+    eventually(lambda: tab.page.locator(".machine", has_text="codex").is_visible(), what="its program")
     for words, shown in (
         ("agent:codex", {"by codex"}),
         ("agent:claude", {"by claude"}),
