@@ -11122,7 +11122,14 @@ def command_demo(args: argparse.Namespace) -> int:
     day = list(demo_day(now_ms(), args.live))
     for timestamp, event in day:
         time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
-        send_events(about["socketPath"], [event])
+        for left in reversed(range(60)):  # the monitor may restart meanwhile
+            try:
+                send_events(about["socketPath"], [event])
+                break
+            except (OSError, CommandError):
+                if not left:
+                    raise
+                time.sleep(0.5)
     print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 
