@@ -13148,7 +13148,7 @@ how a 19,000-line output ended
 send a colleague this failure
     click [data-session-id=f]; click <row> >> text=no rule; click [aria-label='Copy link'] | copied: no rule to make it
 a command run earlier
-    press 2; press /; type zebra | hits: 1 & in hits: make zebra
+    press 2; fill <history-query>: zebra | hits: 1 & in hits: make zebra
 cost today per project
     press 3; select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
 """
