@@ -12562,7 +12562,7 @@ a task of the day: what a finished subagent did
     click text=1 finished agent     | in rail: Hide 1 finished agent; explorer
     click .agent                    | linked: a=a1 & row done: Bash look & no row: go
 
-a task of the day: a command run earlier, by words, status, tool, machine and duration, kept for later
+a task of the day: a command run earlier, found by a filter that is kept
     prompt go; call make 1; failure make 1 => no; call make 2; result make 2 took 20; call ls; result ls | rows: 4
     press /
     type make -status:failed        | rows: 1 & row done: Bash make 2
@@ -12574,7 +12574,7 @@ a task of the day: a command run earlier, by words, status, tool, machine and du
     fill <filter>:                  | rows: 4
     load
     press s
-    click <menu> >> text="make 1"   | rows: 1 & row failed: Bash make 1
+    click <menu> >> text=make 1     | rows: 1 & row failed: Bash make 1
     click <filters>
     click <menu> >> text=Forget
     click <filters>
