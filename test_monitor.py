@@ -12389,6 +12389,7 @@ history finds what is stored and opens it
     press /
     fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
     fill <history-query>: zebra     | hits: 3
+                                    | true: [...document.querySelectorAll('[aria-label=Tool] option')].map((el) => el.value).join() === ',Bash'
     select [aria-label='Session state']: working | hits: 0 & linked: state=working
     select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
     select [aria-label='Session state']: | hits: 3
