@@ -1502,6 +1502,11 @@ def one_line(text: str, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def object_of(value: Any) -> JsonObject:
+    """Return a JSON value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def text_of(value: Any) -> str:
     """Return a JSON value as text for one line."""
     if isinstance(value, str):
@@ -1809,7 +1814,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
-        session.terminal = _object(data.get("terminal"))
+        session.terminal = object_of(data.get("terminal"))
     elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
         session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
@@ -2275,8 +2280,7 @@ EDITED_FILES_LIMIT = 2000  # that are remembered
 def edited_files(event: JsonObject) -> set[str]:
     """Return the absolute paths of the files that a successful call has changed, as its tool says."""
     tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
-    is_done = effective_type(event) == "tool_result" and tool in (*_EDITING_TOOLS, "apply_patch")
-    if not is_done or not isinstance(given, dict):
+    if tool not in (*_EDITING_TOOLS, "apply_patch") or not isinstance(given, dict):
         return set()
     paths = [given.get("file_path"), given.get("notebook_path")]
     if tool == "apply_patch":
@@ -2662,7 +2666,8 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
             self._apply_step(session, event, kind, at, received)
-            self._find_collisions(session, event, at)
+            if kind == "tool_result" and "imported" not in event:
+                self._find_collisions(session, event, at)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2740,7 +2745,7 @@ class Sessions:
         Files of all worktrees of a repository are compared by their path in its project.
         """
         agent_id = event.get("agentId", MAIN)
-        for path in edited_files(event) if not event.get("imported") else ():
+        for path in edited_files(event):
             below = path.removeprefix(session.root + "/") if session.root else path
             key = session.machine_key, path if below == path else f"{session.project}/{below}"
             edits = self._edits.pop(key, {})
@@ -3084,7 +3089,7 @@ class Sessions:
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
-            "terminal": terminal_of(session.terminal),
+            "terminal": terminal_of(session.terminal) if session.terminal else None,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -7130,7 +7135,8 @@ class Ingest:
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            emit_event.add_git_place(event)
+            if event["eventType"] in emit_event.PLACE_EVENTS and "imported" not in event:
+                emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
@@ -8916,10 +8922,6 @@ def _client_file(path: str) -> ClientFile:
         return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
 
 
-def _object(value: Any) -> JsonObject:
-    return value if isinstance(value, dict) else {}
-
-
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
     managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
@@ -8999,7 +9001,7 @@ def status_line_command(interpreter: str, script: str, wrapped: str | None) -> s
 
 def status_line_in(settings: JsonObject) -> StatusLine | None:
     """Return our status line in `settings`; None if there is none, or another one."""
-    command = _object(settings.get("statusLine")).get("command")
+    command = object_of(settings.get("statusLine")).get("command")
     with contextlib.suppress(ValueError):  # a quote is open
         words = shlex.split(command) if isinstance(command, str) else []
         is_ours = words[:2] == ["set", "--"] and "--status-line" in words
@@ -9011,8 +9013,8 @@ def status_line_in(settings: JsonObject) -> StatusLine | None:
 def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     """Return `settings` with our status line around the one that is there; `home` "": without ours."""
     entry, ours = settings.get("statusLine", {"type": "command"}), status_line_in(settings)
-    given = ours.wrapped if ours else _object(entry).get("command")
-    is_usable = isinstance(given, str) and _object(entry).get("type") == "command"
+    given = ours.wrapped if ours else object_of(entry).get("command")
+    is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
         raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
     if not home and given is None:
@@ -9170,7 +9172,7 @@ def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-        lists = [_object(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+        lists = [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
         if not all(
             isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
         ):
@@ -9287,7 +9289,7 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     command = next((it for file in [*running, *files] for it in our_hooks(file.settings).values()), None)
     if command is not None:
         for file in reversed(files):
-            values = _object(file.settings.get("env")).items()
+            values = object_of(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
         arguments = ["/bin/sh", "-c", command]
     else:
@@ -10743,11 +10745,11 @@ def command_answer(args: argparse.Namespace) -> int:
 
 def question_lines(event: JsonObject) -> Iterator[str]:
     """Yield what an event asks, whole, and how to answer it, as lines."""
-    data, given = event["data"], _object(event["data"].get("toolInput"))
+    data, given = event["data"], object_of(event["data"].get("toolInput"))
     fields, answers = given, "allow, always NUMBER …, deny [WHY]"
     if event["hookType"] == "Elicitation":
         yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
-        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        fields = object_of(object_of(data.get("requested_schema")).get("properties"))
         answers = "accept NAME=VALUE …, decline, cancel"
     elif data.get("toolName") == "AskUserQuestion":
         for question in emit_event.objects_in(given.get("questions")):
@@ -10776,11 +10778,11 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
     if do == "always":
         return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
     if do == "accept":
-        fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
+        fields = object_of(object_of(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
         for name, _, value in (word.partition("=") for word in words):
             with contextlib.suppress(ValueError):
-                is_text = _object(fields.get(name)).get("type") == "string"
+                is_text = object_of(fields.get(name)).get("type") == "string"
                 content[name] = value if is_text else json.loads(value)
         return {"do": do, "content": content}
     if do in ("allow", "decline", "cancel") and not words:
@@ -10794,11 +10796,11 @@ def command_install(args: argparse.Namespace) -> int:
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
     for program in programs_of(args):
         version = claude_version() if program == CLAUDE else None
+        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
             print_status(f"{words}; put it on the PATH and run install again")
-        given = (args.project, version, args.without or (), args.status_line, wait_s)
-        plan = plan_install(settings.home, program, *given)
         if not args.dry_run:
             install_hook_files(settings.home)
         line = (

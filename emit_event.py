@@ -1303,7 +1303,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
     about: JsonObject = {}
-    data = _terminal(wrapper.pop("terminal", None))
+    data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
@@ -2125,7 +2125,7 @@ def log_failure(reason: str) -> None:
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
 
-PLACE_HOOKS = frozenset(("SessionStart", "UserPromptSubmit", "Stop"))  # after which the branch is read
+PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # with which the branch is read
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
 TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
@@ -2764,7 +2764,7 @@ def add_git_place(event: JsonObject) -> None:
     {branch: its name, or a short commit; root: the directory of the worktree; project: that of the main
     worktree, or of a bare repository}.
     """
-    if "agentId" in event or not (event["hookType"] in PLACE_HOOKS or event["eventType"] == "client_status"):
+    if "agentId" in event or "git" in event["data"]:
         return
 
     def read(*path: str) -> str:
@@ -2783,7 +2783,7 @@ def add_git_place(event: JsonObject) -> None:
                     project = os.path.dirname(common) if common.endswith("/.git") else common
             head = read(git, "HEAD")
             branch = head.partition("refs/heads/")[2] or head[:7]
-            _keep(event["data"], "git", {"branch": branch, "root": root, "project": project})
+            event["data"]["git"] = {"branch": branch, "root": root, "project": project}
             return
 
 
@@ -3385,7 +3385,8 @@ class Publisher:
         self._usage.put(event)
         self._registry.learn(event)
         self._agent_notes.add_note(event)
-        add_git_place(event)
+        if event["eventType"] in PLACE_EVENTS:
+            add_git_place(event)
         event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 

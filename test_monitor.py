@@ -5804,6 +5804,8 @@ def test_all_recordings_in_one_book_do_not_disturb_each_other():
     alone = {shown["sessionId"]: shown for stream in streams for shown in session_replay(stream)}
     mixed = [event for group in itertools.zip_longest(*streams) for event in group if event is not None]
     together = {shown["sessionId"]: shown for shown in session_replay(mixed)}
+    for shown in (*together.values(), *alone.values()):
+        shown.pop("collisions")  # all of them work in one directory
     assert together == alone
 
 
@@ -7590,28 +7592,17 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         assert "stored events have" not in in_process(place, "status").stdout
 
 
-def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypatch):
+def test_actions_are_refused_until_all_sessions_are_read(monkeypatch):
     with loading_held(monkeypatch) as (place, ids, gate):
         client = place.websocket()
-        client.send(type="rename_session", sessionId=ids[1], label="first")
-        client.send(type="rename_session", sessionId=ids[1], label="second")
-        client.send(type="toggle_pin", sessionId=ids[2])
-        client.send(type="set_parent", sessionId=ids[4], parentSessionId=ids[5])
-        client.send(type="set_parent", sessionId=ids[16], parentSessionId=ids[18])  # 18 below 17 below 16
-        stored = loading_reference(place.home + "/events").sessions.values()
-        victim = next(name for name in ids[19:] if name not in {session.continued_from for session in stored})
-        client.send(type="delete_session", sessionId=victim)
+        renaming = {"type": "rename_session", "sessionId": ids[1], "label": "second"}
+        assert client.ask("error", **renaming)["message"] == cm.LOADING
         posted = place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))
         assert posted[0] == 503
         gate.set()
         client.next("sessions_updated")
-        assert "below itself" in client.next("error", request="set_parent")["message"]
-        client.next("session_deleted", sessionId=victim)
-        shown = place.sessions()
-        assert victim not in shown and len(shown) == 39
-        assert shown[ids[1]]["label"] == "second" and shown[ids[2]]["isPinned"]
-        assert shown[ids[4]]["parentSessionId"] == ids[5]
-        assert not glob.glob(f"{place.home}/events/*/{victim}.jsonl")
+        client.send(**renaming)
+        assert client.next("session_update")["session"]["label"] == "second"
         assert loading_same(place)
 
 
@@ -15583,7 +15574,7 @@ def test_import_repeats_nothing_that_was_read_when_the_first_hook_came(running):
     path = glob.glob(f"{running.claude_home}/projects/*/{session_id}.jsonl")[0]
     running.emit(payload("Stop", session_id, transcript_path=path))
     words = lambda: [it for it in running.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
-    read = eventually(words, what="what was said")
+    read = eventually(lambda: len(words()) > 1 and words(), what="what was said")
     assert in_process(running, "import").returncode == 0
     hooks = [event["hookType"] for event in running.stored_events()]
     assert words() == read and read[0]["data"]["role"] == "user"
