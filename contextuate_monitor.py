@@ -9556,7 +9556,7 @@ class Doctor:
                 yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
 
     def _status_line(self) -> Findings:
-        """Run the status line, with an object of which nothing is handed on."""
+        """Run the status line, also without the one that it wraps, with an object that is not handed on."""
         user, check = settings_path(None), "statusline"
         shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
@@ -9566,11 +9566,18 @@ class Doctor:
         if shown.path != user:
             yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        shell = ["/bin/sh", "-c", ours.command]
-        done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
-        output = one_line(done.stdout.decode("utf-8", "replace"), 60)
-        level = "ok" if output or ours.wrapped is not None else "fail"
-        yield Finding(level, check, f"prints {output!r}", f"{_RUN_INSTALL} --status-line")
+
+        def output_of(command: str) -> str:
+            shell, given = ["/bin/sh", "-c", command], encode_json(about) + b"\n"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(shell, input=given, capture_output=True, timeout=10)
+                return repr(one_line(done.stdout.decode("utf-8", "replace"), 60))
+            return "nothing within 10 s"
+
+        wrapped = "" if ours.wrapped is None else f"{shlex.quote(ours.wrapped)} "
+        works = output_of(ours.command.replace(f"set -- {wrapped}", "set -- ", 1)) == "'Test'"
+        words = f"prints {output_of(ours.command)}" + ("" if works else ", but hands on no figures")
+        yield Finding("ok" if works else "fail", check, words, f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))

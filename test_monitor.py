@@ -9674,6 +9674,11 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
         doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
         1, "statusline fail", "install --status-line",
     ),
+    "a status line whose hook is broken, around another": (
+        doctor_line("echo hi", lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
+        1, "statusline fail", "prints 'hi', but hands on no figures",
+    ),
+    "a status line that never ends": (doctor_line("sleep 100"), 0, "statusline ok", "prints nothing within 10 s"),
     "an environment in the settings": (
         doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
         1, "hook warn", "the hook reads /gone/other.json",
