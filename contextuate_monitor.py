@@ -7045,7 +7045,7 @@ class Ingest:
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
         self._usage.reader.with_words = not settings.privacy.metadata_only
-        self._agent_notes = emit_event.AgentNoteReader()
+        self._noted: dict[tuple[str, str], str] = {}  # see emit_event.add_agent_note
 
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
@@ -7128,8 +7128,7 @@ class Ingest:
             event["data"] = data  # the last one: what is before it is not searched for secrets
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
-            if "agentId" in event:
-                self._agent_notes.add_note(event)
+            emit_event.add_agent_note(event, self._noted)
             emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
@@ -10182,11 +10181,13 @@ class TranscriptReader:
     def _entries_of(self, lines: Iterable[bytes], agent_id: str) -> Iterator[JsonObject]:
         """Yield the lines with messages and sums, each with the `facts` that the parser finds in it."""
         parser = emit_event.TranscriptParser(agent_id)
-        parser.parses_all = True
-        for line in lines:
-            facts, entry = parser.feed(line + b"\n"), parser.entry or {}
-            if parser.entry is None and line.strip():
+        for line in filter(bytes.strip, lines):
+            try:
+                entry = emit_event.parse_event_line(line)
+            except MalformedEvent:
                 self.malformed[agent_id] += 1
+                continue
+            facts = list(parser.facts_in(entry, line))
             place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
             time_ms = emit_event.iso_time_ms(entry.get("timestamp"))
             if isinstance(origin, str) and origin != self._session_id and self._is_known(origin):

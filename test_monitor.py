@@ -7105,11 +7105,11 @@ def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
 
 def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of these payloads with the client's notes on them."""
-    reader, events = ee.AgentNoteReader(), []
+    known, events = {}, []
     for number, each in enumerate(payloads):
         given_object = {"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}
         events.append(ee.build_event(given_object, 1, USAGE_MACHINE))
-        reader.add_note(events[-1])
+        ee.add_agent_note(events[-1], known)
     return events
 
 
@@ -7130,12 +7130,12 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
     (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
     whole = install_text(note)
-    reader, noted = ee.AgentNoteReader(), []
+    known, noted = {}, []
     for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
         os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
         event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
-        reader.add_note(event)
+        ee.add_agent_note(event, known)
         noted.append("agentMeta" in event["data"])
     assert noted == [False, False, True, True, False]
 
@@ -7163,7 +7163,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
     write_files(tmp_path / "projects/-app", {f"{place}/agent-a1.meta.json": note, "s1.jsonl": ""})
     path, agent = f"{tmp_path}/projects/-worktree/s1.jsonl", {"agent_id": "a1", "agent_type": "x"}
     event = usage_event(path, hook="PreToolUse", tool_name="Bash", **agent)
-    ee.AgentNoteReader().add_note(event)
+    ee.add_agent_note(event, {})
     assert event["data"]["agentDescription"] == "look"
 
 
@@ -7171,7 +7171,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
 def test_no_agent_id_leads_to_another_file(tmp_path, agent):
     copied = usage_copied("subagent", tmp_path)[0]
     event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
-    ee.AgentNoteReader().add_note(event)
+    ee.add_agent_note(event, {})
     assert "agentMeta" not in event["data"]
 
 
