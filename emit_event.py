@@ -3053,7 +3053,6 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter in which a publisher has continued
 BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
@@ -3242,6 +3241,7 @@ class Publisher:
         self._spool = home + "/spool"
         self._config_path = config_path
         self._lock_fd = lock_fd
+        self._python = publisher_python(home)  # the interpreter that runs it
         self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
@@ -3285,32 +3285,20 @@ class Publisher:
             self._write_state()
             is_busy = self._usage.is_busy or self._registry.is_busy
             if self._batch:
+                if publisher_python(self._home) != self._python:  # perhaps this one lacks redis-py
+                    break
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
             elif now - last_event < PUBLISHER_QUIET_S or self._own_events or is_busy:
                 if now - last_event >= BUSY_S:
                     self._enter("idle", None)
                 time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
-            elif self._leave():
-                return
             else:
-                last_event = now
-        self._enter("stopped", None)
-
-    def _leave(self) -> bool:
-        """Release the lock; take it again and return False if the spool has an event.
-
-        No event is left behind: a hook appends before it tries the lock, so if refused, its append is seen.
-        """
+                break
         self._enter("stopped", None)
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-        if not spool_segments(self._spool):
-            return True
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True  # a hook was faster: the next publisher runs
-        self._enter("idle", None)
-        return False
+        # A hook appends before it tries the lock, so if refused, its append is seen here.
+        if not self.stopping and self._values["mode"] == "redis" and spool_segments(self._spool):
+            ensure_publisher(self._home)
 
     def _follow_config(self) -> None:
         key: Any = "none"
@@ -3407,8 +3395,6 @@ class Publisher:
                     pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
             replies = within(deadline_s, lambda: pipeline.execute(raise_on_error=False))
         except Exception as error:  # the events stay in the spool
-            if isinstance(error, ImportError):
-                self._change_interpreter()
             self._fail(redis_trouble(error, self._values))
             return
         self._settle(batch, replies)
@@ -3461,15 +3447,6 @@ class Publisher:
         drop_old_segments(self._spool)
         if not os.path.isdir(self._home):  # removed with all its events
             self.stopping = True
-
-    def _change_interpreter(self) -> None:
-        """Continue in the interpreter that `install` has recorded since the start, with the same lock."""
-        python = publisher_python(self._home)
-        if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
-            return
-        os.set_inheritable(self._lock_fd, True)
-        arguments = [python, "-E", os.path.abspath(__file__), "--publish", str(self._lock_fd)]
-        os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
         client, self._client = self._client, None

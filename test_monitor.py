@@ -1531,7 +1531,8 @@ def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(tmp_path,
     monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
     here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
     line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
-    (stored,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line], remote)[1]
+    with contextlib.closing(cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)) as ingest:
+        (stored,) = ingest.take([line], remote)[1]
     assert stored.event.get("machineKey") == (here.machine_key if key == "own" else key)
     assert stored.event["machineId"] == fields.get("machineId", "unknown" if remote else "box")
 
@@ -2098,7 +2099,8 @@ def test_the_config_decides_what_is_stored(tmp_path, key, value):
     here = cm.Settings(str(tmp_path), "", "box", hook_load(tmp_path / "c.json", key, value)[0])
     prompt = f"use {hook_token('gh' + 'p_', 36)} " + "x" * 3000
     line = json.dumps(hook_wrapped(payload("UserPromptSubmit", prompt=prompt))).encode()
-    (entry,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line])[1]
+    with contextlib.closing(cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)) as ingest:
+        (entry,) = ingest.take([line])[1]
     message = str(json.loads(entry.line)["data"].get("message"))
     assert message.startswith(beginning) and (len(message) > 1024) == is_whole
 
@@ -10719,10 +10721,8 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
         eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
         if python == without:
             assert not server.streamed()
-        pid = machine.publisher()["pid"]
         assert cm.record_publisher_python(machine.home)
         eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
-        assert machine.publisher()["pid"] == pid, "the lock went with it"
         machine.end_publisher()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
     assert markers == ["first", "second"]
@@ -15616,7 +15616,7 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_odd_transcripts_are_read_as_far_as_they_make_sense():
+def test_odd_transcripts_are_read_as_far_as_they_make_sense(tmp_path):
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
         about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
         about |= {"uuid": uuid, "message": {"content": content}}
@@ -15632,7 +15632,12 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense():
         entry("user", "e", "meta", isMeta=True),
         *(entry("user", "f", "hello"),) * 2,
     ]
-    events = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader("")).events(lines)
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    skipped: list[str] = []
+    reader = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader(""), skipped)
+    events = reader.events([str(path)])
+    assert skipped == [f"{path}: 2 lines are not JSON"]
     read = [event["hookType"] for event in events]
     assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
@@ -15736,12 +15741,7 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         ee.write_atomically(path, content)
         assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    odd = {
-        "loop.jsonl": "->loop.jsonl",
-        "null.json": "->/dev/null",
-        "gone.json": "->/nowhere",
-        "again": "->.",
-    }
+    odd = {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.json": "->/nowhere"}
     write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
     os.mkfifo(fifo)
     for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
@@ -15749,7 +15749,7 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert refused.returncode == 1 and words in refused.stderr
     assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
-    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 5
+    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 4
     for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
 
@@ -16108,7 +16108,7 @@ def test_the_tables_of_configuration_keys_are_those_of_the_program(capsys: Any) 
         assert json.loads(default.strip("`")) == ee.KEYS[key.strip("`")].default, key
     variables = re.findall(r"CONTEXTUATE_[A-Z_]+[A-Z]", inspect.getsource(cm) + inspect.getsource(ee))
     listed = [row[0].strip("`") for row in doc_table(".docs/config.md", "Environment")]
-    assert {*listed, "CONTEXTUATE_PUBLISHER_PYTHON"} == {*variables, "CLAUDE_CONFIG_DIR"}
+    assert {*listed} == {*variables, "CLAUDE_CONFIG_DIR"}
 
 
 def test_config_prints_the_values_in_force_and_no_secret(capsys: Any, tmp_path: Any) -> None:
