@@ -2127,7 +2127,7 @@ def log_failure(reason: str) -> None:
 
 PLACE_HOOKS = frozenset(("SessionStart", "UserPromptSubmit", "Stop"))  # after which the branch is read
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
-TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
+TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and parsed at once
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
@@ -2182,7 +2182,6 @@ CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT REFERENCES sessions ON D
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, agent TEXT,
   model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
-CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
@@ -2687,20 +2686,22 @@ class UsageWorker:
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
     """Find a session's transcripts: path without links → agent id; "" for the main one."""
-    found = {os.path.realpath(place): "" for place in transcript_places(main_path)}
+    places = transcript_places(main_path)
+    found = {os.path.realpath(place): "" for place in places}
     # Old clients have those of subagents beside the session's.
-    for path in (*agent_files(main_path, "*.jsonl"), *transcript_places(agent_path)):
+    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
         name = os.path.basename(path)
         agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
         found.setdefault(os.path.realpath(path), agent_id)
     return found
 
 
-def agent_files(main_path: Any, pattern: str) -> "Iterator[str]":
-    """Yield the files `agent-<pattern>` of a session, in `<session>/subagents/` or below."""
-    for place in transcript_places(main_path):
-        folder = glob.escape(place[: -len(".jsonl")])
-        yield from sorted(glob.iglob(f"{folder}/subagents/**/agent-{pattern}", recursive=True))
+def agent_files(places: "list[str]", beginning: str, end: str) -> "Iterator[str]":
+    """Yield files of a session's agents by their names, in `<session>/subagents/` or below."""
+    for place in places:
+        for folder, _, names in os.walk(place[: -len(".jsonl")] + "/subagents"):
+            named = (it for it in sorted(names) if it.startswith(beginning) and it.endswith(end))
+            yield from (f"{folder}/{name}" for name in named)
 
 
 def transcript_places(path: Any) -> "list[str]":
@@ -2775,9 +2776,10 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> No
     key = event["sessionId"], agent_id
     if noted.get(key, event["id"]) != event["id"] or not _AGENT_ID.fullmatch(agent_id):
         return
-    path = next(agent_files(data.get("transcriptPath"), f"{agent_id}.meta.json"), "")
+    places = transcript_places(data.get("transcriptPath"))
+    notes = agent_files(places, f"agent-{agent_id}.", ".meta.json")
     try:
-        with open(os.path.realpath(path), "rb", opener=open_own) as file:
+        with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
             note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
     except (OSError, MalformedEvent):
         return  # not there, or only half written
