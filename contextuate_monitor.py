@@ -6893,7 +6893,6 @@ class HookPort:
     received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
-    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -6916,10 +6915,6 @@ class HookPort:
         self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
 
     def _read(self, sock: socket.socket) -> None:
-        if self.waiting.get(sock):
-            self.loop.unwatch(sock)
-            self.paused.add(sock)
-            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -6928,10 +6923,11 @@ class HookPort:
             self.drop(sock)
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
-        self.waiting[sock] = len(lines)
-        for line in lines:
-            self.received.add((line, sock))
-        if not data and not lines:
+        if lines:
+            self.loop.unwatch(sock)
+            self.waiting[sock] = len(lines)
+            self.received.add(*((line, sock) for line in lines))
+        elif not data:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -6946,8 +6942,7 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if self.waiting[sock] == 0 and sock in self.paused:
-            self.paused.discard(sock)
+        if self.waiting[sock] == 0:
             self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
@@ -6959,7 +6954,6 @@ class HookPort:
         """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
-        self.paused.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
@@ -7136,22 +7130,18 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
-class RegistryThread:
+class RegistryThread(threading.Thread):
     """Reads the registry of this machine's clients in a thread, since their disk may be slow.
 
     `deliver` is called in that thread with each event.
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+        super().__init__(name="registry", daemon=True)
         self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
@@ -7163,10 +7153,11 @@ class RegistryThread:
         """End the thread."""
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(1)
+        if self.is_alive():
+            self.join(1)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Deliver changes of clients' statuses until `close`."""
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
                 for event in self.watcher.poll(now_ms()):
@@ -10464,7 +10455,12 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
 
 def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    settings = settings_of(args)
+    try:
+        settings = settings_of(args)
+    except ConfigError as error:  # the monitor may run, with an earlier one
+        print_status(f"warning: {error}")
+        home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
+        settings = Settings(home, "", "", emit_event.default_values())
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)

@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import pickle
@@ -4825,6 +4826,21 @@ def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], mo
     assert (rounds, turns.size, turns.take()) == (taken, 0, [])
 
 
+def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) -> None:
+    event = json.dumps({"hook": payload("Stop"), "machineId": "flood"}).encode() + b"\n"
+    with contextlib.ExitStack() as stack:
+        os.kill(running.pid, signal.SIGSTOP)
+        *floods, quiet = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(21))
+        for sock in (*floods, quiet):
+            sock.settimeout(30)
+            sock.connect(running.socket_path)
+            sock.sendall(event * 500 if sock is not quiet else event.replace(b"flood", b"quiet"))
+        os.kill(running.pid, signal.SIGCONT)
+        assert quiet.recv(1) == ee.ACKNOWLEDGEMENT
+        ready = multiprocessing.connection.wait(floods, 0)
+        assert sum(len(sock.recv(500)) for sock in ready) < 20 * 500 / 2
+
+
 def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
     running.write_config({"limits": {"clientQueueBytes": 200_000}})
     running.stop()
@@ -9009,7 +9025,10 @@ def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     before = status()["pid"]
     monitor.command("restart", "--no-open")
     assert status()["pid"] != before
-    assert "stopped" in in_process(monitor, "stop").stdout
+    with open(monitor.home + "/monitor.config.json", "w", encoding="utf-8") as file:
+        file.write('{"mode": "cloud"}')  # a broken configuration
+    stopped = in_process(monitor, "stop")
+    assert "stopped" in stopped.stdout and "mode: expected" in stopped.stderr
     assert "not running" in in_process(monitor, "stop").stdout
     assert not os.path.exists(monitor.socket_path)
 
