@@ -13097,7 +13097,7 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     tab.row_with("What I did").click()
     tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
     formatted = {
-        "h4": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
+        "h3": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
         "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
     }  # fmt: skip
     for selector, words in formatted.items():
@@ -13530,6 +13530,7 @@ def shared_demo() -> Iterator[RunningMonitor]:
 CHECKED_SCREENS = (
     "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
     "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
+    "load; press s", "load; press o", "load; click [data-session-id=long]; press P; press x; click <row> >> text=make",
 )  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
@@ -13542,6 +13543,8 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
+    lines = "\n".join(f"line {number} of many" for number in range(300))
+    shared_demo.emit(*hooks(f"@long prompt Long work; @long call make; @long failure make => {lines}"))
     tab = open_tab(shared_demo)
     for screen in CHECKED_SCREENS:
         browser_acts(tab, "width 1440")
