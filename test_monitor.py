@@ -11975,7 +11975,7 @@ who waits for a permission is named, with what is asked
                                     | counter waiting: 0 & title: Contextuate Monitor
 
 a turn that ended says where and how much
-    prompt go; call make; result make; answer All done | rail idle: shop 1 call & row event: Answer All done
+    prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
 
 a turn that failed says why
     prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
@@ -12272,11 +12272,12 @@ a task of the day: does anyone need me and what for, blocked or just done, until
 
 a task of the day: which project, which machine
     @a prompt one; @b prompt two    | counter working: 2
+    give b: {"project": "/src/shop"}
     give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
     press o
     click <menu> >> text=Group by project | in rail: shop 2
-    give a: {"project": "/src/api"}
-    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you; api 1
+    give a: {"project": "/new/shop"}
+    give b: {"state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you & true: [...document.querySelectorAll('.group')].map((el) => el.title).join() === '/src/shop,/new/shop'
     press o
     click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
     load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
