@@ -11990,7 +11990,7 @@ who waits for a permission is named, with what is asked
                                     | counter waiting: 0 & title: Contextuate Monitor
 
 a turn that ended says where and how much
-    prompt go; call make; result make; answer All done | rail idle: shop 1 call & row event: Answer All done
+    prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
 
 a turn that failed says why
     prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
@@ -12287,11 +12287,12 @@ a task of the day: does anyone need me and what for, blocked or just done, until
 
 a task of the day: which project, which machine
     @a prompt one; @b prompt two    | counter working: 2
+    give b: {"project": "/src/shop"}
     give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
     press o
     click <menu> >> text=Group by project | in rail: shop 2
-    give a: {"project": "/src/api"}
-    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you; api 1
+    give a: {"project": "/new/shop"}
+    give b: {"state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you & true: [...document.querySelectorAll('.group')].map((el) => el.title).join() === '/src/shop,/new/shop'
     press o
     click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
     load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
@@ -13112,7 +13113,7 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     tab.row_with("What I did").click()
     tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
     formatted = {
-        "h4": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
+        "h3": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
         "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
     }  # fmt: skip
     for selector, words in formatted.items():
@@ -13545,6 +13546,7 @@ def shared_demo() -> Iterator[RunningMonitor]:
 CHECKED_SCREENS = (
     "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
     "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
+    "load; press s", "load; press o", "load; click [data-session-id=long]; press P; press x; click <row> >> text=make",
 )  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
@@ -13557,6 +13559,8 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
+    lines = "\n".join(f"line {number} of many" for number in range(300))
+    shared_demo.emit(*hooks(f"@long prompt Long work; @long call make; @long failure make => {lines}"))
     tab = open_tab(shared_demo)
     for screen in CHECKED_SCREENS:
         browser_acts(tab, "width 1440")
