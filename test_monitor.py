@@ -13448,6 +13448,124 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
 
 
+def agent_words(text: str, session: str = "s1", **more: Any) -> dict[str, Any]:
+    about = {
+        "id": str(uuid.uuid4()),
+        "timestamp": int(time.time() * 1000),
+        "sessionId": session,
+        "hookType": "",
+    }
+    return {**about, "eventType": "agent_words", "data": {"text": text, "messageId": "m"}, **more}
+
+
+def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
+    """Return the payloads of one Edit."""
+    given = {"file_path": path, "old_string": old, "new_string": new, "replace_all": False}
+    reply = {
+        "filePath": path,
+        "originalFile": before,
+        "oldString": old,
+        "newString": new,
+        "structuredPatch": [],
+    }
+    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": f"{next(STORY_NUMBERS)}"}
+    end = payload("PostToolUse", session, **call, tool_response=reply, duration_ms=5)
+    return [payload("PreToolUse", session, **call), end]
+
+
+TALK = "prompt Fix *it*; call make; result make; call lint; failure lint => no; @s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+
+
+def emit_talk(monitor: RunningMonitor) -> None:
+    """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
+    path, before = "/home/dev/shop/src/a.js", "let a = 1;\nlet b;\n"
+    monitor.emit(*hooks(TALK), *edited(path, before, "1", "2"), agent_words("It is **done**"))
+    monitor.emit(*hooks("answer It is **done**"), *edited(path, before.replace("1", "2"), "b", "c", "s2"))
+
+
+def test_a_session_is_read_as_a_conversation_and_as_changes(tab: BrowserTab) -> None:
+    emit_talk(tab.monitor)
+    tab.page.click("[data-session-id=s1]")
+    tab.press("c")
+    tab.shows("reading", "Fix *it*", "3 calls, 1 failed", "explorer, 1 call", "It is done")
+    assert tab.text("reading").count("It is") == 1, "a hook says it again"
+    assert tab.page.locator("#reading strong").inner_text() == "done"
+    tab.page.click("#reading summary >> nth=0")
+    tab.page.click("[data-testid=callline]:has-text('lint')")
+    tab.shows("drawer", "lint", "no")
+    tab.emit("prompt And now?")
+    tab.monitor.emit(agent_words("At once."))
+    tab.shows("reading", "And now? ", "At once.", "lint")
+    tab.press("Escape v")
+    tab.shows("reading", "1 file, +1 −1", "3 commands ran", "src/a.js", "let a = 2", "a.js: also edited by")
+    tab.page.click("[data-testid=copy-patch]")
+    patch = tab.page.evaluate("navigator.clipboard.readText()")
+    assert patch.splitlines()[-4:] == ["@@ -1,2 +1,2 @@", "-let a = 1;", "+let a = 2;", " let b;"]
+    assert tab.link() == "#s=s1&show=changes"
+    tab.page.go_back()
+    tab.shows("reading", "At once.")
+    tab.page.go_back()
+    eventually(lambda: tab.rows("also"), what="the collision in the table")
+    assert (
+        tab.page.locator("[data-session-id=s2] .clash")
+        .get_attribute("title")
+        .startswith("a.js: also edited by")
+    )
+    tab.press("c c")
+    tab.hides("reading")
+
+
+def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
+    emit_talk(tab.monitor)
+    tab.monitor.emit(*hooks("prompt </script><b>&"))
+    with tab.page.expect_download() as download:
+        tab.choose("s1", "Export as a web page")
+    download.value.save_as(tmp_path / "s1.html")
+    context = chromium.new_context(offline=True)
+    copy = BrowserTab(context.new_page(), tab.monitor)
+    copy.page.goto((tmp_path / "s1.html").as_uri())
+    eventually(lambda: copy.rows("make", "done"), what="its calls")
+    copy.row_with("lint").click()
+    copy.shows("drawer", "no")
+    copy.press("Escape c")
+    copy.shows("reading", "3 calls, 1 failed", "It is done", "</script><b>&")
+    copy.press("v")
+    copy.shows("reading", "1 file, +1 −1")
+    copy.press("v y")
+    copy.until("document.querySelector('[data-testid=replay]').innerText.includes('of')")
+    assert copy.text("views") == ""
+    context.close()
+    assert copy.said == []
+    event = payload("PostToolUse", "big", tool_name="Bash", tool_input={"command": "ls"})
+    event |= {"tool_use_id": "", "tool_response": {"stdout": ""}}
+    stored = len(json.dumps(tab.monitor.stored_events()[-1]))
+    numbered = [
+        {**event, "tool_use_id": str(n), "tool_response": {"stdout": "x" * (500 - stored)}}
+        for n in range(1000)
+    ]
+    tab.monitor.emit(*numbered)
+    assert len(tab.monitor.request("/api/export?session=big&format=html")[2]) < 1_000_000
+
+
+def test_a_hundred_turns_with_two_thousand_calls_open_at_once(tab: BrowserTab) -> None:
+    for turn in range(100):
+        tab.monitor.emit(*hooks(f"prompt turn {turn}"), *many_calls(range(turn * 20, turn * 20 + 20), "s1"),
+                         agent_words(f"- step {turn}\n- *done*"))  # fmt: skip
+    tab.page.click("[data-session-id=s1]")
+    eventually(lambda: tab.rows("step-1999"), what="the last call")
+    took_ms = tab.page.evaluate("""async () => {
+      const start = performance.now();
+      document.querySelector('[data-mode=conversation]').click();
+      while (document.querySelectorAll('.turn').length < 100) await new Promise(requestAnimationFrame);
+      return performance.now() - start;
+    }""")
+    print("TOOK", took_ms)
+    assert took_ms < 1000  # 200 on a machine with nothing else to do
+    tab.until(
+        "[...document.querySelectorAll('.turn')].every((turn) => turn.innerText.includes('20 calls, '))"
+    )
+
+
 def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"call make {number}" for number in range(60)))
     tab.load("#s=s1").row_with("make 59")
