@@ -13490,6 +13490,7 @@ def emit_talk(monitor: RunningMonitor) -> None:
 def test_a_session_is_read_as_a_conversation_and_as_changes(tab: BrowserTab) -> None:
     emit_talk(tab.monitor)
     tab.page.click("[data-session-id=s1]")
+    eventually(lambda: [row["tool"] for row in tab.rows("It is")] == ["Answer"], what="its last words once")
     tab.press("c")
     tab.shows("reading", "Fix *it*", "3 calls, 1 failed", "explorer, 1 call", "It is done")
     assert tab.text("reading").count("It is") == 1, "a hook says it again"
