@@ -8738,7 +8738,7 @@ PROGRAMS = {
     "gemini": Program(
         "settings.json",
         "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
-        {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
+        {"type": "command", "name": "contextuate", "timeout": HOOK_TIMEOUT_S * 1000},  # it shows the name
     ),
     "copilot": Program(
         "hooks/contextuate.json",
@@ -9425,6 +9425,35 @@ _ok, _warn, _fail = (functools.partial(Finding, level) for level in ("ok", "warn
 _in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
+def codex_trust(path: str, count: int) -> str:
+    """Return "trusted" if Codex reports that it runs our `count` hooks in a file; else why not, or ""."""
+    calls: list[JsonObject] = [
+        {"id": 1, "method": "initialize", "params": {"clientInfo": {"name": "doctor", "version": "1"}}},
+        {"method": "initialized"},
+        {"id": 2, "method": "hooks/list", "params": {"cwds": [os.getcwd()]}},
+    ]
+    command, pipe, null = ["codex", "app-server"], subprocess.PIPE, subprocess.DEVNULL
+    try:
+        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
+    except FileNotFoundError:
+        return ""
+    with server:  # closes its input, at which it ends
+        try:
+            assert server.stdin and server.stdout
+            server.stdin.write(b"".join(encode_json(call) + b"\n" for call in calls))
+            server.stdin.flush()
+            answers = map(json.loads, server.stdout)
+            result = _in_time(lambda: next(it["result"] for it in answers if it.get("id") == 2))
+            hooks = [it for place in result["data"] for it in place["hooks"] if it["sourcePath"] == path]
+            ours = [hook for hook in hooks if _is_ours({**hook, "type": "command"})]
+            run = sum(hook["trustStatus"] == "trusted" and hook["enabled"] for hook in ours)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                os.killpg(server.pid, signal.SIGKILL)
+            return f"Codex does not report whether it trusts them ({type(error).__name__})"
+    return "trusted" if run == count else f"Codex runs {run} of them: the others are not trusted, or off"
+
+
 class Doctor:
     """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
@@ -9543,7 +9572,11 @@ class Doctor:
         else:
             words = f", without {', '.join(without)}" if without else ""
             words += ", questions can be answered on the page" if answers else ""
-            yield _ok(check, f"{len(plan.names)} events of {program} in {plan.path}{words}")
+            trust = codex_trust(plan.path, len(plan.names)) if program == "codex" else ""
+            words += f"; {trust}" if trust else ""
+            level = "warn" if trust not in ("", "trusted") else "ok"
+            words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
+            yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
         if answers and self._is_redis:
             if not emit_event.read_answer_key(self._settings.home):
                 yield _warn(

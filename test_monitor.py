@@ -8172,6 +8172,44 @@ def test_install_and_uninstall_for_an_agent_change_only_our_entries(monitor, mon
     assert "the hook is not registered" in in_process(monitor, "uninstall", "--agent", agent).stdout
 
 
+# What a `codex app-server` prints of the trust of our hooks, with a process that outlives it → what doctor says
+CODEX = f"""#!{sys.executable}
+import json, sys
+calls = [json.loads(sys.stdin.readline()) for _ in range(3)]
+print(json.dumps({{"id": 1, "result": {{}}}}), json.dumps({{"method": "news"}}), sep="\\n")
+hooks = json.load(open("hooks.json"))["hooks"].values()
+told = [{{"sourcePath": sys.path[0] + "/hooks.json", "enabled": True, "trustStatus": "trusted",
+          "command": groups[-1]["hooks"][0]["command"]}} for groups in hooks]
+CHANGE
+print(json.dumps({{"id": 2, "result": {{"data": [{{"hooks": told}}]}}}}), flush=True)
+assert calls[2]["method"] == "hooks/list" and sys.stdin.read() == ""
+"""
+CODEX_TRUST = [
+    ("", "ok", "12 events of codex in {}; trusted"),
+    ("told[3]['trustStatus'] = 'modified'", "warn", "Codex runs 11 of them: the others are not trusted"),
+    ("told[3]['enabled'] = False", "warn", "Codex runs 11 of them"),
+    ("told = []", "warn", "Codex runs 0 of them"),
+    ("sys.exit(1)", "warn", "Codex does not report whether it trusts them (StopIteration)"),
+    ("import time; time.sleep(3600)", "warn", "Codex does not report whether it trusts them (TimeoutError)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "level", "words"), CODEX_TRUST)
+def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, change, level, words):
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    doctor = cm.Doctor(cm.Settings(str(tmp_path), "", "box", ee.default_values()), [])
+    path = tmp_path / "hooks.json"
+    path.write_text(cm.plan_install(str(tmp_path), "codex").new_text)
+    assert [it.words for it in doctor._program("codex")] == [f"12 events of codex in {path}"]
+    (tmp_path / "codex").write_text(CODEX.replace("CHANGE", change))
+    (tmp_path / "codex").chmod(0o700)
+    monkeypatch.setattr(cm, "_in_time", functools.partial(ee.within, 2 if "sleep" in change else 60))
+    (finding,) = doctor._program("codex")
+    assert finding.level == level and words.format(path) in finding.words
+
+
 def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch, tmp_path):
     monkeypatch.setenv("KIMI_CODE_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text("hooks = []\n")
