@@ -1659,6 +1659,8 @@ def kind_of(event: JsonObject) -> str:
         return "subagent_stop"  # until it begins again
     if kind == "client_status":
         return _STATUS_KINDS.get(text_of(event["data"].get("status")), kind)
+    if kind == "tool_error" and "exitCode" in event["data"] and not event["hookType"]:
+        return "exit_code"  # from a transcript; the call, and perhaps the turn, have ended before
     return kind
 
 

@@ -2156,7 +2156,7 @@ NOT_TYPED = re.compile(
 )
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
-    b' "permission.completed" "cancelled"'
+    b' "permission.completed" "cancelled" "CommandExecution"'
 ).split()
 _TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
 WORDS = "agent_words"  # the type of events with what was said
@@ -2358,9 +2358,13 @@ def _words(key: str, time_ms: int, agent_id: str, data: JsonObject) -> JsonObjec
 def _agent_evidence(program: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
     """Return the event that a line of another program's transcript is evidence of; `at`: its time."""
     kind = inner.get("type") if program == "codex" else entry.get("type")
-    calls, error = objects_in(entry.get("toolCalls")), inner.get("error")
+    calls, error, item = objects_in(entry.get("toolCalls")), inner.get("error"), inner.get("item")
     data: JsonObject = {}
     at = {}
+    if kind == "item_completed" and isinstance(item, dict) and item.get("exit_code"):
+        data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
+        data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
+        return {"eventType": "tool_error", "data": data}
     if kind == "permission.completed":
         return {"eventType": "permission_result", "data": {}}
     if kind in ("turn_aborted", "abort"):

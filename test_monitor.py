@@ -8097,7 +8097,7 @@ def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, rea
 # Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
 @pytest.mark.parametrize(
     ("agent", "output", "evidence"),
-    [("codex", 42, ["failed", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
+    [("codex", 42, ["failed", "tool_error", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
      ("copilot", 42, ["permission_result", "interrupted"])],
 )  # fmt: skip
 def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, output, evidence):
@@ -8115,6 +8115,17 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
         (counts,) = usage["models"].values()
         assert counts == {"input": 678, "output": output, "cacheRead": 333, "cacheCreation": 0}
     reader.close()
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_an_exit_code_read_after_the_result_makes_a_call_of_codex_failed_and_nothing_else(number):
+    events = [agent_event("codex/exec-fail", *it) for it in enumerate(agent_payloads("codex/exec-fail"))][:5]
+    data = {"toolName": "Bash", "toolUseId": events[2]["data"]["toolUseId"], "exitCode": 3, "error": "bad"}
+    late = {**events[number - 1], "id": "late", "hookType": "", "eventType": "tool_error", "data": data}
+    late["timestamp"] = late["received"] = late["received"] + 500
+    (session,) = agent_states([*events[:number], late, *events[number:]])[0].sessions.values()
+    names = ("toolCalls", "toolErrors", "interrupted")
+    assert (session.state, *map(session.counts.get, names)) == ("idle", 1, 1, 0)
 
 
 @pytest.mark.parametrize(
