@@ -3275,7 +3275,7 @@ def event_row(event: JsonObject) -> JsonObject:
 # which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
@@ -3319,7 +3319,7 @@ CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
 CREATE TABLE names(id INTEGER PRIMARY KEY, name BLOB UNIQUE);
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, session INTEGER, machine INTEGER,
-  project INTEGER, bytes INTEGER DEFAULT 0, first_seq INTEGER DEFAULT {1 << 62},
+  project INTEGER, agent INTEGER, bytes INTEGER DEFAULT 0, first_seq INTEGER DEFAULT {1 << 62},
   earliest INTEGER DEFAULT {1 << 62}, latest INTEGER DEFAULT 0, UNIQUE(day, name));
 CREATE TABLE events(seq INTEGER PRIMARY KEY, file INTEGER, timestamp INTEGER);
 CREATE TABLE cells(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
@@ -3653,7 +3653,9 @@ class IndexFile:
         self.db.execute("INSERT OR IGNORE INTO names(name) VALUES(?)", (name_key(name),))
         return int(self.db.execute("SELECT id FROM names WHERE name = ?", (name_key(name),)).fetchone()[0])
 
-    def _find_file(self, day: str, session: str, machine: str, project: str) -> tuple[int, int, int]:
+    def _find_file(
+        self, day: str, session: str, machine: str, project: str, agent: str | None
+    ) -> tuple[int, int, int]:
         """Return the ids of (file, day, session); insert new ones."""
         is_new = self.db.execute("INSERT OR IGNORE INTO days(name) VALUES(?)", (day,)).rowcount
         (day_id,) = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
@@ -3665,8 +3667,8 @@ class IndexFile:
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
         key = (day_id, session_file_name(session))
         names = map(self._name_id, (session, machine, project))
-        columns = "INSERT OR IGNORE INTO files(day, name, session, machine, project) VALUES(?, ?, ?, ?, ?)"
-        self.db.execute(columns, (*key, *names))
+        columns = "INSERT OR IGNORE INTO files(day, name, session, machine, project, agent)"
+        self.db.execute(f"{columns} VALUES(?, ?, ?, ?, ?, ?)", (*key, *names, agent and self._name_id(agent)))
         found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
         file: tuple[int, int, int] = found.fetchone()
         return file
@@ -3681,7 +3683,7 @@ class IndexFile:
             self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
         quarter, rows = timestamp // QUARTER_MS, self._rows
-        about = (event["sessionId"], event["machineId"], event["workingDirectory"])
+        about = (event["sessionId"], event["machineId"], event["workingDirectory"], event.get("agent"))
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
@@ -3939,6 +3941,7 @@ class Statistics:
         self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
+        programs = dict(self._db.execute("SELECT session, ifnull(max(agent), 0) FROM files GROUP BY session"))
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
         spans += f"WHERE {self._where} GROUP BY session"
         span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
@@ -3954,6 +3957,7 @@ class Statistics:
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
+        agents = table(every, lambda cell: programs[cell.session], lambda it: {"agent": names.get(it, "")})
         sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
         return {
@@ -3961,6 +3965,7 @@ class Statistics:
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
             "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
             "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
+            "programs": sorted(agents, key=lambda row: -row["events"]),
             "days": days,
             "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
             "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),

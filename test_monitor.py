@@ -14814,7 +14814,7 @@ def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offs
         "toolCalls": sum(tool["calls"] for tool in tools.values()),
     }
     assert {name: figures["totals"][name] for name in totals} == totals
-    for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
+    for group in ("projects", "machines", "programs", "days", "hours", "timeline", "sessions"):
         for name in ("events", "toolCalls", "failures"):
             assert sum(row[name] for row in figures[group]) == totals[name], (group, name)
     slowest = [call["durationMs"] for call in figures["slowest"]]
@@ -14876,7 +14876,11 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
         index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
         index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
-        {**index_usage(30, "b", strange_model=(10, 1)), "workingDirectory": "/home/dev/bank"},
+        {
+            **index_usage(30, "b", strange_model=(10, 1)),
+            "workingDirectory": "/home/dev/bank",
+            "agent": "codex",
+        },
         {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
     )
     figures = indexed.ready().figures()
@@ -14885,8 +14889,9 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
         "model": {"claude-opus-4-5": (6000, 600), "claude-haiku-4-5": (50, 5), "strange-model": (10, 1)},
         "project": {"/home/dev/shop": (6050, 605), "/home/dev/bank": (10, 1)},
         "sessionId": {"a": (6050, 605), "b": (10, 1), "c": None},
+        "agent": {"": (6050, 605), "codex": (10, 1)},
     }
-    for name, group in zip(expected, ("days", "models", "projects", "sessions")):
+    for name, group in zip(expected, ("days", "models", "projects", "sessions", "programs")):
         used = {row[name]: row["tokenUsage"] for row in figures[group]}
         pairs = {key: usage and (usage["totalInput"], usage["totalOutput"]) for key, usage in used.items()}
         assert pairs == expected[name]
