@@ -10992,19 +10992,24 @@ def command_tail(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq = -1
+    last_seq: int | None = None
+    is_waiting = False
     while True:
         try:
-            status = ask_monitor(settings, about, "/api/status")
-            # In memory only, the numbers begin again with each start.
-            last_seq = status["seq"] if last_seq < 0 else min(last_seq, status["seq"])
+            if last_seq is None or is_waiting:
+                status = ask_monitor(settings, about, "/api/status")
+                if status.get("loading"):
+                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
+                # In memory only, the numbers begin again with each start.
+                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
+                is_waiting = False
             page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
-            print_status(f"{error}; waiting for the monitor")
+            if not is_waiting:
+                print_status(f"{error}; waiting for the monitor")
+            is_waiting = True
             time.sleep(1)
-            while not (again := running_monitor(settings)):
-                time.sleep(1)
-            about = again
+            about = running_monitor(settings) or about
             continue
         for event in page["events"]:
             last_seq = event["seq"]

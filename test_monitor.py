@@ -12060,7 +12060,7 @@ tools of MCP servers and their questions are named
 
 questions are shown with their answers
     play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
-                                    | open Permission request / : AskUserQuestion; Red or blue?
+                                    | no row: Permission request
                                     | every row opens
 
 a call that started an agent shows its task and result, and leads to it
@@ -12182,6 +12182,7 @@ history finds what is stored and opens it
     press /
     fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
     fill <history-query>: zebra     | hits: 3
+                                    | true: [...document.querySelectorAll('[aria-label=Tool] option')].map((el) => el.value).join() === ',Bash'
     select [aria-label='Session state']: working | hits: 0 & linked: state=working
     select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
     select [aria-label='Session state']: | hits: 3
@@ -12626,7 +12627,7 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
         tab.page.click(f"[data-session-id={session}]", button="right")
         entry = tab.page.locator("[role=menuitem]", has_text="Copy")
         eventually(
-            lambda count=count, entry=entry: entry.count() == 1 + count, what="how to resume, if known"
+            lambda count=count, entry=entry: entry.count() == 2 + count, what="how to resume, if known"
         )
         tab.page.keyboard.press("Escape")
 
@@ -12941,7 +12942,7 @@ how a 19,000-line output ended
 send a colleague this failure
     click [data-session-id=f]; click <row> >> text=no rule; click [aria-label='Copy link'] | copied: no rule to make it
 a command run earlier
-    press 2; press /; type zebra | hits: 1 & in hits: make zebra
+    press 2; fill <history-query>: zebra | hits: 1 & in hits: make zebra
 cost today per project
     press 3; select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
 """
@@ -13342,7 +13343,7 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open
     wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
     eventually(lambda: wanted in tab.page.evaluate("alerts"))
     tab.monitor.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
-    tab.row_with("still")
+    tab.until("contextuate.store.rows.some((row) => row.text === 'still')")
     assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
