@@ -3667,8 +3667,11 @@ class IndexFile:
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
         key = (day_id, session_file_name(session))
         names = map(self._name_id, (session, machine, project))
-        columns = "INSERT OR IGNORE INTO files(day, name, session, machine, project, agent)"
-        self.db.execute(f"{columns} VALUES(?, ?, ?, ?, ?, ?)", (*key, *names, agent and self._name_id(agent)))
+        self.db.execute(
+            "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent)",
+            (*key, *names, agent and self._name_id(agent)),
+        )
         found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
         file: tuple[int, int, int] = found.fetchone()
         return file

@@ -12630,6 +12630,11 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
             lambda count=count, entry=entry: entry.count() == 2 + count, what="how to resume, if known"
         )
         tab.page.keyboard.press("Escape")
+    tab.page.evaluate("location.hash = '#s=x'")
+    tab.emit("@x call make 5; @x result make 5; @x failure make 5 => Exit code 3")  # read in a transcript
+    eventually(lambda: tab.rows("make 5", "failed"), what="a call that has failed after all")
+    tab.press("3")
+    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "qwen 1 0 0")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
