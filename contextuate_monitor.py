@@ -2383,6 +2383,12 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     session.waits = kept
 
 
+def precedes_dialog(event: JsonObject) -> bool:
+    """True if the hook of an event waits for an answer, and the client's dialog comes only afterwards."""
+    is_held = event["hookType"] == "Elicitation" or "agentId" in event or "agent" in event
+    return "answerable" in event and is_held
+
+
 def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
     """Add the wait for a person that an event begins; a request for an open call may be late."""
     wait = _wait_of(session, event, kind, at, until)
@@ -2391,8 +2397,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
         return  # its call has ended
     if kind != "notification":
-        precedes_dialog = "answerable" in event and (kind == "elicitation" or "agentId" in event)
-        held_until = at + event["answerable"] * 1000 if precedes_dialog else 0
+        held_until = at + event["answerable"] * 1000 if precedes_dialog(event) else 0
         wait = wait._replace(event_id=event["id"], held_until=held_until)
     if wait.kind in ("input", "prompt"):
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
@@ -6209,7 +6214,7 @@ class Answers:
         asked = [entry.event for entry in stored if "answerable" in entry.event]
         at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
         for event in asked:
-            sock, is_held = waiting.get(event["id"]), "agentId" in event or event["hookType"] == "Elicitation"
+            sock, is_held = waiting.get(event["id"]), precedes_dialog(event)
             limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
             until = time.monotonic() + min(event["answerable"], limit_s)
             if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
@@ -8734,16 +8739,20 @@ class Program(NamedTuple):
     events: str
     fields: JsonObject  # of each entry, besides the command
     advice: str = "Restart its open sessions: they run the hook from then on."
+    answers: str = ""  # the key of how long a question waits for an answer; "": it cannot be answered
 
 
 PROGRAMS = {
-    CLAUDE: Program("settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}),  # events by version
+    CLAUDE: Program(  # events by version
+        "settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}, answers="answers.waitSeconds"
+    ),
     # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
     "codex": Program(
         "hooks.json",
         f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
         {"type": "command"},
         "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
+        "answers.backgroundSeconds",
     ),
     "gemini": Program(
         "settings.json",
@@ -8760,6 +8769,7 @@ PROGRAMS = {
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
         " SubagentStart SubagentStop PreCompact PostCompact",
         {"type": "command", "timeout": HOOK_TIMEOUT_S},
+        answers="answers.backgroundSeconds",
     ),
     "kimi": Program(
         "config.toml",
@@ -8772,7 +8782,7 @@ _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n"
 
 
 # The words of our command, with zero bytes between them.
-_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--answer|\0--agent\0[^\0]+)?")
+_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
 
 
 class InstallError(Exception):
@@ -9131,7 +9141,7 @@ def merge_hooks(
     With `wait_s`, the hooks of questions wait so long for an answer.
     """
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
-    command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
+    command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
@@ -9566,10 +9576,11 @@ class Doctor:
         advice = f"{_RUN_INSTALL} --agent {program}; then restart {program}"
         try:
             removed = plan_install("", program)
-            commands = our_hooks(read_settings(removed.path)[1]) if program == CLAUDE else {}
+            key = PROGRAMS[program].answers
+            commands = our_hooks(read_settings(removed.path)[1]) if key else {}
             without = [event for event in OPTIONAL_EVENTS if commands and event not in commands]
             answers = any("--answer" in command for command in commands.values())
-            wait_s = self._settings["answers.waitSeconds"] if answers else 0
+            wait_s = self._settings[key] if answers else 0
             plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
         except InstallError as error:
             yield _warn(check, str(error), "correct it")
@@ -9587,7 +9598,7 @@ class Doctor:
             level = "warn" if trust not in ("", "trusted") else "ok"
             words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
             yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
-        if answers and self._is_redis:
+        if answers and self._is_redis and program == CLAUDE:
             if not emit_event.read_answer_key(self._settings.home):
                 yield _warn(
                     "answers", "there is no key, so no answer comes through Redis", "run: answers key"
@@ -10834,12 +10845,15 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
-    wait_s = settings["answers.waitSeconds"] if args.answers else 0
     for program in programs_of(args):
+        key = PROGRAMS[program].answers if args.answers else ""
+        if args.answers and not key:
+            print_status(f"{program} takes no answers from the page: its hook only records")
         version = claude_version() if program == CLAUDE else None
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
             print_status(f"{words}; put it on the PATH and run install again")
+        wait_s = settings[key] if key else 0
         given = (args.project, version, args.without or (), args.status_line, wait_s)
         plan = plan_install(settings.home, program, *given)
         if not args.dry_run:

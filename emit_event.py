@@ -217,7 +217,7 @@ def wrap(
         head += f',"answerable":{wait_s}'
     if key:
         head += f',"machineKey":"{key}"'
-    if sys.argv[1:2] == ["--agent"] and sys.argv[2:]:
+    if sys.argv[2:] and sys.argv[1] in ("--agent", "--answer"):
         head += f',"agent":{quote(sys.argv[2])}'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
@@ -3590,8 +3590,13 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
         asked, values = parse_event_line(payload), load_config(config_path)[0]
         is_redis = values["mode"] == "redis"
         may_wait = not is_redis or (values["answers.remote"] and read_answer_key(home))
+        is_held = precedes_dialog(asked)
+        if sys.argv[2:]:  # another program: only locally, and only a permission
+            is_held, tool = True, AGENTS[sys.argv[2]].tools.get(asked["tool_name"])
+            may_wait = not is_redis and tool != "AskUserQuestion"
+            asked.pop("permission_suggestions", None)
         if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
-            wait_s = values["answers.backgroundSeconds" if precedes_dialog(asked) else "answers.waitSeconds"]
+            wait_s = values["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
     deliver(payload, notes, "hook", wait_s, kept)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, lambda *_: os._exit(0))
