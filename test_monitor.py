@@ -14128,6 +14128,44 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
     page.close()
 
 
+@pytest.mark.parametrize("agent", ["codex", "qwen"])
+def test_permissions_of_other_programs_are_answered_while_a_page_looks(asking, monkeypatch, tmp_path, agent):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path / ".codex"))
+    path = tmp_path / ee.AGENTS[agent].directory / cm.PROGRAMS[agent].file
+
+    def hooks_after(command: str, *options: str) -> dict[str, Any]:
+        in_process(asking.monitor, command, "--agent", agent, *options)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return {name: groups[0]["hooks"][0] for name, groups in found.get("hooks", {}).items()}
+
+    hook = hooks_after("install", "--answers")["PermissionRequest"]
+    assert hook["command"].count(f'emit_event.py" --answer {agent} ||') == 2 and hook["timeout"] == 30
+    assert "questions can be answered on the page" in in_process(asking.monitor, "doctor").stdout
+    asked = next(
+        it for it in agent_payloads(f"{agent}/perm-yes") if it["hook_event_name"] == "PermissionRequest"
+    )
+    unseen = asking.hook(asked, hook["command"])
+    assert unseen.communicate(timeout=10)[0] == b"", "no paired page looks: the dialog comes at once"
+    page = asking.page(asking.pair())
+    for answer, decision in (
+        ({"do": "allow"}, {"behavior": "allow"}),
+        ({"do": "deny", "message": "use make"}, {"behavior": "deny", "message": "use make"}),
+    ):
+        waiting = asking.hook(asked, hook["command"])
+        (event_id,) = eventually(lambda: asking.open_ids(asked["session_id"]), what="a permission to answer")
+        assert asking.answer(page, event_id, answer, asked["session_id"]) == "delivered"
+        printed = {"hookEventName": "PermissionRequest", "decision": decision}
+        assert json.loads(waiting.communicate(timeout=20)[0]) == {"hookSpecificOutput": printed}
+    question = {**asked, "tool_name": {"codex": "request_user_input", "qwen": "ask_user_question"}[agent]}
+    assert asking.hook(question, hook["command"]).communicate(timeout=10)[0] == b""
+    assert "--answer" not in str(hooks_after("install"))
+    hooks_after("install", "--answers")
+    assert hooks_after("uninstall") == {}
+    said = in_process(asking.monitor, "install", "--agent", "gemini", "--answers").stderr
+    assert "gemini takes no answers from the page" in said
+
+
 def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch):
     monkeypatch.setattr(cm, "claude_version", lambda: (2, 1, 332))
     options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
