@@ -3167,6 +3167,7 @@ _TERMINALS: tuple[tuple[dict[str, str], str, str], ...] = (
 # Program → the command that resumes one of its sessions, by id.
 RESUME_COMMANDS = {
     "": "claude --resume", "codex": "codex resume", "gemini": "gemini --resume", "kimi": "kimi --session",
+    "copilot": "copilot --resume", "qwen": "qwen --resume",
 }  # fmt: skip
 
 

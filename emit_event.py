@@ -206,7 +206,7 @@ def wrap(
 
     `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
     "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
-    `--agent`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
+    `--agent` or `--answer`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4

@@ -12621,7 +12621,7 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
         eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
         tab.page.evaluate("document.activeElement.blur()")
         eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
-    hook = {"id": str(uuid.uuid4()), "agent": "qwen", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
+    hook = {"id": str(uuid.uuid4()), "agent": "else", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
     tab.monitor.emit(hook)
     for session, count in (("c", 1), ("q", 0)):
         tab.page.click(f"[data-session-id={session}]", button="right")
@@ -12634,7 +12634,7 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
     tab.emit("@x call make 5; @x result make 5; @x failure make 5 => Exit code 3")  # read in a transcript
     eventually(lambda: tab.rows("make 5", "failed"), what="a call that has failed after all")
     tab.press("3")
-    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "qwen 1 0 0")
+    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "else 1 0 0")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
