@@ -1502,6 +1502,11 @@ def one_line(text: str, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def object_of(value: Any) -> JsonObject:
+    """Return a JSON value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def text_of(value: Any) -> str:
     """Return a JSON value as text for one line."""
     if isinstance(value, str):
@@ -1811,7 +1816,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
-        session.terminal = _object(data.get("terminal"))
+        session.terminal = object_of(data.get("terminal"))
     elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
         session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
@@ -2277,8 +2282,7 @@ EDITED_FILES_LIMIT = 2000  # that are remembered
 def edited_files(event: JsonObject) -> set[str]:
     """Return the absolute paths of the files that a successful call has changed, as its tool says."""
     tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
-    is_done = effective_type(event) == "tool_result" and tool in (*_EDITING_TOOLS, "apply_patch")
-    if not is_done or not isinstance(given, dict):
+    if tool not in (*_EDITING_TOOLS, "apply_patch") or not isinstance(given, dict):
         return set()
     paths = [given.get("file_path"), given.get("notebook_path")]
     if tool == "apply_patch":
@@ -2669,7 +2673,8 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
             self._apply_step(session, event, kind, at, received)
-            self._find_collisions(session, event, at)
+            if kind == "tool_result" and "imported" not in event:
+                self._find_collisions(session, event, at)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2747,7 +2752,7 @@ class Sessions:
         Files of all worktrees of a repository are compared by their path in its project.
         """
         agent_id = event.get("agentId", MAIN)
-        for path in edited_files(event) if not event.get("imported") else ():
+        for path in edited_files(event):
             below = path.removeprefix(session.root + "/") if session.root else path
             key = session.machine_key, path if below == path else f"{session.project}/{below}"
             edits = self._edits.pop(key, {})
@@ -3091,7 +3096,7 @@ class Sessions:
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
-            "terminal": terminal_of(session.terminal),
+            "terminal": terminal_of(session.terminal) if session.terminal else None,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -7061,7 +7066,7 @@ class Ingest:
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
         self._usage.reader.with_words = not settings.privacy.metadata_only
-        self._agent_notes = emit_event.AgentNoteReader()
+        self._noted: dict[tuple[str, str], str] = {}  # see emit_event.add_agent_note
 
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
@@ -7145,8 +7150,9 @@ class Ingest:
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
-                self._agent_notes.add_note(event)
-            emit_event.add_git_place(event)
+                emit_event.add_agent_note(event, self._noted)
+            if event["eventType"] in emit_event.PLACE_EVENTS and "imported" not in event:
+                emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
@@ -8937,10 +8943,6 @@ def _client_file(path: str) -> ClientFile:
         return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
 
 
-def _object(value: Any) -> JsonObject:
-    return value if isinstance(value, dict) else {}
-
-
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
     managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
@@ -9020,7 +9022,7 @@ def status_line_command(interpreter: str, script: str, wrapped: str | None) -> s
 
 def status_line_in(settings: JsonObject) -> StatusLine | None:
     """Return our status line in `settings`; None if there is none, or another one."""
-    command = _object(settings.get("statusLine")).get("command")
+    command = object_of(settings.get("statusLine")).get("command")
     with contextlib.suppress(ValueError):  # a quote is open
         words = shlex.split(command) if isinstance(command, str) else []
         is_ours = words[:2] == ["set", "--"] and "--status-line" in words
@@ -9032,8 +9034,8 @@ def status_line_in(settings: JsonObject) -> StatusLine | None:
 def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     """Return `settings` with our status line around the one that is there; `home` "": without ours."""
     entry, ours = settings.get("statusLine", {"type": "command"}), status_line_in(settings)
-    given = ours.wrapped if ours else _object(entry).get("command")
-    is_usable = isinstance(given, str) and _object(entry).get("type") == "command"
+    given = ours.wrapped if ours else object_of(entry).get("command")
+    is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
         raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
     if not home and given is None:
@@ -9191,7 +9193,7 @@ def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-        lists = [_object(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+        lists = [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
         if not all(
             isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
         ):
@@ -9308,7 +9310,7 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     command = next((it for file in [*running, *files] for it in our_hooks(file.settings).values()), None)
     if command is not None:
         for file in reversed(files):
-            values = _object(file.settings.get("env")).items()
+            values = object_of(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
         arguments = ["/bin/sh", "-c", command]
     else:
@@ -9609,7 +9611,7 @@ class Doctor:
                 yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
 
     def _status_line(self) -> Findings:
-        """Run the status line, with an object of which nothing is handed on."""
+        """Run the status line, also without the one that it wraps, with an object that is not handed on."""
         user, check = settings_path(None), "statusline"
         shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
@@ -9619,11 +9621,18 @@ class Doctor:
         if shown.path != user:
             yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        shell = ["/bin/sh", "-c", ours.command]
-        done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
-        output = one_line(done.stdout.decode("utf-8", "replace"), 60)
-        level = "ok" if output or ours.wrapped is not None else "fail"
-        yield Finding(level, check, f"prints {output!r}", f"{_RUN_INSTALL} --status-line")
+
+        def output_of(command: str) -> str:
+            shell, given = ["/bin/sh", "-c", command], encode_json(about) + b"\n"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(shell, input=given, capture_output=True, timeout=10)
+                return repr(one_line(done.stdout.decode("utf-8", "replace"), 60))
+            return "nothing within 10 s"
+
+        wrapped = "" if ours.wrapped is None else f"{shlex.quote(ours.wrapped)} "
+        works = output_of(ours.command.replace(f"set -- {wrapped}", "set -- ", 1)) == "'Test'"
+        words = f"prints {output_of(ours.command)}" + ("" if works else ", but hands on no figures")
+        yield Finding("ok" if works else "fail", check, words, f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -10032,12 +10041,12 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
+# (session id, paths): the transcripts of a session and its subagents; or exports, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
-_NODE_FILE = re.compile(r"(.*)/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
+_NODE_FILE = re.compile(r".*/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
 _NODE_ACTIONS = (
     ("rename", "label", "label"), ("pin", "pinned", "isPinned"), ("hide", "hidden", "hidden"),
     ("set_parent", "parentSessionId", "manualParentSessionId"),
@@ -10073,9 +10082,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
     """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
-    of_node: dict[str, list[str]] = {}
-    exports: list[ImportSource] = []
-    seen: set[str] = set()  # without links
+    exports: list[str] = []
     for given in paths:
         for path in _json_files(given, skipped) if os.path.isdir(given) else [given]:
             try:
@@ -10087,32 +10094,21 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                     raise CommandError(why) from None
                 skipped.append(why)
                 continue
-            if os.path.realpath(path) in seen:
-                continue
-            seen.add(os.path.realpath(path))
-            session_id, node = _transcript_session(path, lines), _NODE_FILE.fullmatch(path)
-            if node is not None:
-                of_node.setdefault(node[1], []).append(path)
-            elif session_id is not None:
+            session_id = _transcript_session(path, lines)
+            is_export = path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path
+            if session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
-                exports.append(("", (path,)))  # other files of a directory are ignored
-    for files in of_node.values():  # received events, then the events of sessions, then their data
-        files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
-        exports.append(("", tuple(files)))
+            elif path == given or is_export or _NODE_FILE.fullmatch(path):
+                exports.append(path)  # other files of a directory are ignored
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
-    return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
+    sources.sort(key=lambda source: min(map(os.path.getmtime, source[1])))
+    exports.sort(key=lambda path: path.endswith("/meta.json"))  # sums of tokens after the events
+    return [*sources, ("", tuple(exports))]
 
 
 def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    seen = set()
     errors: list[OSError] = []
-    for directory, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        if os.path.realpath(directory) in seen:
-            skipped.append(f"{directory}: is a link to a directory that was read already")
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(directory))
+    for directory, folders, names in os.walk(folder, onerror=errors.append):
         folders.sort()
         for name in sorted(names):
             if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
@@ -10155,22 +10151,9 @@ def import_batches(
         by_session: dict[str, list[JsonObject]] = {}
         found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
-            reader = TranscriptReader(
-                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage
-            )
-            files: dict[str, list[bytes]] = {}  # by agent id
-            named: dict[str, str] = {}
-            for path in paths:
-                name = os.path.basename(path)
-                agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
-                with open_regular(path) as file:
-                    lines = file.read().split(b"\n")
-                if not emit_event.is_json_object(lines[-1]):  # it may still be written
-                    lines.pop()
-                files.setdefault(agent_id, []).extend(lines)
-                named.setdefault(agent_id, path)
-            by_session[session_id] = reader.events(files.pop("", []), files)
-            skipped += [f"{named[agent]}: {n} lines are not JSON" for agent, n in reader.malformed.items()]
+            by_session[session_id] = TranscriptReader(
+                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage, skipped
+            ).events(paths)
         else:
             for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
                 built = emit_event.build_event(event, now_ms(), machine)
@@ -10183,50 +10166,34 @@ def import_batches(
             size = 0
 
 
+@dataclasses.dataclass
 class TranscriptReader:
-    """Converts transcripts of a session and its subagents to the events that hooks would have sent.
+    """Converts transcripts of a session and its subagents to the events that hooks would have sent."""
 
-    `seen` and `usage`: shared by all of an import. `is_known(id)`: another source has that session.
-    """
+    session_id: str
+    machine_id: str
+    seen: set[str]  # lines and words of any transcript so far: a resumed session begins with copies
+    is_known: Callable[[str], bool]  # True for a session that another source has
+    usage: emit_event.UsageReader  # of the whole import
+    skipped: list[str]  # gets what is not understood
+    _calls: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # tool use id → its block
+    _agents: set[str] = dataclasses.field(default_factory=set)
+    _titles: list[tuple[str, JsonObject]] = dataclasses.field(default_factory=list)  # type of line, line
+    _sums: list[Any] = dataclasses.field(default_factory=list)  # the client's own
 
-    def __init__(
-        self,
-        session_id: str,
-        machine_id: str,
-        seen: set[str],
-        is_known: Callable[[str], bool],
-        usage: emit_event.UsageReader,
-    ) -> None:
-        self._session_id, self._machine_id = session_id, machine_id
-        self._seen = seen  # lines and words of any transcript so far: a resumed session begins with copies
-        self._is_known = is_known
-        self._usage = usage
-        self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
-        self._calls: dict[str, JsonObject] = {}  # tool use id → its block
-        self._agents: set[str] = set()
-        self._titles: list[tuple[str, JsonObject]] = []  # type of line, line
-
-    def events(
-        self, lines: Iterable[bytes], of_agents: Mapping[str, Iterable[bytes]] = {}
-    ) -> list[JsonObject]:
+    def events(self, paths: Iterable[str]) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
-        files = {"": lines, **of_agents}
-        found = {agent_id: list(self._entries_of(files[agent_id], agent_id)) for agent_id in files}
-        entries = [*itertools.chain.from_iterable(found.values())]
-        # The client's sums have no time: they include everything before the next line.
-        next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
-        for entry in reversed(found[""]):
-            next_ms = entry["timestamp_ms"] = entry["timestamp_ms"] or next_ms
+        entries = [entry for path in paths for entry in self._entries_of(path)]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
-        self._usage.begin(self._session_id)
+        self.usage.begin(self.session_id)
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
-        entries = [entry for entry in entries if entry["type"] != "cost-state"]
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
         kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
         titles = dict(kept)
+        self.usage.count(self.session_id, self._sums)  # they have no time
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
         usage = list(self._usage_event(end, "end"))
         model = usage[0]["data"]["usage"].get("model") if usage else None
@@ -10234,42 +10201,52 @@ class TranscriptReader:
         begin = self._event(start, "SessionStart", "start", about)
         return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
-    def _entries_of(self, lines: Iterable[bytes], agent_id: str) -> Iterator[JsonObject]:
-        """Yield the lines with messages and sums, each with the `facts` that the parser finds in it."""
-        parser = emit_event.TranscriptParser(agent_id)
-        parser.parses_all = True
-        for line in lines:
-            facts, entry = parser.feed(line + b"\n"), parser.entry or {}
-            if parser.entry is None and line.strip():
-                self.malformed[agent_id] += 1
+    def _entries_of(self, path: str) -> Iterator[JsonObject]:
+        """Yield the lines with messages, each with the `facts` that the parser finds in it."""
+        name = os.path.basename(path)
+        agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
+        parser, malformed = emit_event.TranscriptParser(agent_id), 0
+        with open_regular(path) as file:
+            *lines, last = file.read().split(b"\n")
+        if emit_event.is_json_object(last):  # else it may still be written
+            lines.append(last)
+        for line in filter(bytes.strip, lines):
+            try:
+                entry = emit_event.parse_event_line(line)
+            except MalformedEvent:
+                malformed += 1
+                continue
+            facts = list(parser.facts_in(entry, line))
             place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
             time_ms = emit_event.iso_time_ms(entry.get("timestamp"))
-            if isinstance(origin, str) and origin != self._session_id and self._is_known(origin):
+            if isinstance(origin, str) and origin != self.session_id and self.is_known(origin):
                 continue
             if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
                 self._titles.append((kind, entry))
             if kind == "cost-state":
-                yield {**entry, "facts": facts, "timestamp_ms": 0, "blocks": []}
+                self._sums += facts
             is_message = kind in ("user", "assistant") and isinstance(entry.get("message"), dict)
-            if is_message and time_ms and isinstance(place, str) and place not in self._seen:
-                self._seen.add(place)
+            if is_message and time_ms and isinstance(place, str) and place not in self.seen:
+                self.seen.add(place)
                 agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
                 blocks = emit_event.objects_in(entry["message"].get("content"))
                 about = {"agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
                 yield {**entry, **about}
+        if malformed:
+            self.skipped.append(f"{path}: {malformed} lines are not JSON")
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
         agent_id, message = entry.get("agentId"), entry.get("message", {})
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        self._usage.count(self._session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
+        self.usage.count(self.session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
         words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
         for said in words:
             if said["data"].get("role") == "user":
                 yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
-            elif said["id"] not in self._seen:
-                self._seen.add(said["id"])
+            elif said["id"] not in self.seen:
+                self.seen.add(said["id"])
                 yield {**self._event(entry, "", "", said["data"]), **said}
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
         for number, block in enumerate(results):
@@ -10299,17 +10276,17 @@ class TranscriptReader:
         return self._event(entry, hook, f"result{number}", data)
 
     def _usage_event(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        usage = self._usage.totals(self._session_id)
+        usage = self.usage.totals(self.session_id)
         if usage is not None:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
         agent_id, directory = entry.get("agentId"), entry.get("cwd")
         return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}")),
             "timestamp": entry["timestamp_ms"],
-            "sessionId": self._session_id,
-            "machineId": self._machine_id,
+            "sessionId": self.session_id,
+            "machineId": self.machine_id,
             "workingDirectory": directory if isinstance(directory, str) else "",
             "hookType": hook,
             "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage",
@@ -10798,11 +10775,11 @@ def command_answer(args: argparse.Namespace) -> int:
 
 def question_lines(event: JsonObject) -> Iterator[str]:
     """Yield what an event asks, whole, and how to answer it, as lines."""
-    data, given = event["data"], _object(event["data"].get("toolInput"))
+    data, given = event["data"], object_of(event["data"].get("toolInput"))
     fields, answers = given, "allow, always NUMBER …, deny [WHY]"
     if event["hookType"] == "Elicitation":
         yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
-        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        fields = object_of(object_of(data.get("requested_schema")).get("properties"))
         answers = "accept NAME=VALUE …, decline, cancel"
     elif data.get("toolName") == "AskUserQuestion":
         for question in emit_event.objects_in(given.get("questions")):
@@ -10831,11 +10808,11 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
     if do == "always":
         return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
     if do == "accept":
-        fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
+        fields = object_of(object_of(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
         for name, _, value in (word.partition("=") for word in words):
             with contextlib.suppress(ValueError):
-                is_text = _object(fields.get(name)).get("type") == "string"
+                is_text = object_of(fields.get(name)).get("type") == "string"
                 content[name] = value if is_text else json.loads(value)
         return {"do": do, "content": content}
     if do in ("allow", "decline", "cancel") and not words:
@@ -10851,12 +10828,12 @@ def command_install(args: argparse.Namespace) -> int:
         if args.answers and not key:
             print_status(f"{program} takes no answers from the page: its hook only records")
         version = claude_version() if program == CLAUDE else None
-        if program == CLAUDE and version is None:
-            words = "`claude` did not print its version, so only events that every version knows are added"
-            print_status(f"{words}; put it on the PATH and run install again")
         wait_s = settings[key] if key else 0
         given = (args.project, version, args.without or (), args.status_line, wait_s)
         plan = plan_install(settings.home, program, *given)
+        if program == CLAUDE and version is None:
+            words = "`claude` did not print its version, so only events that every version knows are added"
+            print_status(f"{words}; put it on the PATH and run install again")
         if not args.dry_run:
             install_hook_files(settings.home)
         line = (
