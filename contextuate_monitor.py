@@ -5182,7 +5182,7 @@ def refusal(error: RequestError) -> bytes:
 # ---------------------------------------------------------------------------
 # Redis subscriber thread: events from many machines
 #
-# Owns: one thread at a time with two connections, and the position in the stream. The channel delivers events
+# Owns: a thread with two connections, and the position in the stream. The channel delivers events
 # at once, the stream contains all of them. It is read from the position after each confirmation of the
 # subscription (redis-py resubscribes silently), before further messages of the channel, and after each ping.
 # Duplicates are removed by id. The thread receives; the loop stores.
@@ -5193,8 +5193,8 @@ CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmati
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
-BATCH_LINES = 200  # passed to the loop together, or
-BATCH_BYTES = 1 << 20
+BATCH_LINES = 200  # passed to the loop together, or fewer after a line of
+LONG_LINE_BYTES = 64 << 10
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
@@ -5202,7 +5202,7 @@ _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
 class RemoteLine(NamedTuple):
-    """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
+    """An event from Redis; `position`: its id in the stream, None from the channel."""
 
     line: bytes
     position: str | None
@@ -5220,108 +5220,203 @@ def event_key(line: bytes) -> str:
     return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
 
 
-class Subscription(threading.Thread):
-    """One attempt to follow the channel, from connecting to the first error.
+def attempt_words(state: JsonObject) -> str:
+    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
+    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
+    return f"attempt {state['attempt']}{limit}"
 
-    `last_alive`: when Redis or the loop last replied (time.monotonic); waiting for the loop is no silence.
+
+class RedisLink(threading.Thread):
+    """Follows channel and stream, and connects again after an error; `state` belongs to the loop thread.
+
+    `take` stores events there, or returns False: they come again; `changed` is called there with each change
+    of the state. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
     """
 
-    def __init__(self, link: RedisLink, position: str) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        settings: Settings,
+        take: Callable[[Sequence[RemoteLine]], bool],
+        changed: Callable[[], None],
+    ) -> None:
         super().__init__(name="redis subscriber", daemon=True)
-        self.last_alive = time.monotonic()
-        self.confirmed = False
-        self.abandoned = False
-        self._position = position  # up to which the stream was read
-        self._link = link
-        self._client: Any = None
-        self._by_channel = SeenIds()
-        self._by_stream = SeenIds()
-        self._batch_bytes = 0
-        self._batch: list[RemoteLine] = []
+        self._loop, self._values, self._take, self._changed = loop, settings.values, take, changed
+        values = settings.values
+        self._stream = emit_event.stream_name(values)
+        self.inbox = Turns()  # what the channel delivered
+        self.state: JsonObject = {  # for the status; never with a password
+            "state": "connecting",
+            "server": emit_event.redis_place(values),
+            "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
+            "channel": values["redis.channel"],
+            "stream": self._stream,
+            "maxRetries": values["redis.maxRetries"],
+            "attempt": 0,
+            "gaps": 0,
+            **dict.fromkeys(("reason", "streamReason")),
+        }
+        self._position_path = settings.path("redis-position.json")
+        self._stream_name = f"{self.state['server']} {self._stream}"
+        saved = read_state(self._position_path)
+        position = text_of(saved.get("position"))
+        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
+        self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
+        self._batch: list[RemoteLine] = []  # what the channel delivered since the last hand-over
+        self._at_once = threading.Event()  # set: connect without waiting, or end
+        self._closing = False
+        self._client: Any = None  # while connected
+        self._last_alive = 0.0  # last reply of Redis or the loop (time.monotonic), whose delay is no silence
+        self._page_events = STREAM_PAGE_EVENTS
+        loop.call_every(1.0, self._check)
+        self.start()
+
+    def reconnect(self) -> None:
+        """Connect at once, also after the last attempt failed."""
+        self.state["state"] = "connecting"
+        self._at_once.set()
+        self._disconnect()
+
+    def close(self) -> None:
+        """Close the connection, store what it delivered, and save the position."""
+        self._closing = True
+        self.reconnect()
+        while self.inbox.waiting and self._take(self.inbox.take()):
+            pass
+        self._save_position()
+
+    def status(self) -> JsonObject:
+        """Return the state for /api/status."""
+        stream = "off" if self._stream is None else "refused" if self.state["streamReason"] else "ok"
+        position = None if self._position == STREAM_START else self._position
+        return {**self.state, "position": position, "streamState": stream}
+
+    # In the thread
 
     def run(self) -> None:
-        """Follow the channel until an error, and report it."""
-        try:
-            self._client = emit_event.redis_client(self._link.values)
-            self._client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
-            pubsub = self._client.pubsub()
-            pubsub.subscribe(self._link.values["redis.channel"])
-            next_ping = 0.0
-            while not self.abandoned:
-                can_read = pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
-                if can_read:
-                    # Not before: get_message with a short timeout would stop in the middle of a message.
-                    self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
-                if not can_read or len(self._batch) >= BATCH_LINES or self._batch_bytes > BATCH_BYTES:
-                    self._hand_over()
-                if self.confirmed and time.monotonic() >= next_ping:
-                    next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
-                    pubsub.ping()
-                    if not self._link.inbox.waiting:  # during a flood the channel must not wait
-                        self._read_stream()
-        except Exception as error:  # the link logs it
-            self._report(self._link.fail, self, error)
-        finally:
-            self.abandon()
+        """Connect and follow; after an error again, later each time."""
+        failures, limit = 0, self._values["redis.maxRetries"]
+        while not self._closing:
+            self._at_once.clear()
+            self._set(state="connecting", attempt=failures)
+            try:
+                self._connect()
+                failures = 0
+                self._follow()
+            except Exception as error:
+                reason = emit_event.redis_trouble(error, self._values)
+            if self._client and self._is_silent():
+                reason = f"no whole answer within {SUBSCRIBER_DEADLINE_S:.0f} s"
+            self._disconnect()
+            self._client = None
             self._hand_over()
+            if self._at_once.is_set():
+                failures = 0
+                continue
+            failures += 1
+            self._page_events = max(1, self._page_events // 4)  # a page may be too large for the deadline
+            delay_s = None if failures == limit else emit_event.backoff_s(failures)
+            later = f"next in {delay_s:.1f} s" if delay_s else "given up: SIGHUP or Reconnect tries again"
+            log.warning("Redis: attempt %d: %s; %s", failures, reason, later)
+            self._set(state="waiting" if delay_s else "given_up", reason=reason, attempt=failures)
+            if self._at_once.wait(delay_s):
+                failures = 0
 
-    def abandon(self) -> None:
-        """End the subscription, even during an exchange; for both threads."""
-        self.abandoned = True
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # the other thread may be using it
-                self._client.connection_pool.disconnect(inuse_connections=True)
+    def _set(self, **changes: Any) -> None:
+        """Update the state, in the loop thread."""
 
-    def _report(self, callback: Callable[..., None], *facts: object) -> None:
-        """Call `callback(*facts)` in the loop thread, if this subscription is still the current one then."""
-        self._link.loop.call_soon(lambda: callback(*facts) if self._link.subscription is self else None)
+        def update() -> None:
+            self.state.update(changes)
+            self._changed()
 
-    def _take(self, message: dict[str, Any]) -> None:
-        self.last_alive = time.monotonic()
-        if message["type"] == "subscribe":
-            self._report(self._link.set_state, "connected", None)
+        self._loop.call_soon(update)
+
+    def _connect(self) -> None:
+        """Subscribe to the channel, and wait for the confirmation."""
+
+        def connect() -> tuple[Any, Any, Any]:
+            client = emit_event.redis_client(self._values)
+            client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
+            pubsub = client.pubsub()
+            pubsub.subscribe(self._values["redis.channel"])
+            return client, pubsub, pubsub.get_message(timeout=CONNECT_DEADLINE_S)
+
+        client, self._pubsub, confirmation = emit_event.within(CONNECT_DEADLINE_S, connect)
+        self._by_channel, self._by_stream = SeenIds(), SeenIds()
+        self._last_alive, self._client = time.monotonic(), client
+        self._receive(confirmation)
+
+    def _follow(self) -> None:
+        next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
+        while not self._at_once.is_set() and not self._is_silent():
+            can_read = self._pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
+            if can_read:
+                # Not before: get_message with a short timeout would stop in the middle of a message.
+                self._receive(self._pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S))
+            is_long = bool(self._batch) and len(self._batch[-1].line) > LONG_LINE_BYTES
+            if not can_read or len(self._batch) >= BATCH_LINES or is_long:
+                self._hand_over()
+            if time.monotonic() >= next_ping:
+                next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
+                self._pubsub.ping()
+                if not self.inbox.waiting:  # during a flood the channel must not wait
+                    self._read_stream()
+
+    def _receive(self, message: dict[str, Any] | None) -> None:
+        self._last_alive = time.monotonic()
+        kind = message["type"] if message else ""
+        if kind == "subscribe":
+            log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
+            self._set(state="connected", reason=None, attempt=0)
             self._read_stream(may_have_gap=True)
-            self.confirmed = True
-        elif message["type"] == "message":
+        elif message and kind == "message":
             key = event_key(message["data"])
             if key not in self._by_stream:
                 self._by_channel.add(key)
-                self._add(message["data"], None)
+                self._batch.append(RemoteLine(message["data"], None))
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_alive > SUBSCRIBER_DEADLINE_S
+
+    def _disconnect(self) -> None:
+        """End the connection, even during an exchange; for both threads."""
+        with contextlib.suppress(Exception):  # the other thread may be using it
+            self._client.connection_pool.disconnect(inuse_connections=True)
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
         self._hand_over()
-        stream, reason = self._link.stream, None
+        stream, reason = self._stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
                 self._check_position(stream)
-            while stream and not self.abandoned:
-                count = self._link.page_events
+            while stream and not self._at_once.is_set():
+                count = self._page_events
                 time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
                 page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
-                self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
-                self.last_alive = time.monotonic()
+                self._page_events = min(STREAM_PAGE_EVENTS, count * 2)
+                self._last_alive = time.monotonic()
+                batch = []
                 for raw_id, fields in page:
-                    self._position, line = raw_id.decode("ascii"), fields.get(b"event", b"")
+                    line = fields.get(b"event", b"")
                     key = event_key(line)
                     if line and key not in self._by_channel:
                         self._by_stream.add(key)
-                        self._add(line, self._position)
+                        batch.append(RemoteLine(line, raw_id.decode("ascii")))
                 if page:
-                    self._add(b"", self._position)
-                self._store_batch()
+                    self._store_page(batch, page[-1][0].decode("ascii"))
                 if len(page) < count:
                     break
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
-            reason = emit_event.redis_trouble(error, self._link.values)
-        if reason != self._link.state["streamReason"]:
+            reason = emit_event.redis_trouble(error, self._values)
+        if reason != self.state["streamReason"]:
             trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
-            message = f"the stream {trouble if reason else 'can be read again'}"
-            self._report(self._link.log_change, message, {"streamReason": reason})
+            log.warning("Redis: the stream %s", trouble if reason else "can be read again")
+            self._set(streamReason=reason)
 
     def _check_position(self, stream: str) -> None:
         newest = self._client.xrevrange(stream, "+", "-", 1)
@@ -5331,158 +5426,45 @@ class Subscription(threading.Thread):
             log.warning("Redis: the stream was replaced by a new one; it is read from its start")
             self._position = STREAM_START
         elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
-            message = f"the stream was trimmed beyond {self._position}: events may be missing"
-            gaps = {"gaps": self._link.state["gaps"] + 1}
-            self._report(self._link.log_change, f"{message}; a larger redis.streamMaxLength keeps more", gaps)
-
-    def _add(self, line: bytes, position: str | None) -> None:
-        self._batch.append(RemoteLine(line, position))
-        self._batch_bytes += len(line)
+            words = "the stream was trimmed beyond %s: events may be missing; a larger redis.streamMaxLength"
+            log.warning(f"Redis: {words} keeps more", self._position)
+            self._set(gaps=self.state["gaps"] + 1)
 
     def _hand_over(self) -> None:
         """Pass what the channel delivered to the loop; wait while too much is not stored there."""
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        batch, self._batch = self._batch, []
         if batch:
-            self._link.loop.call_soon(lambda: self._link.receive(batch))
-        while self._link.inbox.size > INBOX_BYTES and not self.abandoned:
+            self._loop.call_soon(lambda: self._take_in(batch))
+        while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
-            self.last_alive = time.monotonic()
+            self._last_alive = time.monotonic()
 
-    def _store_batch(self) -> None:
-        """Store a page of the stream through the loop; retry until it is stored, or once if abandoned."""
-        batch = self._batch
-        while batch:
+    def _store_page(self, page: Sequence[RemoteLine], position: str) -> None:
+        """Store a page of the stream in the loop thread; try again until it is stored or the link ends."""
+
+        def store() -> bool:
+            is_stored = not self.inbox.waiting and self._take(page)  # what the channel delivered comes first
+            self._position = position if is_stored else self._position
+            return is_stored
+
+        is_stored = False
+        while not is_stored and not self._at_once.is_set():
             try:
-                is_stored = self._link.loop.call(lambda: self._link.store(batch))
+                is_stored = self._loop.call(store)
             except Exception:
                 log.exception("Redis: events could not be stored; trying again")
-                is_stored = False
-            self.last_alive = time.monotonic()
-            if is_stored or self.abandoned:
-                break
-            time.sleep(0.2)
-        self._batch, self._batch_bytes = [], 0
+            self._last_alive = time.monotonic()
+            if not is_stored:
+                self._at_once.wait(0.2)
 
+    # In the loop thread
 
-def attempt_words(state: JsonObject) -> str:
-    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
-    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
-    return f"attempt {state['attempt']}{limit}"
-
-
-@dataclasses.dataclass(eq=False)
-class RedisLink:
-    """Keeps one Subscription alive, calls `changed` with each change of the state; for the loop thread.
-
-    `take` stores events, or returns False: they come again. After `redis.maxRetries` failed attempts in a row
-    it gives up until `reconnect`.
-    """
-
-    loop: EventLoop
-    settings: Settings
-    take: Callable[[Sequence[RemoteLine]], bool]
-    changed: Callable[[], None]
-
-    def __post_init__(self) -> None:
-        self.values = values = self.settings.values
-        self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
-        self.stream = emit_event.stream_name(values)
-        self.subscription: Subscription | None = None
-        self.inbox = Turns()  # what the channel delivered
-        self.state: JsonObject = {  # for the status; never with a password
-            "state": "connecting",
-            "server": emit_event.redis_place(values),
-            "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
-            "channel": values["redis.channel"],
-            "stream": self.stream,
-            "maxRetries": values["redis.maxRetries"],
-            "since": now_ms(),
-            **dict.fromkeys(("attempt", "gaps", "received", "fromStream"), 0),
-            **dict.fromkeys(("reason", "nextAttemptAt", "lastHeardAt", "streamReason")),
-        }
-        self._position_path = self.settings.path("redis-position.json")
-        self._stream_name = f"{self.state['server']} {self.stream}"
-        self._position = self._saved_position = self._load_position()  # stored up to here
-        self.loop.call_soon(self.reconnect)
-        self.loop.call_every(1.0, self._save_position)
-
-    def reconnect(self, failures: int = 0) -> None:
-        """Connect at once; `failures` is the number of failed attempts in a row."""
-        self.state["attempt"] = failures
-        self._drop_subscription()
-        self.set_state("connecting", self.state["reason"])
-        self.subscription = Subscription(self, self._position)
-        self.subscription.start()
-        self._watch(self.subscription)
-
-    def close(self) -> None:
-        """Close the connection, store what it delivered, and save the position."""
-        self._drop_subscription()
-        while self.inbox.waiting and self._store(self.inbox.take()):
-            pass
+    def _check(self) -> None:
         self._save_position()
+        if self._is_silent():
+            self._disconnect()
 
-    def status(self) -> JsonObject:
-        """Return the state for /api/status."""
-        state = self.state
-        if self.subscription is not None and state["state"] == "connected":
-            state["lastHeardAt"] = now_ms() - int((time.monotonic() - self.subscription.last_alive) * 1000)
-        return {
-            **state,
-            "position": None if self._position == STREAM_START else self._position,
-            "streamState": "off" if self.stream is None else "refused" if state["streamReason"] else "ok",
-        }
-
-    def _drop_subscription(self) -> None:
-        if self.subscription is not None:
-            self.subscription.abandon()
-        self.subscription = self.state["nextAttemptAt"] = None
-
-    def _watch(self, subscription: Subscription) -> None:
-        if subscription is not self.subscription:
-            return
-        deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
-        left_s = subscription.last_alive + deadline_s - time.monotonic()
-        if left_s <= 0:
-            self.fail(subscription, TimeoutError(f"no whole answer within {deadline_s:.0f} s"))
-        else:
-            self.loop.call_later(left_s, lambda: self._watch(subscription))
-
-    def fail(self, subscription: Subscription, error: BaseException) -> None:
-        """Count a failed attempt or a lost connection; retry later or give up."""
-        self._drop_subscription()
-        self.state["attempt"] += 1
-        self.page_events = max(1, self.page_events // 4)  # a page may have been too large for the deadline
-        reason = emit_event.redis_trouble(error, self.values)
-        state = self.state
-        limit, tries = state["maxRetries"], state["attempt"]
-        if limit is not None and tries >= limit:
-            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", limit, reason)
-            self.set_state("given_up", reason)
-            return
-        delay_s = emit_event.backoff_s(tries)
-        at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
-        self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        log.warning("Redis: %s: %s; next in %.1f s", attempt_words(state), reason, delay_s)
-        self.set_state("waiting", reason)
-
-    def set_state(self, state: str, reason: str | None) -> None:
-        """Set the state of the connection and its reason."""
-        if state == "connected":
-            self.state["attempt"] = 0
-            log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
-        if state != self.state["state"]:
-            self.state["since"] = now_ms()
-        self.state.update(state=state, reason=reason)
-        self.changed()
-
-    def log_change(self, message: str, changes: JsonObject) -> None:
-        """Log a problem or its end, and update the state."""
-        log.warning("Redis: %s", message)
-        self.state.update(changes)
-        self.changed()
-
-    def receive(self, batch: Sequence[RemoteLine]) -> None:
+    def _take_in(self, batch: Sequence[RemoteLine]) -> None:
         """Take what the channel delivered; machines take turns."""
         is_first = not self.inbox.waiting
         self.inbox.add(*batch)
@@ -5493,30 +5475,11 @@ class RedisLink:
         """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
         batch, is_stored = self.inbox.take(), False
         try:
-            is_stored = self._store(batch)
+            is_stored = self._take(batch)
         finally:
             self.inbox.add(*(() if is_stored else batch))
             if self.inbox.waiting:
-                self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
-
-    def store(self, page: Sequence[RemoteLine]) -> bool:
-        """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
-        return not self.inbox.waiting and self._store(page)
-
-    def _store(self, batch: Sequence[RemoteLine]) -> bool:
-        if not self.take([remote for remote in batch if remote.line or remote.position is None]):
-            return False
-        for remote in batch:
-            self._position = remote.position or self._position
-            if remote.line or remote.position is None:
-                self.state["received" if remote.position is None else "fromStream"] += 1
-        return True
-
-    def _load_position(self) -> str:
-        saved = read_state(self._position_path)
-        position = text_of(saved.get("position"))
-        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
-        return position if is_ours else STREAM_START
+                self._loop.call_later(0 if is_stored else 1.0, self._store_turns)
 
     def _save_position(self) -> None:
         if self._position != self._saved_position:
@@ -6951,7 +6914,6 @@ class HookPort:
     received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
-    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -6974,10 +6936,6 @@ class HookPort:
         self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
 
     def _read(self, sock: socket.socket) -> None:
-        if self.waiting.get(sock):
-            self.loop.unwatch(sock)
-            self.paused.add(sock)
-            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -6986,10 +6944,11 @@ class HookPort:
             self.drop(sock)
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
-        self.waiting[sock] = len(lines)
-        for line in lines:
-            self.received.add((line, sock))
-        if not data and not lines:
+        if lines:
+            self.loop.unwatch(sock)
+            self.waiting[sock] = len(lines)
+            self.received.add(*((line, sock) for line in lines))
+        elif not data:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -7004,8 +6963,7 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if self.waiting[sock] == 0 and sock in self.paused:
-            self.paused.discard(sock)
+        if self.waiting[sock] == 0:
             self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
@@ -7017,7 +6975,6 @@ class HookPort:
         """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
-        self.paused.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
@@ -7195,22 +7152,18 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
-class RegistryThread:
+class RegistryThread(threading.Thread):
     """Reads the registry of this machine's clients in a thread, since their disk may be slow.
 
     `deliver` is called in that thread with each event.
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+        super().__init__(name="registry", daemon=True)
         self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
@@ -7222,10 +7175,11 @@ class RegistryThread:
         """End the thread."""
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(1)
+        if self.is_alive():
+            self.join(1)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Deliver changes of clients' statuses until `close`."""
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
                 for event in self.watcher.poll(now_ms()):
@@ -8269,9 +8223,9 @@ class Monitor:
         return search_query(wanted, self.sessions.in_state(str(state)) if is_known else None)
 
     def reconnect_redis(self) -> None:
-        """Connect to Redis at once, also after the last attempt failed; for any thread."""
+        """Connect to Redis at once, also after the last attempt failed."""
         if self.redis:
-            self.loop.call_soon(self.redis.reconnect)
+            self.redis.reconnect()
 
     def delete(self, session: Session) -> None:
         """Delete a session with its events, at the user's request."""
@@ -10488,7 +10442,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
     host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
@@ -10533,7 +10487,12 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
 
 def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    settings = settings_of(args)
+    try:
+        settings = settings_of(args)
+    except ConfigError as error:  # the monitor may run, with an earlier one
+        print_status(f"warning: {error}")
+        home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
+        settings = Settings(home, "", "", emit_event.default_values())
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
