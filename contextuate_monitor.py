@@ -1664,6 +1664,8 @@ def kind_of(event: JsonObject) -> str:
         return "subagent_stop"  # until it begins again
     if kind == "client_status":
         return _STATUS_KINDS.get(text_of(event["data"].get("status")), kind)
+    if kind == "tool_error" and "exitCode" in event["data"] and not event["hookType"]:
+        return "exit_code"  # from a transcript; the call, and perhaps the turn, have ended before
     return kind
 
 
@@ -2385,6 +2387,12 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
     session.waits = kept
 
 
+def precedes_dialog(event: JsonObject) -> bool:
+    """True if the hook of an event waits for an answer, and the client's dialog comes only afterwards."""
+    is_held = event["hookType"] == "Elicitation" or "agentId" in event or "agent" in event
+    return "answerable" in event and is_held
+
+
 def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
     """Add the wait for a person that an event begins; a request for an open call may be late."""
     wait = _wait_of(session, event, kind, at, until)
@@ -2393,8 +2401,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
         return  # its call has ended
     if kind != "notification":
-        precedes_dialog = "answerable" in event and (kind == "elicitation" or "agentId" in event)
-        held_until = at + event["answerable"] * 1000 if precedes_dialog else 0
+        held_until = at + event["answerable"] * 1000 if precedes_dialog(event) else 0
         wait = wait._replace(event_id=event["id"], held_until=held_until)
     if wait.kind in ("input", "prompt"):
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
@@ -3165,6 +3172,7 @@ _TERMINALS: tuple[tuple[dict[str, str], str, str], ...] = (
 # Program → the command that resumes one of its sessions, by id.
 RESUME_COMMANDS = {
     "": "claude --resume", "codex": "codex resume", "gemini": "gemini --resume", "kimi": "kimi --session",
+    "copilot": "copilot --resume", "qwen": "qwen --resume",
 }  # fmt: skip
 
 
@@ -3278,7 +3286,7 @@ def event_row(event: JsonObject) -> JsonObject:
 # which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
@@ -3322,7 +3330,7 @@ CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
 CREATE TABLE names(id INTEGER PRIMARY KEY, name BLOB UNIQUE);
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, session INTEGER, machine INTEGER,
-  project INTEGER, bytes INTEGER DEFAULT 0, first_seq INTEGER DEFAULT {1 << 62},
+  project INTEGER, agent INTEGER, bytes INTEGER DEFAULT 0, first_seq INTEGER DEFAULT {1 << 62},
   earliest INTEGER DEFAULT {1 << 62}, latest INTEGER DEFAULT 0, UNIQUE(day, name));
 CREATE TABLE events(seq INTEGER PRIMARY KEY, file INTEGER, timestamp INTEGER);
 CREATE TABLE cells(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
@@ -3656,7 +3664,9 @@ class IndexFile:
         self.db.execute("INSERT OR IGNORE INTO names(name) VALUES(?)", (name_key(name),))
         return int(self.db.execute("SELECT id FROM names WHERE name = ?", (name_key(name),)).fetchone()[0])
 
-    def _find_file(self, day: str, session: str, machine: str, project: str) -> tuple[int, int, int]:
+    def _find_file(
+        self, day: str, session: str, machine: str, project: str, agent: str | None
+    ) -> tuple[int, int, int]:
         """Return the ids of (file, day, session); insert new ones."""
         is_new = self.db.execute("INSERT OR IGNORE INTO days(name) VALUES(?)", (day,)).rowcount
         (day_id,) = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
@@ -3668,8 +3678,11 @@ class IndexFile:
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
         key = (day_id, session_file_name(session))
         names = map(self._name_id, (session, machine, project))
-        columns = "INSERT OR IGNORE INTO files(day, name, session, machine, project) VALUES(?, ?, ?, ?, ?)"
-        self.db.execute(columns, (*key, *names))
+        self.db.execute(
+            "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent)",
+            (*key, *names, agent and self._name_id(agent)),
+        )
         found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
         file: tuple[int, int, int] = found.fetchone()
         return file
@@ -3684,7 +3697,7 @@ class IndexFile:
             self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
         quarter, rows = timestamp // QUARTER_MS, self._rows
-        about = (event["sessionId"], event["machineId"], event["workingDirectory"])
+        about = (event["sessionId"], event["machineId"], event["workingDirectory"], event.get("agent"))
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
@@ -3942,6 +3955,7 @@ class Statistics:
         self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
+        programs = dict(self._db.execute("SELECT session, ifnull(max(agent), 0) FROM files GROUP BY session"))
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
         spans += f"WHERE {self._where} GROUP BY session"
         span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
@@ -3957,6 +3971,7 @@ class Statistics:
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
+        agents = table(every, lambda cell: programs[cell.session], lambda it: {"agent": names.get(it, "")})
         sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
         return {
@@ -3964,6 +3979,7 @@ class Statistics:
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
             "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
             "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
+            "programs": sorted(agents, key=lambda row: -row["events"]),
             "days": days,
             "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
             "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
@@ -6197,7 +6213,7 @@ class Answers:
         asked = [entry.event for entry in stored if "answerable" in entry.event]
         at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
         for event in asked:
-            sock, is_held = waiting.get(event["id"]), "agentId" in event or event["hookType"] == "Elicitation"
+            sock, is_held = waiting.get(event["id"]), precedes_dialog(event)
             limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
             until = time.monotonic() + min(event["answerable"], limit_s)
             if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
@@ -8714,21 +8730,25 @@ class Program(NamedTuple):
     events: str
     fields: JsonObject  # of each entry, besides the command
     advice: str = "Restart its open sessions: they run the hook from then on."
+    answers: str = ""  # the key of how long a question waits for an answer; "": it cannot be answered
 
 
 PROGRAMS = {
-    CLAUDE: Program("settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}),  # events by version
+    CLAUDE: Program(  # events by version
+        "settings.json", "", {"type": "command", "timeout": HOOK_TIMEOUT_S}, answers="answers.waitSeconds"
+    ),
     # Without a time limit: Codex allows SessionEnd 3 s at most. A changed entry must be trusted once more.
     "codex": Program(
         "hooks.json",
         f"{_TURN_EVENTS} PermissionRequest PreCompact PostCompact SubagentStart SubagentStop Interrupt",
         {"type": "command"},
         "Start codex and choose “Trust all” when it asks; until then it skips the hook.",
+        "answers.backgroundSeconds",
     ),
     "gemini": Program(
         "settings.json",
         "SessionStart SessionEnd BeforeAgent BeforeTool AfterTool AfterAgent Notification",
-        {"type": "command", "timeout": HOOK_TIMEOUT_S * 1000},
+        {"type": "command", "name": "contextuate", "timeout": HOOK_TIMEOUT_S * 1000},  # it shows the name
     ),
     "copilot": Program(
         "hooks/contextuate.json",
@@ -8740,6 +8760,7 @@ PROGRAMS = {
         f"{_TURN_EVENTS} PostToolUseFailure StopFailure PermissionRequest PermissionDenied Notification"
         " SubagentStart SubagentStop PreCompact PostCompact",
         {"type": "command", "timeout": HOOK_TIMEOUT_S},
+        answers="answers.backgroundSeconds",
     ),
     "kimi": Program(
         "config.toml",
@@ -8752,7 +8773,7 @@ _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n"
 
 
 # The words of our command, with zero bytes between them.
-_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--answer|\0--agent\0[^\0]+)?")
+_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
 
 
 class InstallError(Exception):
@@ -9107,7 +9128,7 @@ def merge_hooks(
     With `wait_s`, the hooks of questions wait so long for an answer.
     """
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
-    command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
+    command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
@@ -9411,6 +9432,35 @@ _ok, _warn, _fail = (functools.partial(Finding, level) for level in ("ok", "warn
 _in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
+def codex_trust(path: str, count: int) -> str:
+    """Return "trusted" if Codex reports that it runs our `count` hooks in a file; else why not, or ""."""
+    calls: list[JsonObject] = [
+        {"id": 1, "method": "initialize", "params": {"clientInfo": {"name": "doctor", "version": "1"}}},
+        {"method": "initialized"},
+        {"id": 2, "method": "hooks/list", "params": {"cwds": [os.getcwd()]}},
+    ]
+    command, pipe, null = ["codex", "app-server"], subprocess.PIPE, subprocess.DEVNULL
+    try:
+        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
+    except FileNotFoundError:
+        return ""
+    with server:  # closes its input, at which it ends
+        try:
+            assert server.stdin and server.stdout
+            server.stdin.write(b"".join(encode_json(call) + b"\n" for call in calls))
+            server.stdin.flush()
+            answers = map(json.loads, server.stdout)
+            result = _in_time(lambda: next(it["result"] for it in answers if it.get("id") == 2))
+            hooks = [it for place in result["data"] for it in place["hooks"] if it["sourcePath"] == path]
+            ours = [hook for hook in hooks if _is_ours({**hook, "type": "command"})]
+            run = sum(hook["trustStatus"] == "trusted" and hook["enabled"] for hook in ours)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                os.killpg(server.pid, signal.SIGKILL)
+            return f"Codex does not report whether it trusts them ({type(error).__name__})"
+    return "trusted" if run == count else f"Codex runs {run} of them: the others are not trusted, or off"
+
+
 class Doctor:
     """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
@@ -9513,10 +9563,11 @@ class Doctor:
         advice = f"{_RUN_INSTALL} --agent {program}; then restart {program}"
         try:
             removed = plan_install("", program)
-            commands = our_hooks(read_settings(removed.path)[1]) if program == CLAUDE else {}
+            key = PROGRAMS[program].answers
+            commands = our_hooks(read_settings(removed.path)[1]) if key else {}
             without = [event for event in OPTIONAL_EVENTS if commands and event not in commands]
             answers = any("--answer" in command for command in commands.values())
-            wait_s = self._settings["answers.waitSeconds"] if answers else 0
+            wait_s = self._settings[key] if answers else 0
             plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
         except InstallError as error:
             yield _warn(check, str(error), "correct it")
@@ -9529,8 +9580,12 @@ class Doctor:
         else:
             words = f", without {', '.join(without)}" if without else ""
             words += ", questions can be answered on the page" if answers else ""
-            yield _ok(check, f"{len(plan.names)} events of {program} in {plan.path}{words}")
-        if answers and self._is_redis:
+            trust = codex_trust(plan.path, len(plan.names)) if program == "codex" else ""
+            words += f"; {trust}" if trust else ""
+            level = "warn" if trust not in ("", "trusted") else "ok"
+            words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
+            yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
+        if answers and self._is_redis and program == CLAUDE:
             if not emit_event.read_answer_key(self._settings.home):
                 yield _warn(
                     "answers", "there is no key, so no answer comes through Redis", "run: answers key"
@@ -10757,9 +10812,12 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
-    wait_s = settings["answers.waitSeconds"] if args.answers else 0
     for program in programs_of(args):
+        key = PROGRAMS[program].answers if args.answers else ""
+        if args.answers and not key:
+            print_status(f"{program} takes no answers from the page: its hook only records")
         version = claude_version() if program == CLAUDE else None
+        wait_s = settings[key] if key else 0
         given = (args.project, version, args.without or (), args.status_line, wait_s)
         plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:

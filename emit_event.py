@@ -206,7 +206,7 @@ def wrap(
 
     `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
     "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
-    `--agent`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
+    `--agent` or `--answer`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -217,7 +217,7 @@ def wrap(
         head += f',"answerable":{wait_s}'
     if key:
         head += f',"machineKey":"{key}"'
-    if sys.argv[1:2] == ["--agent"] and sys.argv[2:]:
+    if sys.argv[2:] and sys.argv[1] in ("--agent", "--answer"):
         head += f',"agent":{quote(sys.argv[2])}'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
@@ -2156,7 +2156,7 @@ NOT_TYPED = re.compile(
 )
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
-    b' "permission.completed" "cancelled"'
+    b' "permission.completed" "cancelled" "CommandExecution"'
 ).split()
 _TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
 WORDS = "agent_words"  # the type of events with what was said
@@ -2345,9 +2345,13 @@ def _agent_evidence(program: str, agent_id: str, entry: JsonObject, inner: JsonO
     if agent_id or "agentId" in entry:
         return {}
     kind = inner.get("type") if program == "codex" else entry.get("type")
-    calls, error = objects_in(entry.get("toolCalls")), inner.get("error")
+    calls, error, item = objects_in(entry.get("toolCalls")), inner.get("error"), inner.get("item")
     data: JsonObject = {}
     at = {}
+    if kind == "item_completed" and isinstance(item, dict) and item.get("exit_code"):
+        data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
+        data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
+        return {"eventType": "tool_error", "data": data}
     if kind == "permission.completed":
         return {"eventType": "permission_result", "data": {}}
     if kind in ("turn_aborted", "abort"):
@@ -3535,8 +3539,13 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
         asked, values = parse_event_line(payload), load_config(config_path)[0]
         is_redis = values["mode"] == "redis"
         may_wait = not is_redis or (values["answers.remote"] and read_answer_key(home))
+        is_held = precedes_dialog(asked)
+        if sys.argv[2:]:  # another program: only locally, and only a permission
+            is_held, tool = True, AGENTS[sys.argv[2]].tools.get(asked["tool_name"])
+            may_wait = not is_redis and tool != "AskUserQuestion"
+            asked.pop("permission_suggestions", None)
         if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
-            wait_s = values["answers.backgroundSeconds" if precedes_dialog(asked) else "answers.waitSeconds"]
+            wait_s = values["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
     deliver(payload, notes, "hook", wait_s, kept)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, lambda *_: os._exit(0))

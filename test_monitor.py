@@ -8106,7 +8106,7 @@ def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, rea
 # Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
 @pytest.mark.parametrize(
     ("agent", "output", "evidence"),
-    [("codex", 42, ["failed", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
+    [("codex", 42, ["failed", "tool_error", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
      ("copilot", 42, ["permission_result", "interrupted"])],
 )  # fmt: skip
 def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, output, evidence):
@@ -8124,6 +8124,17 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
         (counts,) = usage["models"].values()
         assert counts == {"input": 678, "output": output, "cacheRead": 333, "cacheCreation": 0}
     reader.close()
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_an_exit_code_read_after_the_result_makes_a_call_of_codex_failed_and_nothing_else(number):
+    events = [agent_event("codex/exec-fail", *it) for it in enumerate(agent_payloads("codex/exec-fail"))][:5]
+    data = {"toolName": "Bash", "toolUseId": events[2]["data"]["toolUseId"], "exitCode": 3, "error": "bad"}
+    late = {**events[number - 1], "id": "late", "hookType": "", "eventType": "tool_error", "data": data}
+    late["timestamp"] = late["received"] = late["received"] + 500
+    (session,) = agent_states([*events[:number], late, *events[number:]])[0].sessions.values()
+    names = ("toolCalls", "toolErrors", "interrupted")
+    assert (session.state, *map(session.counts.get, names)) == ("idle", 1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -8179,6 +8190,44 @@ def test_install_and_uninstall_for_an_agent_change_only_our_entries(monitor, mon
     else:
         assert left == before
     assert "the hook is not registered" in in_process(monitor, "uninstall", "--agent", agent).stdout
+
+
+# What a `codex app-server` prints of the trust of our hooks, with a process that outlives it → what doctor says
+CODEX = f"""#!{sys.executable}
+import json, sys
+calls = [json.loads(sys.stdin.readline()) for _ in range(3)]
+print(json.dumps({{"id": 1, "result": {{}}}}), json.dumps({{"method": "news"}}), sep="\\n")
+hooks = json.load(open("hooks.json"))["hooks"].values()
+told = [{{"sourcePath": sys.path[0] + "/hooks.json", "enabled": True, "trustStatus": "trusted",
+          "command": groups[-1]["hooks"][0]["command"]}} for groups in hooks]
+CHANGE
+print(json.dumps({{"id": 2, "result": {{"data": [{{"hooks": told}}]}}}}), flush=True)
+assert calls[2]["method"] == "hooks/list" and sys.stdin.read() == ""
+"""
+CODEX_TRUST = [
+    ("", "ok", "12 events of codex in {}; trusted"),
+    ("told[3]['trustStatus'] = 'modified'", "warn", "Codex runs 11 of them: the others are not trusted"),
+    ("told[3]['enabled'] = False", "warn", "Codex runs 11 of them"),
+    ("told = []", "warn", "Codex runs 0 of them"),
+    ("sys.exit(1)", "warn", "Codex does not report whether it trusts them (StopIteration)"),
+    ("import time; time.sleep(3600)", "warn", "Codex does not report whether it trusts them (TimeoutError)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "level", "words"), CODEX_TRUST)
+def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, change, level, words):
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    doctor = cm.Doctor(cm.Settings(str(tmp_path), "", "box", ee.default_values()), [])
+    path = tmp_path / "hooks.json"
+    path.write_text(cm.plan_install(str(tmp_path), "codex").new_text)
+    assert [it.words for it in doctor._program("codex")] == [f"12 events of codex in {path}"]
+    (tmp_path / "codex").write_text(CODEX.replace("CHANGE", change))
+    (tmp_path / "codex").chmod(0o700)
+    monkeypatch.setattr(cm, "_in_time", functools.partial(ee.within, 2 if "sleep" in change else 60))
+    (finding,) = doctor._program("codex")
+    assert finding.level == level and words.format(path) in finding.words
 
 
 def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch, tmp_path):
@@ -12698,7 +12747,7 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
         eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
         tab.page.evaluate("document.activeElement.blur()")
         eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
-    hook = {"id": str(uuid.uuid4()), "agent": "qwen", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
+    hook = {"id": str(uuid.uuid4()), "agent": "else", "timestamp": cm.now_ms(), "hook": payload("Stop", "q")}
     tab.monitor.emit(hook)
     for session, count in (("c", 1), ("q", 0)):
         tab.page.click(f"[data-session-id={session}]", button="right")
@@ -12707,6 +12756,11 @@ def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
             lambda count=count, entry=entry: entry.count() == 2 + count, what="how to resume, if known"
         )
         tab.page.keyboard.press("Escape")
+    tab.page.evaluate("location.hash = '#s=x'")
+    tab.emit("@x call make 5; @x result make 5; @x failure make 5 => Exit code 3")  # read in a transcript
+    eventually(lambda: tab.rows("make 5", "failed"), what="a call that has failed after all")
+    tab.press("3")
+    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "else 1 0 0")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -14325,6 +14379,44 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
     page.close()
 
 
+@pytest.mark.parametrize("agent", ["codex", "qwen"])
+def test_permissions_of_other_programs_are_answered_while_a_page_looks(asking, monkeypatch, tmp_path, agent):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path / ".codex"))
+    path = tmp_path / ee.AGENTS[agent].directory / cm.PROGRAMS[agent].file
+
+    def hooks_after(command: str, *options: str) -> dict[str, Any]:
+        in_process(asking.monitor, command, "--agent", agent, *options)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return {name: groups[0]["hooks"][0] for name, groups in found.get("hooks", {}).items()}
+
+    hook = hooks_after("install", "--answers")["PermissionRequest"]
+    assert hook["command"].count(f'emit_event.py" --answer {agent} ||') == 2 and hook["timeout"] == 30
+    assert "questions can be answered on the page" in in_process(asking.monitor, "doctor").stdout
+    asked = next(
+        it for it in agent_payloads(f"{agent}/perm-yes") if it["hook_event_name"] == "PermissionRequest"
+    )
+    unseen = asking.hook(asked, hook["command"])
+    assert unseen.communicate(timeout=10)[0] == b"", "no paired page looks: the dialog comes at once"
+    page = asking.page(asking.pair())
+    for answer, decision in (
+        ({"do": "allow"}, {"behavior": "allow"}),
+        ({"do": "deny", "message": "use make"}, {"behavior": "deny", "message": "use make"}),
+    ):
+        waiting = asking.hook(asked, hook["command"])
+        (event_id,) = eventually(lambda: asking.open_ids(asked["session_id"]), what="a permission to answer")
+        assert asking.answer(page, event_id, answer, asked["session_id"]) == "delivered"
+        printed = {"hookEventName": "PermissionRequest", "decision": decision}
+        assert json.loads(waiting.communicate(timeout=20)[0]) == {"hookSpecificOutput": printed}
+    question = {**asked, "tool_name": {"codex": "request_user_input", "qwen": "ask_user_question"}[agent]}
+    assert asking.hook(question, hook["command"]).communicate(timeout=10)[0] == b""
+    assert "--answer" not in str(hooks_after("install"))
+    hooks_after("install", "--answers")
+    assert hooks_after("uninstall") == {}
+    said = in_process(asking.monitor, "install", "--agent", "gemini", "--answers").stderr
+    assert "gemini takes no answers from the page" in said
+
+
 def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch):
     monkeypatch.setattr(cm, "claude_version", lambda: (2, 1, 332))
     options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
@@ -15017,7 +15109,7 @@ def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offs
         "toolCalls": sum(tool["calls"] for tool in tools.values()),
     }
     assert {name: figures["totals"][name] for name in totals} == totals
-    for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
+    for group in ("projects", "machines", "programs", "days", "hours", "timeline", "sessions"):
         for name in ("events", "toolCalls", "failures"):
             assert sum(row[name] for row in figures[group]) == totals[name], (group, name)
     slowest = [call["durationMs"] for call in figures["slowest"]]
@@ -15079,7 +15171,11 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
         index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
         index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
-        {**index_usage(30, "b", strange_model=(10, 1)), "workingDirectory": "/home/dev/bank"},
+        {
+            **index_usage(30, "b", strange_model=(10, 1)),
+            "workingDirectory": "/home/dev/bank",
+            "agent": "codex",
+        },
         {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
     )
     figures = indexed.ready().figures()
@@ -15088,8 +15184,9 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
         "model": {"claude-opus-4-5": (6000, 600), "claude-haiku-4-5": (50, 5), "strange-model": (10, 1)},
         "project": {"/home/dev/shop": (6050, 605), "/home/dev/bank": (10, 1)},
         "sessionId": {"a": (6050, 605), "b": (10, 1), "c": None},
+        "agent": {"": (6050, 605), "codex": (10, 1)},
     }
-    for name, group in zip(expected, ("days", "models", "projects", "sessions")):
+    for name, group in zip(expected, ("days", "models", "projects", "sessions", "programs")):
         used = {row[name]: row["tokenUsage"] for row in figures[group]}
         pairs = {key: usage and (usage["totalInput"], usage["totalOutput"]) for key, usage in used.items()}
         assert pairs == expected[name]
