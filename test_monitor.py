@@ -3525,16 +3525,16 @@ def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, s
     assert protocol_feed(wire, sizes, new_parsers=True) == expected
 
 
-@given(
-    st.one_of(
-        st.binary(max_size=300),
-        st.lists(
-            st.tuples(st.integers(0, 255), st.binary(max_size=130), st.sampled_from([0, 0, 0, 2, 8])),
-            max_size=8,
-        ).map(lambda frames: b"".join(protocol_raw_frame(a, b if c else b[:125], c) for a, b, c in frames)),
-    ),
-    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+protocol_any_frame = st.builds(
+    lambda first, content, size: protocol_raw_frame(first, content if size else content[:125], size),
+    st.integers(0, 255),
+    st.binary(max_size=130),
+    st.sampled_from([0, 0, 0, 2, 8]),
 )
+protocol_any_bytes = st.binary(max_size=300) | st.lists(protocol_any_frame, max_size=8).map(b"".join)
+
+
+@given(protocol_any_bytes, st.lists(st.integers(1, 40), min_size=1, max_size=5))
 @settings(max_examples=400)
 def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     whole = cm.FrameParser().feed(data)
@@ -3590,24 +3590,21 @@ def test_the_limit_counts_the_fragments_of_one_message_only():
 
 def protocol_rows(table: dict[int, list[str]]) -> Any:
     """Give a test each row of a table with its status."""
-    return pytest.mark.parametrize(
-        ("status", "row"), [(it, row) for it, rows in table.items() for row in rows]
-    )
+    rows = [(status, row) for status, rows in table.items() for row in rows]
+    return pytest.mark.parametrize(("status", "row"), rows)
 
 
 def protocol_head(*changes: Any, line: str = "GET / HTTP/1.1") -> bytes:
     """Return a request head for a WebSocket without its blank line.
 
-    Of the changes "Name: x" (or a pair) replaces a header, "-Name" removes one, "+x" adds a line; else it is the
+    Of the changes "Name: x" replaces a header, "-Name" removes one, "+x" adds a line; else it is the
     first line.
     """
     headers = {"Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade",
                "Sec-WebSocket-Key": PROTOCOL_KEY, "Sec-WebSocket-Version": "13"}  # fmt: skip
     more = []
     for change in changes:
-        name, colon, value = (
-            change.partition(": ") if isinstance(change, str) else (change[0], ":", change[1])
-        )
+        name, colon, value = change.partition(": ")
         if name[:1] == "+":
             more.append(change[1:])
         elif name[:1] == "-":
@@ -4163,10 +4160,7 @@ def protocol_inside(**config: Any) -> Iterator[cm.Monitor]:
 def protocol_drip(port: int, data: bytes) -> bytes:
     """Send a head byte by byte, without an end; return what came back before the connection was cut."""
     received, deadline = b"", time.monotonic() + 15
-    with (
-        socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock,
-        contextlib.suppress(ConnectionError),
-    ):
+    with socket.create_connection(("127.0.0.1", port), 0.03) as sock, contextlib.suppress(ConnectionError):
         for byte in itertools.chain(data, itertools.repeat(ord("x"))):
             assert time.monotonic() < deadline, "the connection was not cut"
             with contextlib.suppress(socket.timeout):
@@ -4585,13 +4579,11 @@ def test_a_post_needs_the_pages_origin_or_the_token(spoken):
     token = cm.read_token(spoken.home + "/token")
     bearer = {"Authorization": f"Bearer {token}"}
     body = json.dumps(payload("Stop", "post-origin")).encode()
+    origins = "null", f"http://127.0.0.1:{spoken.ws_port}", f"http://localhost:{spoken.port}"
     for expected, headers in (
         (403, {}),
-        (403, {"Origin": "null"}),
-        (403, {"Origin": f"http://127.0.0.1:{spoken.ws_port}"}),
-        (403, {"Origin": f"http://localhost:{spoken.port}"}),
-        (403, {"Authorization": "Bearer wrong"}),
-        (403, {"Authorization": f"Basic {token}"}),
+        *((403, {"Origin": origin}) for origin in origins),
+        *((403, {"Authorization": it}) for it in ("Bearer wrong", f"Basic {token}")),
         (403, {"Origin": "https://evil.example", **bearer}),
         (403, {"Cookie": f"contextuate_token_{spoken.port}={token}"}),
         (403, {**protocol_origin(spoken), "Sec-Fetch-Site": "cross-site"}),
@@ -4745,10 +4737,8 @@ def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() 
 
 def lines_of(machine: str, count: int) -> list[tuple[bytes, str]]:
     """Return arrivals of one machine as the hook writes them, and of which number each is."""
-    line = (
-        rb'{"hook":{"tool_input":"\"machineId\":\"x\""},"id":"1","machineId":"%s","pid":1}' % machine.encode()
-    )
-    return [(line, f"{machine}{number}") for number in range(count)]
+    line = rb'{"hook":{"tool_input":"\"machineId\":\"x\""},"id":"1","machineId":"%s","pid":1}'
+    return [(line % machine.encode(), f"{machine}{number}") for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -4973,13 +4963,14 @@ class SessionStory:
                 self.note(session, verb, rest)
             elif verb == "shows":
                 self.time += 1000
-                status = {
+                shown = {
                     "eventType": "client_status",
                     "hookType": "",
                     "pid": self.pid,
                     "data": {"status": rest},
                 }
-                shown = evidence(rest, agent_id=about["agent"])[0] if rest in SESSION_LINES else status
+                if rest in SESSION_LINES:
+                    (shown,) = evidence(rest, agent_id=about["agent"])
                 about_it = {"sessionId": session, "id": f"e{self.count + 1}"}
                 self.apply({**shown, **about_it, "timestamp": about.get("at", self.time)})
             elif verb == "processes":
@@ -5927,17 +5918,12 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
+SESSION_ANY_HOOK = st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""])
+SESSION_ANY = st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY | SESSION_ANY_JSON, max_size=8)
+
+
 @settings(max_examples=200)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""]),
-            st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY | SESSION_ANY_JSON, max_size=8),
-            st.booleans(),
-        ),
-        max_size=8,
-    )
-)
+@given(st.lists(st.tuples(SESSION_ANY_HOOK, SESSION_ANY, st.booleans()), max_size=8))
 @example([("PermissionRequest", {"tool_name": "Bash"}, False), ("PreToolUse", {"tool_use_id": [1]}, False)])
 def test_fields_of_wrong_types_never_raise(said):
     story = session_story()
@@ -6078,11 +6064,12 @@ def test_the_skew_of_a_machine_is_the_least_delay_lately():
 # Rows ----------------------------------------------------------------------
 
 SESSION_ROW_FIELDS = set(
-    "seq received id timestamp sessionId machineId hookType eventType agentId agentType demo "
-    "partial data".split()
+    """seq received id timestamp sessionId machineId hookType eventType agentId agentType demo
+    partial data""".split()
 )
 SESSION_ROW_DATA = set(
-    "toolName toolUseId durationMs target text notificationType source reason isInterrupt toolUseIds".split()
+    """toolName toolUseId durationMs target text notificationType source reason isInterrupt
+    toolUseIds""".split()
 )
 
 
@@ -6168,16 +6155,10 @@ def test_running_agents_are_sent_before_those_that_ended() -> None:
     assert sent["agentCount"] == 60
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 4),
-            st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait")),
-            st.integers(1, 9000),
-        ),
-        max_size=30,
-    )
-)
+SESSION_WORK = st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), SESSION_WORK, st.integers(1, 9000)), max_size=30))
 def test_looking_when_something_is_due_gives_what_looking_always_gives(steps):
     books = [cm.Sessions(quiet_ms=120_000, ended_ms=3_600_000) for _ in range(2)]
     now = 1_000_000
@@ -6221,9 +6202,7 @@ class GaugeCase:
         event = ee.build_event({**wrapper, **given}, at, machine)
         return self.sessions.apply({**event, "seq": number, "received": at})
 
-    def hook(
-        self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any
-    ) -> None:
+    def hook(self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any):
         self.apply({"hook": payload(name, session, **more)}, at, machine)
 
     def line(self, at: int = NOW_MS, machine: str = "k1", **changes: Any) -> cm.Session:
@@ -10017,7 +9996,7 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     assert {event["id"]: event for event in streamed if event["sessionId"] == flow.session} == kept[0]
     for machine in team.emitters:
         eventually(
-            lambda it=machine: it.publisher()["published"] >= 40 and it.publisher()["subscribers"] == 2
+            lambda it=machine: (said := it.publisher())["published"] >= 40 and said["subscribers"] == 2
         )
         eventually(lambda machine=machine: len(machine.publishers()) == 1)
         more = {"CONTEXTUATE_DEBUG": "wait"}
@@ -10230,9 +10209,8 @@ def test_no_message_through_redis_changes_what_a_user_did(team: RedisTeam) -> No
 
 def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
     secret, machine = hook_token("ghp_", 36), team.emitters[0]
-    machine.say(
-        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
-    )
+    said = {"token": secret, "text": f"use {secret} now"}
+    machine.say("secret", "secret", tool_name="Write", tool_input=said)
     machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
     for monitor in team.monitors:
         monitor.gets(2, "secret")
@@ -10346,11 +10324,8 @@ def redis_servers() -> Iterator[Any]:
         def configure(name: str, keys: dict[str, Any]) -> tuple[RedisServer, dict[str, Any]]:
             server = servers[name]
             text = json.dumps(server.settings(**keys)).replace("STRANGE", strange.directory)
-            for word, value in {
-                "CERTIFICATES": ours.directory, "PORT": str(server.port), "SOCKET": server.socket_path
-            }.items():  # fmt: skip
-                text = text.replace(word, value)
-            return server, json.loads(text)
+            text = text.replace("CERTIFICATES", ours.directory).replace("SOCKET", server.socket_path)
+            return server, json.loads(text.replace("PORT", str(server.port)))
 
         yield configure
 
@@ -10498,22 +10473,21 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
     machine.serve().wait_until("connected")
     client = machine.websocket("rows")
 
-    def ask() -> None:
-        assert client.ask("status", type="reconnect_redis")["redis"]["state"] in ("connecting", "connected")
-
-    def hang_up() -> None:
-        os.kill(machine.pid, signal.SIGHUP)
-
     def restart() -> None:
         client.close()
         machine.command("restart", "--no-open")
         machine.know()
 
-    for number, come_back in enumerate((ask, hang_up, restart)):
+    ask, hang_up = (
+        functools.partial(client.ask, "status", type="reconnect_redis"),
+        (machine.pid, signal.SIGHUP),
+    )
+    for number, come_back in enumerate((ask, functools.partial(os.kill, *hang_up), restart)):
         server.stop()
         about = machine.wait_until("given_up")
-        assert (about["maxRetries"], about["nextAttemptAt"]) == (2, None)
-        assert about["attempt"] == 2 and about["reason"]
+        assert [about[it] for it in ("maxRetries", "attempt", "nextAttemptAt")] == [2, 2, None] and about[
+            "reason"
+        ]
         assert machine.request("/health")[0] == 200
         machine.say(f"away-{number}")
         server.start()
@@ -10522,8 +10496,7 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
         machine.wait_until("connected")
         machine.gets(number + 1)
     assert machine.arrivals() == {"testbox": ["away-0", "away-1", "away-2"]}
-    with open(machine.home + "/monitor.log", encoding="utf-8") as file:
-        assert re.search(r"gives? up|gave up|given up", file.read())
+    assert re.search(r"gives? up|gave up|given up", install_text(machine.home + "/monitor.log"))
 
 
 def test_a_monitor_starts_without_redis_and_connects_when_it_comes(make: Any) -> None:
@@ -11555,16 +11528,13 @@ PAGE_PARSES: list[tuple[str, Any]] = [
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node is missing")
 def test_what_parses_needs_no_page() -> None:
-    with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
-        section = re.search(
-            r"\n// Parsers: .*?\n(// -----+\n.*?)// -----+\n// Render: ", file.read(), re.DOTALL
-        )
+    banner = r"\n// Parsers: .*?\n(// -----+\n.*?)// -----+\n// Render: "
+    section = re.search(banner, install_text(os.path.join(ROOT, "index.html")), re.DOTALL)
     helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
     values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
     script = f"'use strict';\n{section[1]}\n{helpers}\nconsole.log(JSON.stringify([{values}]))"
-    done = subprocess.run(
-        ["node", "-"], input=script, capture_output=True, text=True, timeout=60, check=False
-    )
+    pipes = {"capture_output": True, "text": True, "timeout": 60, "check": False}
+    done = subprocess.run(["node", "-"], input=script, **pipes)
     assert done.stderr == ""
     assert json.loads(done.stdout) == [value for _, value in PAGE_PARSES]
 
@@ -11585,11 +11555,8 @@ def test_the_colours_of_agents_have_one_hue_in_both_themes_and_stand_out() -> No
         for ground, colour in itertools.product(colours(theme, "bg|panel|select"), colours(theme, "a[0-7]")):
             low, high = sorted((light(ground), light(colour)))
             assert high / low >= 3, (ground, colour)
-    pairs = list(zip(*(colours(theme, "a[0-7]") for theme in themes)))
-    assert len(pairs) == 8
-    assert all(
-        abs(colorsys.rgb_to_hsv(*one)[0] - colorsys.rgb_to_hsv(*other)[0]) < 0.05 for one, other in pairs
-    )
+    hues = [[colorsys.rgb_to_hsv(*it)[0] for it in colours(theme, "a[0-7]")] for theme in themes]
+    assert len(hues[0]) == 8 and hues[0] == pytest.approx(hues[1], abs=0.05)
 
 
 # Stories: verb → the hook, and its field that holds the words behind the verb.
@@ -12320,9 +12287,7 @@ BROWSER_ACTS: dict[str, Any] = {
     "fill": lambda tab, part, words: tab.page.fill(part, words),
     "select": lambda tab, part, words: tab.page.select_option(part, words),
     "menu": lambda tab, session, words: tab.choose(session, words),
-    "give": lambda tab, session, words: tab.page.evaluate(
-        BROWSER_GIVE, {**json.loads(words), "sessionId": session}
-    ),
+    "give": lambda tab, it, words: tab.page.evaluate(BROWSER_GIVE, {**json.loads(words), "sessionId": it}),
     "tab": lambda tab, testid, _: press_tab_until(tab, testid),
     "back": lambda tab, *_: tab.page.go_back(),
     "forward": lambda tab, *_: tab.page.go_forward(),
@@ -12403,9 +12368,7 @@ BROWSER_LOOKS: dict[str, Any] = {
     "every": browser_opens_all,
     "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
     "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
-    "no": lambda tab, _, part, words: (
-        not {"row": tab.rows(words), "link": tab.link()}.get(part, tab.text(part))
-    ),
+    "no": lambda tab, _, it, words: not {"row": tab.rows(words), "link": tab.link()}.get(it, tab.text(it)),
     "link": lambda tab, _, __, words: tab.link() == words,
     "linked": lambda tab, _, __, words: all(each in tab.link() for each in words.split("; ")),
     "kept": lambda tab, _, field, words: kept_of(tab, *field.split()) == json.loads(words),
@@ -12631,10 +12594,8 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     def fingers(*moves: tuple[float, ...]) -> list[float]:
         """Touch the timeline and move the fingers; return its span and end."""
         for kind, places in zip(["touchStart", *["touchMove"] * (len(moves) - 1), "touchEnd"], [*moves, ()]):
-            points = [
-                {"x": box["x"] + box["width"] * at, "y": box["y"] + 60, "id": n}
-                for n, at in enumerate(places)
-            ]
+            y, xs = box["y"] + 60, [box["x"] + box["width"] * at for at in places]
+            points = [{"x": x, "y": y, "id": number} for number, x in enumerate(xs)]
             touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         return tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
 
@@ -12857,13 +12818,7 @@ def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> N
     tab.row_with("pull").click()
     tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
     call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    rule = {
-        "type": "addRules",
-        "rules": [{"toolName": "Bash"}],
-        "behavior": "allow",
-        "destination": "session",
-    }
-    asked = payload("PermissionRequest", **call, permission_suggestions=[rule])
+    asked = payload("PermissionRequest", **call, permission_suggestions=ANSWER_SUGGESTIONS[:1])
     tab.monitor.emit(payload("PreToolUse", **call, tool_use_id="make"), asked)
     tab.row_with("make").click()
     tab.shows("drawer", "“Always allow” would mean: ")
@@ -12874,9 +12829,8 @@ def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -
     tab = open_tab(tab.monitor)
     wire = BrowserWire(tab)
     tab.row_with("rm")
-    timers = (
-        "[...document.querySelectorAll('.timer, .row:not([hidden]) .c-duration')].map((el) => el.innerText)"
-    )
+    parts = "document.querySelectorAll('.timer, .row:not([hidden]) .c-duration')"
+    timers = f"[...{parts}].map((el) => el.innerText)"
     later = "Date.now = ((now) => () => now() + 3600e3)(Date.now.bind(Date)); contextuate.tick()"
     wire.cut()
     tab.page.evaluate("contextuate.tick()")
@@ -12895,15 +12849,10 @@ def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
     for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
         line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
                            context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
-        tab.monitor.emit(
-            {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox", "statusLine": line}
-        )
-    usage = {
-        "models": {"claude-opus-4-5": {"input": 1_000_000}},
-        "agents": {},
-        "model": "claude-opus-4-5",
-        "context": 130_000,
-    }
+        about = {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox"}
+        tab.monitor.emit({**about, "statusLine": line})
+    usage = {"models": {"claude-opus-4-5": {"input": 1_000_000}}, "agents": {}, "context": 130_000}
+    usage["model"] = "claude-opus-4-5"
     tab.emit("prompt three", session="guess")
     tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
     bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
@@ -13090,8 +13039,7 @@ def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMon
             running.about["port"] = port
             tab = open_tab(running)
             tab.shows(
-                "banner",
-                "Access denied: requests from other sites are refused; a proxy must pass the Host header",
+                "banner", "Access denied: requests from other sites are refused; a proxy must pass the Host"
             )
             tab.said.clear()  # what the browser says of the refusals
 
