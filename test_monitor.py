@@ -14126,7 +14126,6 @@ def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase, monke
     # Many in one millisecond, over two days of arrival, in any order and small batches, while others arrive.
     monkeypatch.setattr(cm, "INDEX_SLICE_EVENTS", 3)
     monkeypatch.setattr(cm, "INDEX_BATCH_S", 0)
-    indexed.ready()
     numbers = list(range(300))
     random.Random(3).shuffle(numbers)
     for place, number in enumerate(numbers):
@@ -14135,8 +14134,8 @@ def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase, monke
     assert indexed.ready().counted() == 300
     seen, cursor = [], None
     while len(seen) < 300:
-        page = indexed.history.search(cm.search_query({"q": "word", "limit": 17, "cursor": cursor}))
-        assert len(page["results"]) <= 17
+        page = indexed.history.search(cm.search_query({"q": "word", "limit": 53, "cursor": cursor}))
+        assert len(page["results"]) <= 53
         seen += page["results"]
         cursor = page["next"]
         indexed.add(index_prompt(1000 + len(seen), "word"))
