@@ -3746,9 +3746,13 @@ def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, A
 def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     client = spoken.websocket(None)
     assert not client.others
-    about = {"mode": "local", "machineId": "testbox", "version": cm.__version__, "wsProtocol": 1}
-    about |= {"type": "hello", "seq": spoken.get("/api/status")["seq"], "mayAnswer": False}
-    assert client.hello == about
+    about = {"type": "hello", "mode": "local", "machineId": "testbox", "version": cm.__version__}
+    assert client.hello == {
+        **about,
+        "wsProtocol": 1,
+        "seq": spoken.get("/api/status")["seq"],
+        "mayAnswer": False,
+    }
 
 
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
@@ -3805,25 +3809,20 @@ PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bad_family(speaking: RunningMonitor) -> None:
-    """Three sessions, each the parent of the next."""
-    speaking.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
+def test_a_bad_message_gets_an_error_that_names_the_fault(spoken):
+    spoken.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
     for child, parent in (("bad-child", "bad"), ("bad-grandchild", "bad-child")):
-        assert protocol_post(speaking, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
-
-
-@pytest.mark.parametrize(("kind", "fields", "word", "values"), PROTOCOL_BAD_FIELDS)
-def test_a_bad_message_gets_an_error_that_names_the_fault(spoken, bad_family, kind, fields, word, values):
+        assert protocol_post(spoken, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
     seq, client = spoken.get("/api/status")["seq"], spoken.websocket(None)
-    for value in values:
-        message = {**({"type": kind} if kind else {}), **fields, "requestId": 7}
-        message.update({} if value is None else {word: value})
-        error = client.ask("error", **message)
-        assert (error["request"], error["requestId"]) == (kind or None, 7)
-        assert word in error["message"]
-        status, reply = protocol_post(spoken, **message)
-        assert status == 400 and (word in reply["error"] or "for a WebSocket" in reply["error"])
+    for kind, fields, word, values in PROTOCOL_BAD_FIELDS:
+        for value in values:
+            message = {**({"type": kind} if kind else {}), **fields, "requestId": 7}
+            message.update({} if value is None else {word: value})
+            error = client.ask("error", **message)
+            assert (error["request"], error["requestId"]) == (kind or None, 7)
+            assert word in error["message"], message
+            status, reply = protocol_post(spoken, **message)
+            assert status == 400 and (word in reply["error"] or "for a WebSocket" in reply["error"]), message
     assert spoken.get("/api/status")["seq"] == seq
 
 
@@ -3992,8 +3991,7 @@ def test_a_hidden_session_is_listed_only_for_who_shows_hidden_ones(spoken):
     spoken.emit(*protocol_events("secret", 1))  # goes on unseen
     for client, expected in ((mine, False), (other, True)):
         assert is_in(client.ask("sessions", type="get_sessions")) is expected
-    for path, expected in (("/api/sessions", False), ("/api/sessions?hidden=1", True)):
-        assert is_in(spoken.get(path)) is expected
+    assert not is_in(spoken.get("/api/sessions")) and is_in(spoken.get("/api/sessions?hidden=1"))
     off = other.ask("sessions", type="set_show_hidden", showHidden=False)
     assert all(not session["hidden"] for session in off["sessions"])
     mine.send(type="unhide_session", sessionId="secret")
@@ -4404,6 +4402,8 @@ def test_the_page_comes_with_a_policy_that_fits_it(spoken):
     assert spoken.request("/index.html")[2] == page.encode()
     status, headers, body = spoken.request("/", "HEAD")
     assert (status, body) == (200, b"") and "content-security-policy" in headers
+    _, of_a_proxy, _ = protocol_exchange(spoken.port, protocol_get("monitor.example", path="/"))
+    assert f"wss://monitor.example:{spoken.ws_port}" in dict(of_a_proxy)["content-security-policy"]
 
 
 # Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request, in groups. PORT is the port
@@ -6762,7 +6762,7 @@ def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path):
 def test_a_damaged_database_of_counted_messages_is_rebuilt(tmp_path, damage):
     path, database = usage_transcript("simple"), tmp_path / "usage.db"
     assert usage_read(__file__ + "/home", path) is None, (
-        "a directory that cannot be made costs the usage only"
+        "where nothing can be written it costs the usage only"
     )
     reader = ee.UsageReader(str(tmp_path))
     assert usage_output(usage_read(reader, path)) == 210
@@ -6968,9 +6968,8 @@ def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
     noted = [event for event in usage_noted(usage_copied("nested", tmp_path)) if "agentMeta" in event["data"]]
     outer, inner = "a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"
-    assert [(event["agentId"], event["data"]["agentDescription"]) for event in noted] == [
-        (outer, "outer job"), (inner, "inner job")
-    ]  # fmt: skip
+    found = {event["agentId"]: event["data"]["agentDescription"] for event in noted}
+    assert found == {outer: "outer job", inner: "inner job"} and len(noted) == 2
     assert "parentAgentId" not in noted[0]["data"]["agentMeta"]
     assert noted[1]["data"]["agentMeta"] == {
         "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
@@ -6978,9 +6977,7 @@ def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
     }  # fmt: skip
     events = [protected(event, ee.Privacy(metadata_only=True)) for event in noted]
     assert all("agentMeta" in event["data"] and "agentDescription" not in event["data"] for event in events)
-    assert "inner job" not in json.dumps(events), (
-        "at the level of metadata it keeps its ids and loses its words"
-    )
+    assert "inner job" not in json.dumps(events), "at the level of metadata it loses its words"
 
 
 def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
@@ -10866,11 +10863,6 @@ def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
-def test_the_pages_policy_allows_the_websocket_of_a_proxy(spoken):
-    _, headers, _ = protocol_exchange(spoken.port, protocol_get("monitor.example", path="/"))
-    assert f"wss://monitor.example:{spoken.ws_port}" in dict(headers)["content-security-policy"]
-
-
 # -- files and sockets ----------------------------------------------------------
 
 
@@ -12844,10 +12836,9 @@ def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
     error = {"type": "error", "request": "get_event_detail", "message": "could not be read: an I/O error"}
 
     def refuse_details(message: dict[str, Any]) -> bool:
-        is_asked = message["type"] == "get_event_detail"
-        if is_asked:
+        if message["type"] == "get_event_detail":
             wire.page.send(json.dumps(error))
-        return bool(is_asked)
+        return bool(message["type"] == "get_event_detail")
 
     tab.emit("call make")
     tab = open_tab(tab.monitor)
