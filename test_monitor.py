@@ -3747,12 +3747,8 @@ def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     client = spoken.websocket(None)
     assert not client.others
     about = {"type": "hello", "mode": "local", "machineId": "testbox", "version": cm.__version__}
-    assert client.hello == {
-        **about,
-        "wsProtocol": 1,
-        "seq": spoken.get("/api/status")["seq"],
-        "mayAnswer": False,
-    }
+    about |= {"wsProtocol": 1, "seq": spoken.get("/api/status")["seq"], "mayAnswer": False}
+    assert client.hello == about
 
 
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
@@ -4927,12 +4923,8 @@ class SessionStory:
                 self.note(session, verb, rest)
             elif verb == "shows":
                 self.time += 1000
-                shown = {
-                    "eventType": "client_status",
-                    "hookType": "",
-                    "pid": self.pid,
-                    "data": {"status": rest},
-                }
+                status = {"status": rest}
+                shown = {"eventType": "client_status", "hookType": "", "pid": self.pid, "data": status}
                 if rest in SESSION_LINES:
                     (shown,) = evidence(rest, agent_id=about["agent"])
                 about_it = {"sessionId": session, "id": f"e{self.count + 1}"}
@@ -6017,14 +6009,10 @@ def test_the_skew_of_a_machine_is_the_least_delay_lately():
 
 # Rows ----------------------------------------------------------------------
 
-SESSION_ROW_FIELDS = set(
-    """seq received id timestamp sessionId machineId hookType eventType agentId agentType demo
-    partial data""".split()
-)
-SESSION_ROW_DATA = set(
-    """toolName toolUseId durationMs target text notificationType source reason isInterrupt
-    toolUseIds""".split()
-)
+SESSION_ROW_FIELDS = set("seq received id timestamp sessionId machineId hookType eventType".split())
+SESSION_ROW_FIELDS |= set("agentId agentType demo partial data".split())
+SESSION_ROW_DATA = set("toolName toolUseId durationMs target text notificationType source reason".split())
+SESSION_ROW_DATA |= {"isInterrupt", "toolUseIds"}
 
 
 def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
@@ -6156,7 +6144,7 @@ class GaugeCase:
         event = ee.build_event({**wrapper, **given}, at, machine)
         return self.sessions.apply({**event, "seq": number, "received": at})
 
-    def hook(self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any):
+    def hook(self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any) -> Any:
         self.apply({"hook": payload(name, session, **more)}, at, machine)
 
     def line(self, at: int = NOW_MS, machine: str = "k1", **changes: Any) -> cm.Session:
@@ -6862,9 +6850,8 @@ def test_a_transcript_in_pieces_has_the_same_facts(sizes, first):
         said = [it["data"] for it in found if isinstance(it, dict) and it["eventType"] == ee.WORDS]
         lines = data.split(b"\n")
         starts = itertools.accumulate((len(line) + 1 for line in lines), initial=0)
-        read = [
-            json.loads(line).get("message") or {} for at, line in zip(starts, lines) if line and at >= first
-        ]
+        read = (json.loads(line) for at, line in zip(starts, lines) if line and at >= first)
+        read = [it.get("message") or {} for it in read]
         blocks = [block for it in read if it.get("role") == "assistant" for block in it["content"]]
         own = [block["text"] for block in blocks if "text" in block]
         assert [data["text"] for data in said if "role" not in data] == own
@@ -6932,10 +6919,8 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
         event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
         ee.add_git_place(event)
         found = event["data"].get("git")
-        shown = found and (
-            found["branch"],
-            *(os.path.relpath(found[it], tmp_path) for it in ("root", "project")),
-        )
+        places = (os.path.relpath(found[it], tmp_path) for it in ("root", "project") if found)
+        shown = found and (found["branch"], *places)
         if expected and expected[0] == "COMMIT":
             expected = (git("detached", "rev-parse", "HEAD")[:7], *expected[1:])
         assert shown == expected, place
