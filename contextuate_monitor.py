@@ -1502,6 +1502,11 @@ def one_line(text: str, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def object_of(value: Any) -> JsonObject:
+    """Return a JSON value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def text_of(value: Any) -> str:
     """Return a JSON value as text for one line."""
     if isinstance(value, str):
@@ -1809,7 +1814,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
-        session.terminal = _object(data.get("terminal"))
+        session.terminal = object_of(data.get("terminal"))
     elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
         session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
@@ -2275,8 +2280,7 @@ EDITED_FILES_LIMIT = 2000  # that are remembered
 def edited_files(event: JsonObject) -> set[str]:
     """Return the absolute paths of the files that a successful call has changed, as its tool says."""
     tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
-    is_done = effective_type(event) == "tool_result" and tool in (*_EDITING_TOOLS, "apply_patch")
-    if not is_done or not isinstance(given, dict):
+    if tool not in (*_EDITING_TOOLS, "apply_patch") or not isinstance(given, dict):
         return set()
     paths = [given.get("file_path"), given.get("notebook_path")]
     if tool == "apply_patch":
@@ -2662,7 +2666,8 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
         else:
             self._apply_step(session, event, kind, at, received)
-            self._find_collisions(session, event, at)
+            if kind == "tool_result" and "imported" not in event:
+                self._find_collisions(session, event, at)
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
@@ -2740,7 +2745,7 @@ class Sessions:
         Files of all worktrees of a repository are compared by their path in its project.
         """
         agent_id = event.get("agentId", MAIN)
-        for path in edited_files(event) if not event.get("imported") else ():
+        for path in edited_files(event):
             below = path.removeprefix(session.root + "/") if session.root else path
             key = session.machine_key, path if below == path else f"{session.project}/{below}"
             edits = self._edits.pop(key, {})
@@ -3084,7 +3089,7 @@ class Sessions:
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
-            "terminal": terminal_of(session.terminal),
+            "terminal": terminal_of(session.terminal) if session.terminal else None,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -5161,7 +5166,7 @@ def refusal(error: RequestError) -> bytes:
 # ---------------------------------------------------------------------------
 # Redis subscriber thread: events from many machines
 #
-# Owns: one thread at a time with two connections, and the position in the stream. The channel delivers events
+# Owns: a thread with two connections, and the position in the stream. The channel delivers events
 # at once, the stream contains all of them. It is read from the position after each confirmation of the
 # subscription (redis-py resubscribes silently), before further messages of the channel, and after each ping.
 # Duplicates are removed by id. The thread receives; the loop stores.
@@ -5172,8 +5177,8 @@ CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmati
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
-BATCH_LINES = 200  # passed to the loop together, or
-BATCH_BYTES = 1 << 20
+BATCH_LINES = 200  # passed to the loop together, or fewer after a line of
+LONG_LINE_BYTES = 64 << 10
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
@@ -5181,7 +5186,7 @@ _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
 class RemoteLine(NamedTuple):
-    """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
+    """An event from Redis; `position`: its id in the stream, None from the channel."""
 
     line: bytes
     position: str | None
@@ -5199,108 +5204,203 @@ def event_key(line: bytes) -> str:
     return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
 
 
-class Subscription(threading.Thread):
-    """One attempt to follow the channel, from connecting to the first error.
+def attempt_words(state: JsonObject) -> str:
+    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
+    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
+    return f"attempt {state['attempt']}{limit}"
 
-    `last_alive`: when Redis or the loop last replied (time.monotonic); waiting for the loop is no silence.
+
+class RedisLink(threading.Thread):
+    """Follows channel and stream, and connects again after an error; `state` belongs to the loop thread.
+
+    `take` stores events there, or returns False: they come again; `changed` is called there with each change
+    of the state. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
     """
 
-    def __init__(self, link: RedisLink, position: str) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        settings: Settings,
+        take: Callable[[Sequence[RemoteLine]], bool],
+        changed: Callable[[], None],
+    ) -> None:
         super().__init__(name="redis subscriber", daemon=True)
-        self.last_alive = time.monotonic()
-        self.confirmed = False
-        self.abandoned = False
-        self._position = position  # up to which the stream was read
-        self._link = link
-        self._client: Any = None
-        self._by_channel = SeenIds()
-        self._by_stream = SeenIds()
-        self._batch_bytes = 0
-        self._batch: list[RemoteLine] = []
+        self._loop, self._values, self._take, self._changed = loop, settings.values, take, changed
+        values = settings.values
+        self._stream = emit_event.stream_name(values)
+        self.inbox = Turns()  # what the channel delivered
+        self.state: JsonObject = {  # for the status; never with a password
+            "state": "connecting",
+            "server": emit_event.redis_place(values),
+            "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
+            "channel": values["redis.channel"],
+            "stream": self._stream,
+            "maxRetries": values["redis.maxRetries"],
+            "attempt": 0,
+            "gaps": 0,
+            **dict.fromkeys(("reason", "streamReason")),
+        }
+        self._position_path = settings.path("redis-position.json")
+        self._stream_name = f"{self.state['server']} {self._stream}"
+        saved = read_state(self._position_path)
+        position = text_of(saved.get("position"))
+        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
+        self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
+        self._batch: list[RemoteLine] = []  # what the channel delivered since the last hand-over
+        self._at_once = threading.Event()  # set: connect without waiting, or end
+        self._closing = False
+        self._client: Any = None  # while connected
+        self._last_alive = 0.0  # last reply of Redis or the loop (time.monotonic), whose delay is no silence
+        self._page_events = STREAM_PAGE_EVENTS
+        loop.call_every(1.0, self._check)
+        self.start()
+
+    def reconnect(self) -> None:
+        """Connect at once, also after the last attempt failed."""
+        self.state["state"] = "connecting"
+        self._at_once.set()
+        self._disconnect()
+
+    def close(self) -> None:
+        """Close the connection, store what it delivered, and save the position."""
+        self._closing = True
+        self.reconnect()
+        while self.inbox.waiting and self._take(self.inbox.take()):
+            pass
+        self._save_position()
+
+    def status(self) -> JsonObject:
+        """Return the state for /api/status."""
+        stream = "off" if self._stream is None else "refused" if self.state["streamReason"] else "ok"
+        position = None if self._position == STREAM_START else self._position
+        return {**self.state, "position": position, "streamState": stream}
+
+    # In the thread
 
     def run(self) -> None:
-        """Follow the channel until an error, and report it."""
-        try:
-            self._client = emit_event.redis_client(self._link.values)
-            self._client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
-            pubsub = self._client.pubsub()
-            pubsub.subscribe(self._link.values["redis.channel"])
-            next_ping = 0.0
-            while not self.abandoned:
-                can_read = pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
-                if can_read:
-                    # Not before: get_message with a short timeout would stop in the middle of a message.
-                    self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
-                if not can_read or len(self._batch) >= BATCH_LINES or self._batch_bytes > BATCH_BYTES:
-                    self._hand_over()
-                if self.confirmed and time.monotonic() >= next_ping:
-                    next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
-                    pubsub.ping()
-                    if not self._link.inbox.waiting:  # during a flood the channel must not wait
-                        self._read_stream()
-        except Exception as error:  # the link logs it
-            self._report(self._link.fail, self, error)
-        finally:
-            self.abandon()
+        """Connect and follow; after an error again, later each time."""
+        failures, limit = 0, self._values["redis.maxRetries"]
+        while not self._closing:
+            self._at_once.clear()
+            self._set(state="connecting", attempt=failures)
+            try:
+                self._connect()
+                failures = 0
+                self._follow()
+            except Exception as error:
+                reason = emit_event.redis_trouble(error, self._values)
+            if self._client and self._is_silent():
+                reason = f"no whole answer within {SUBSCRIBER_DEADLINE_S:.0f} s"
+            self._disconnect()
+            self._client = None
             self._hand_over()
+            if self._at_once.is_set():
+                failures = 0
+                continue
+            failures += 1
+            self._page_events = max(1, self._page_events // 4)  # a page may be too large for the deadline
+            delay_s = None if failures == limit else emit_event.backoff_s(failures)
+            later = f"next in {delay_s:.1f} s" if delay_s else "given up: SIGHUP or Reconnect tries again"
+            log.warning("Redis: attempt %d: %s; %s", failures, reason, later)
+            self._set(state="waiting" if delay_s else "given_up", reason=reason, attempt=failures)
+            if self._at_once.wait(delay_s):
+                failures = 0
 
-    def abandon(self) -> None:
-        """End the subscription, even during an exchange; for both threads."""
-        self.abandoned = True
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # the other thread may be using it
-                self._client.connection_pool.disconnect(inuse_connections=True)
+    def _set(self, **changes: Any) -> None:
+        """Update the state, in the loop thread."""
 
-    def _report(self, callback: Callable[..., None], *facts: object) -> None:
-        """Call `callback(*facts)` in the loop thread, if this subscription is still the current one then."""
-        self._link.loop.call_soon(lambda: callback(*facts) if self._link.subscription is self else None)
+        def update() -> None:
+            self.state.update(changes)
+            self._changed()
 
-    def _take(self, message: dict[str, Any]) -> None:
-        self.last_alive = time.monotonic()
-        if message["type"] == "subscribe":
-            self._report(self._link.set_state, "connected", None)
+        self._loop.call_soon(update)
+
+    def _connect(self) -> None:
+        """Subscribe to the channel, and wait for the confirmation."""
+
+        def connect() -> tuple[Any, Any, Any]:
+            client = emit_event.redis_client(self._values)
+            client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
+            pubsub = client.pubsub()
+            pubsub.subscribe(self._values["redis.channel"])
+            return client, pubsub, pubsub.get_message(timeout=CONNECT_DEADLINE_S)
+
+        client, self._pubsub, confirmation = emit_event.within(CONNECT_DEADLINE_S, connect)
+        self._by_channel, self._by_stream = SeenIds(), SeenIds()
+        self._last_alive, self._client = time.monotonic(), client
+        self._receive(confirmation)
+
+    def _follow(self) -> None:
+        next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
+        while not self._at_once.is_set() and not self._is_silent():
+            can_read = self._pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
+            if can_read:
+                # Not before: get_message with a short timeout would stop in the middle of a message.
+                self._receive(self._pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S))
+            is_long = bool(self._batch) and len(self._batch[-1].line) > LONG_LINE_BYTES
+            if not can_read or len(self._batch) >= BATCH_LINES or is_long:
+                self._hand_over()
+            if time.monotonic() >= next_ping:
+                next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
+                self._pubsub.ping()
+                if not self.inbox.waiting:  # during a flood the channel must not wait
+                    self._read_stream()
+
+    def _receive(self, message: dict[str, Any] | None) -> None:
+        self._last_alive = time.monotonic()
+        kind = message["type"] if message else ""
+        if kind == "subscribe":
+            log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
+            self._set(state="connected", reason=None, attempt=0)
             self._read_stream(may_have_gap=True)
-            self.confirmed = True
-        elif message["type"] == "message":
+        elif message and kind == "message":
             key = event_key(message["data"])
             if key not in self._by_stream:
                 self._by_channel.add(key)
-                self._add(message["data"], None)
+                self._batch.append(RemoteLine(message["data"], None))
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_alive > SUBSCRIBER_DEADLINE_S
+
+    def _disconnect(self) -> None:
+        """End the connection, even during an exchange; for both threads."""
+        with contextlib.suppress(Exception):  # the other thread may be using it
+            self._client.connection_pool.disconnect(inuse_connections=True)
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
         self._hand_over()
-        stream, reason = self._link.stream, None
+        stream, reason = self._stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
                 self._check_position(stream)
-            while stream and not self.abandoned:
-                count = self._link.page_events
+            while stream and not self._at_once.is_set():
+                count = self._page_events
                 time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
                 page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
-                self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
-                self.last_alive = time.monotonic()
+                self._page_events = min(STREAM_PAGE_EVENTS, count * 2)
+                self._last_alive = time.monotonic()
+                batch = []
                 for raw_id, fields in page:
-                    self._position, line = raw_id.decode("ascii"), fields.get(b"event", b"")
+                    line = fields.get(b"event", b"")
                     key = event_key(line)
                     if line and key not in self._by_channel:
                         self._by_stream.add(key)
-                        self._add(line, self._position)
+                        batch.append(RemoteLine(line, raw_id.decode("ascii")))
                 if page:
-                    self._add(b"", self._position)
-                self._store_batch()
+                    self._store_page(batch, page[-1][0].decode("ascii"))
                 if len(page) < count:
                     break
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
-            reason = emit_event.redis_trouble(error, self._link.values)
-        if reason != self._link.state["streamReason"]:
+            reason = emit_event.redis_trouble(error, self._values)
+        if reason != self.state["streamReason"]:
             trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
-            message = f"the stream {trouble if reason else 'can be read again'}"
-            self._report(self._link.log_change, message, {"streamReason": reason})
+            log.warning("Redis: the stream %s", trouble if reason else "can be read again")
+            self._set(streamReason=reason)
 
     def _check_position(self, stream: str) -> None:
         newest = self._client.xrevrange(stream, "+", "-", 1)
@@ -5310,158 +5410,45 @@ class Subscription(threading.Thread):
             log.warning("Redis: the stream was replaced by a new one; it is read from its start")
             self._position = STREAM_START
         elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
-            message = f"the stream was trimmed beyond {self._position}: events may be missing"
-            gaps = {"gaps": self._link.state["gaps"] + 1}
-            self._report(self._link.log_change, f"{message}; a larger redis.streamMaxLength keeps more", gaps)
-
-    def _add(self, line: bytes, position: str | None) -> None:
-        self._batch.append(RemoteLine(line, position))
-        self._batch_bytes += len(line)
+            words = "the stream was trimmed beyond %s: events may be missing; a larger redis.streamMaxLength"
+            log.warning(f"Redis: {words} keeps more", self._position)
+            self._set(gaps=self.state["gaps"] + 1)
 
     def _hand_over(self) -> None:
         """Pass what the channel delivered to the loop; wait while too much is not stored there."""
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        batch, self._batch = self._batch, []
         if batch:
-            self._link.loop.call_soon(lambda: self._link.receive(batch))
-        while self._link.inbox.size > INBOX_BYTES and not self.abandoned:
+            self._loop.call_soon(lambda: self._take_in(batch))
+        while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
-            self.last_alive = time.monotonic()
+            self._last_alive = time.monotonic()
 
-    def _store_batch(self) -> None:
-        """Store a page of the stream through the loop; retry until it is stored, or once if abandoned."""
-        batch = self._batch
-        while batch:
+    def _store_page(self, page: Sequence[RemoteLine], position: str) -> None:
+        """Store a page of the stream in the loop thread; try again until it is stored or the link ends."""
+
+        def store() -> bool:
+            is_stored = not self.inbox.waiting and self._take(page)  # what the channel delivered comes first
+            self._position = position if is_stored else self._position
+            return is_stored
+
+        is_stored = False
+        while not is_stored and not self._at_once.is_set():
             try:
-                is_stored = self._link.loop.call(lambda: self._link.store(batch))
+                is_stored = self._loop.call(store)
             except Exception:
                 log.exception("Redis: events could not be stored; trying again")
-                is_stored = False
-            self.last_alive = time.monotonic()
-            if is_stored or self.abandoned:
-                break
-            time.sleep(0.2)
-        self._batch, self._batch_bytes = [], 0
+            self._last_alive = time.monotonic()
+            if not is_stored:
+                self._at_once.wait(0.2)
 
+    # In the loop thread
 
-def attempt_words(state: JsonObject) -> str:
-    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
-    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
-    return f"attempt {state['attempt']}{limit}"
-
-
-@dataclasses.dataclass(eq=False)
-class RedisLink:
-    """Keeps one Subscription alive, calls `changed` with each change of the state; for the loop thread.
-
-    `take` stores events, or returns False: they come again. After `redis.maxRetries` failed attempts in a row
-    it gives up until `reconnect`.
-    """
-
-    loop: EventLoop
-    settings: Settings
-    take: Callable[[Sequence[RemoteLine]], bool]
-    changed: Callable[[], None]
-
-    def __post_init__(self) -> None:
-        self.values = values = self.settings.values
-        self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
-        self.stream = emit_event.stream_name(values)
-        self.subscription: Subscription | None = None
-        self.inbox = Turns()  # what the channel delivered
-        self.state: JsonObject = {  # for the status; never with a password
-            "state": "connecting",
-            "server": emit_event.redis_place(values),
-            "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
-            "channel": values["redis.channel"],
-            "stream": self.stream,
-            "maxRetries": values["redis.maxRetries"],
-            "since": now_ms(),
-            **dict.fromkeys(("attempt", "gaps", "received", "fromStream"), 0),
-            **dict.fromkeys(("reason", "nextAttemptAt", "lastHeardAt", "streamReason")),
-        }
-        self._position_path = self.settings.path("redis-position.json")
-        self._stream_name = f"{self.state['server']} {self.stream}"
-        self._position = self._saved_position = self._load_position()  # stored up to here
-        self.loop.call_soon(self.reconnect)
-        self.loop.call_every(1.0, self._save_position)
-
-    def reconnect(self, failures: int = 0) -> None:
-        """Connect at once; `failures` is the number of failed attempts in a row."""
-        self.state["attempt"] = failures
-        self._drop_subscription()
-        self.set_state("connecting", self.state["reason"])
-        self.subscription = Subscription(self, self._position)
-        self.subscription.start()
-        self._watch(self.subscription)
-
-    def close(self) -> None:
-        """Close the connection, store what it delivered, and save the position."""
-        self._drop_subscription()
-        while self.inbox.waiting and self._store(self.inbox.take()):
-            pass
+    def _check(self) -> None:
         self._save_position()
+        if self._is_silent():
+            self._disconnect()
 
-    def status(self) -> JsonObject:
-        """Return the state for /api/status."""
-        state = self.state
-        if self.subscription is not None and state["state"] == "connected":
-            state["lastHeardAt"] = now_ms() - int((time.monotonic() - self.subscription.last_alive) * 1000)
-        return {
-            **state,
-            "position": None if self._position == STREAM_START else self._position,
-            "streamState": "off" if self.stream is None else "refused" if state["streamReason"] else "ok",
-        }
-
-    def _drop_subscription(self) -> None:
-        if self.subscription is not None:
-            self.subscription.abandon()
-        self.subscription = self.state["nextAttemptAt"] = None
-
-    def _watch(self, subscription: Subscription) -> None:
-        if subscription is not self.subscription:
-            return
-        deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
-        left_s = subscription.last_alive + deadline_s - time.monotonic()
-        if left_s <= 0:
-            self.fail(subscription, TimeoutError(f"no whole answer within {deadline_s:.0f} s"))
-        else:
-            self.loop.call_later(left_s, lambda: self._watch(subscription))
-
-    def fail(self, subscription: Subscription, error: BaseException) -> None:
-        """Count a failed attempt or a lost connection; retry later or give up."""
-        self._drop_subscription()
-        self.state["attempt"] += 1
-        self.page_events = max(1, self.page_events // 4)  # a page may have been too large for the deadline
-        reason = emit_event.redis_trouble(error, self.values)
-        state = self.state
-        limit, tries = state["maxRetries"], state["attempt"]
-        if limit is not None and tries >= limit:
-            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", limit, reason)
-            self.set_state("given_up", reason)
-            return
-        delay_s = emit_event.backoff_s(tries)
-        at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
-        self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        log.warning("Redis: %s: %s; next in %.1f s", attempt_words(state), reason, delay_s)
-        self.set_state("waiting", reason)
-
-    def set_state(self, state: str, reason: str | None) -> None:
-        """Set the state of the connection and its reason."""
-        if state == "connected":
-            self.state["attempt"] = 0
-            log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
-        if state != self.state["state"]:
-            self.state["since"] = now_ms()
-        self.state.update(state=state, reason=reason)
-        self.changed()
-
-    def log_change(self, message: str, changes: JsonObject) -> None:
-        """Log a problem or its end, and update the state."""
-        log.warning("Redis: %s", message)
-        self.state.update(changes)
-        self.changed()
-
-    def receive(self, batch: Sequence[RemoteLine]) -> None:
+    def _take_in(self, batch: Sequence[RemoteLine]) -> None:
         """Take what the channel delivered; machines take turns."""
         is_first = not self.inbox.waiting
         self.inbox.add(*batch)
@@ -5472,30 +5459,11 @@ class RedisLink:
         """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
         batch, is_stored = self.inbox.take(), False
         try:
-            is_stored = self._store(batch)
+            is_stored = self._take(batch)
         finally:
             self.inbox.add(*(() if is_stored else batch))
             if self.inbox.waiting:
-                self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
-
-    def store(self, page: Sequence[RemoteLine]) -> bool:
-        """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
-        return not self.inbox.waiting and self._store(page)
-
-    def _store(self, batch: Sequence[RemoteLine]) -> bool:
-        if not self.take([remote for remote in batch if remote.line or remote.position is None]):
-            return False
-        for remote in batch:
-            self._position = remote.position or self._position
-            if remote.line or remote.position is None:
-                self.state["received" if remote.position is None else "fromStream"] += 1
-        return True
-
-    def _load_position(self) -> str:
-        saved = read_state(self._position_path)
-        position = text_of(saved.get("position"))
-        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
-        return position if is_ours else STREAM_START
+                self._loop.call_later(0 if is_stored else 1.0, self._store_turns)
 
     def _save_position(self) -> None:
         if self._position != self._saved_position:
@@ -6930,7 +6898,6 @@ class HookPort:
     received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
-    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -6953,10 +6920,6 @@ class HookPort:
         self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
 
     def _read(self, sock: socket.socket) -> None:
-        if self.waiting.get(sock):
-            self.loop.unwatch(sock)
-            self.paused.add(sock)
-            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -6965,10 +6928,11 @@ class HookPort:
             self.drop(sock)
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
-        self.waiting[sock] = len(lines)
-        for line in lines:
-            self.received.add((line, sock))
-        if not data and not lines:
+        if lines:
+            self.loop.unwatch(sock)
+            self.waiting[sock] = len(lines)
+            self.received.add(*((line, sock) for line in lines))
+        elif not data:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -6983,8 +6947,7 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if self.waiting[sock] == 0 and sock in self.paused:
-            self.paused.discard(sock)
+        if self.waiting[sock] == 0:
             self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
@@ -6996,7 +6959,6 @@ class HookPort:
         """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
-        self.paused.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
@@ -7045,7 +7007,7 @@ class Ingest:
         watcher = self.registry.watcher
         self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
         self._usage.reader.with_words = not settings.privacy.metadata_only
-        self._agent_notes = emit_event.AgentNoteReader()
+        self._noted: dict[tuple[str, str], str] = {}  # see emit_event.add_agent_note
 
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
@@ -7129,8 +7091,9 @@ class Ingest:
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
-                self._agent_notes.add_note(event)
-            emit_event.add_git_place(event)
+                emit_event.add_agent_note(event, self._noted)
+            if event["eventType"] in emit_event.PLACE_EVENTS and "imported" not in event:
+                emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
@@ -7173,22 +7136,18 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
-class RegistryThread:
+class RegistryThread(threading.Thread):
     """Reads the registry of this machine's clients in a thread, since their disk may be slow.
 
     `deliver` is called in that thread with each event.
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+        super().__init__(name="registry", daemon=True)
         self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
@@ -7200,10 +7159,11 @@ class RegistryThread:
         """End the thread."""
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(1)
+        if self.is_alive():
+            self.join(1)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Deliver changes of clients' statuses until `close`."""
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
                 for event in self.watcher.poll(now_ms()):
@@ -8247,9 +8207,9 @@ class Monitor:
         return search_query(wanted, self.sessions.in_state(str(state)) if is_known else None)
 
     def reconnect_redis(self) -> None:
-        """Connect to Redis at once, also after the last attempt failed; for any thread."""
+        """Connect to Redis at once, also after the last attempt failed."""
         if self.redis:
-            self.loop.call_soon(self.redis.reconnect)
+            self.redis.reconnect()
 
     def delete(self, session: Session) -> None:
         """Delete a session with its events, at the user's request."""
@@ -8916,10 +8876,6 @@ def _client_file(path: str) -> ClientFile:
         return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
 
 
-def _object(value: Any) -> JsonObject:
-    return value if isinstance(value, dict) else {}
-
-
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
     managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
@@ -8999,7 +8955,7 @@ def status_line_command(interpreter: str, script: str, wrapped: str | None) -> s
 
 def status_line_in(settings: JsonObject) -> StatusLine | None:
     """Return our status line in `settings`; None if there is none, or another one."""
-    command = _object(settings.get("statusLine")).get("command")
+    command = object_of(settings.get("statusLine")).get("command")
     with contextlib.suppress(ValueError):  # a quote is open
         words = shlex.split(command) if isinstance(command, str) else []
         is_ours = words[:2] == ["set", "--"] and "--status-line" in words
@@ -9011,8 +8967,8 @@ def status_line_in(settings: JsonObject) -> StatusLine | None:
 def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     """Return `settings` with our status line around the one that is there; `home` "": without ours."""
     entry, ours = settings.get("statusLine", {"type": "command"}), status_line_in(settings)
-    given = ours.wrapped if ours else _object(entry).get("command")
-    is_usable = isinstance(given, str) and _object(entry).get("type") == "command"
+    given = ours.wrapped if ours else object_of(entry).get("command")
+    is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
         raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
     if not home and given is None:
@@ -9170,7 +9126,7 @@ def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-        lists = [_object(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+        lists = [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
         if not all(
             isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
         ):
@@ -9287,7 +9243,7 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     command = next((it for file in [*running, *files] for it in our_hooks(file.settings).values()), None)
     if command is not None:
         for file in reversed(files):
-            values = _object(file.settings.get("env")).items()
+            values = object_of(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
         arguments = ["/bin/sh", "-c", command]
     else:
@@ -9554,7 +9510,7 @@ class Doctor:
                 yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
 
     def _status_line(self) -> Findings:
-        """Run the status line, with an object of which nothing is handed on."""
+        """Run the status line, also without the one that it wraps, with an object that is not handed on."""
         user, check = settings_path(None), "statusline"
         shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
@@ -9564,11 +9520,18 @@ class Doctor:
         if shown.path != user:
             yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-        shell = ["/bin/sh", "-c", ours.command]
-        done = subprocess.run(shell, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
-        output = one_line(done.stdout.decode("utf-8", "replace"), 60)
-        level = "ok" if output or ours.wrapped is not None else "fail"
-        yield Finding(level, check, f"prints {output!r}", f"{_RUN_INSTALL} --status-line")
+
+        def output_of(command: str) -> str:
+            shell, given = ["/bin/sh", "-c", command], encode_json(about) + b"\n"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(shell, input=given, capture_output=True, timeout=10)
+                return repr(one_line(done.stdout.decode("utf-8", "replace"), 60))
+            return "nothing within 10 s"
+
+        wrapped = "" if ours.wrapped is None else f"{shlex.quote(ours.wrapped)} "
+        works = output_of(ours.command.replace(f"set -- {wrapped}", "set -- ", 1)) == "'Test'"
+        words = f"prints {output_of(ours.command)}" + ("" if works else ", but hands on no figures")
+        yield Finding("ok" if works else "fail", check, words, f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9977,12 +9940,12 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
+# (session id, paths): the transcripts of a session and its subagents; or exports, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
-_NODE_FILE = re.compile(r"(.*)/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
+_NODE_FILE = re.compile(r".*/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
 _NODE_ACTIONS = (
     ("rename", "label", "label"), ("pin", "pinned", "isPinned"), ("hide", "hidden", "hidden"),
     ("set_parent", "parentSessionId", "manualParentSessionId"),
@@ -10018,9 +9981,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
     """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
-    of_node: dict[str, list[str]] = {}
-    exports: list[ImportSource] = []
-    seen: set[str] = set()  # without links
+    exports: list[str] = []
     for given in paths:
         for path in _json_files(given, skipped) if os.path.isdir(given) else [given]:
             try:
@@ -10032,32 +9993,21 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                     raise CommandError(why) from None
                 skipped.append(why)
                 continue
-            if os.path.realpath(path) in seen:
-                continue
-            seen.add(os.path.realpath(path))
-            session_id, node = _transcript_session(path, lines), _NODE_FILE.fullmatch(path)
-            if node is not None:
-                of_node.setdefault(node[1], []).append(path)
-            elif session_id is not None:
+            session_id = _transcript_session(path, lines)
+            is_export = path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path
+            if session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
-                exports.append(("", (path,)))  # other files of a directory are ignored
-    for files in of_node.values():  # received events, then the events of sessions, then their data
-        files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
-        exports.append(("", tuple(files)))
+            elif path == given or is_export or _NODE_FILE.fullmatch(path):
+                exports.append(path)  # other files of a directory are ignored
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
-    return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
+    sources.sort(key=lambda source: min(map(os.path.getmtime, source[1])))
+    exports.sort(key=lambda path: path.endswith("/meta.json"))  # sums of tokens after the events
+    return [*sources, ("", tuple(exports))]
 
 
 def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    seen = set()
     errors: list[OSError] = []
-    for directory, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        if os.path.realpath(directory) in seen:
-            skipped.append(f"{directory}: is a link to a directory that was read already")
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(directory))
+    for directory, folders, names in os.walk(folder, onerror=errors.append):
         folders.sort()
         for name in sorted(names):
             if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
@@ -10100,22 +10050,9 @@ def import_batches(
         by_session: dict[str, list[JsonObject]] = {}
         found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
-            reader = TranscriptReader(
-                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage
-            )
-            files: dict[str, list[bytes]] = {}  # by agent id
-            named: dict[str, str] = {}
-            for path in paths:
-                name = os.path.basename(path)
-                agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
-                with open_regular(path) as file:
-                    lines = file.read().split(b"\n")
-                if not emit_event.is_json_object(lines[-1]):  # it may still be written
-                    lines.pop()
-                files.setdefault(agent_id, []).extend(lines)
-                named.setdefault(agent_id, path)
-            by_session[session_id] = reader.events(files.pop("", []), files)
-            skipped += [f"{named[agent]}: {n} lines are not JSON" for agent, n in reader.malformed.items()]
+            by_session[session_id] = TranscriptReader(
+                session_id, machine, seen, lambda name: name in ids or is_stored(name), usage, skipped
+            ).events(paths)
         else:
             for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
                 built = emit_event.build_event(event, now_ms(), machine)
@@ -10128,50 +10065,34 @@ def import_batches(
             size = 0
 
 
+@dataclasses.dataclass
 class TranscriptReader:
-    """Converts transcripts of a session and its subagents to the events that hooks would have sent.
+    """Converts transcripts of a session and its subagents to the events that hooks would have sent."""
 
-    `seen` and `usage`: shared by all of an import. `is_known(id)`: another source has that session.
-    """
+    session_id: str
+    machine_id: str
+    seen: set[str]  # lines and words of any transcript so far: a resumed session begins with copies
+    is_known: Callable[[str], bool]  # True for a session that another source has
+    usage: emit_event.UsageReader  # of the whole import
+    skipped: list[str]  # gets what is not understood
+    _calls: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # tool use id → its block
+    _agents: set[str] = dataclasses.field(default_factory=set)
+    _titles: list[tuple[str, JsonObject]] = dataclasses.field(default_factory=list)  # type of line, line
+    _sums: list[Any] = dataclasses.field(default_factory=list)  # the client's own
 
-    def __init__(
-        self,
-        session_id: str,
-        machine_id: str,
-        seen: set[str],
-        is_known: Callable[[str], bool],
-        usage: emit_event.UsageReader,
-    ) -> None:
-        self._session_id, self._machine_id = session_id, machine_id
-        self._seen = seen  # lines and words of any transcript so far: a resumed session begins with copies
-        self._is_known = is_known
-        self._usage = usage
-        self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
-        self._calls: dict[str, JsonObject] = {}  # tool use id → its block
-        self._agents: set[str] = set()
-        self._titles: list[tuple[str, JsonObject]] = []  # type of line, line
-
-    def events(
-        self, lines: Iterable[bytes], of_agents: Mapping[str, Iterable[bytes]] = {}
-    ) -> list[JsonObject]:
+    def events(self, paths: Iterable[str]) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
-        files = {"": lines, **of_agents}
-        found = {agent_id: list(self._entries_of(files[agent_id], agent_id)) for agent_id in files}
-        entries = [*itertools.chain.from_iterable(found.values())]
-        # The client's sums have no time: they include everything before the next line.
-        next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
-        for entry in reversed(found[""]):
-            next_ms = entry["timestamp_ms"] = entry["timestamp_ms"] or next_ms
+        entries = [entry for path in paths for entry in self._entries_of(path)]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
-        self._usage.begin(self._session_id)
+        self.usage.begin(self.session_id)
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
-        entries = [entry for entry in entries if entry["type"] != "cost-state"]
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
         kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
         titles = dict(kept)
+        self.usage.count(self.session_id, self._sums)  # they have no time
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
         usage = list(self._usage_event(end, "end"))
         model = usage[0]["data"]["usage"].get("model") if usage else None
@@ -10179,42 +10100,52 @@ class TranscriptReader:
         begin = self._event(start, "SessionStart", "start", about)
         return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
-    def _entries_of(self, lines: Iterable[bytes], agent_id: str) -> Iterator[JsonObject]:
-        """Yield the lines with messages and sums, each with the `facts` that the parser finds in it."""
-        parser = emit_event.TranscriptParser(agent_id)
-        parser.parses_all = True
-        for line in lines:
-            facts, entry = parser.feed(line + b"\n"), parser.entry or {}
-            if parser.entry is None and line.strip():
-                self.malformed[agent_id] += 1
+    def _entries_of(self, path: str) -> Iterator[JsonObject]:
+        """Yield the lines with messages, each with the `facts` that the parser finds in it."""
+        name = os.path.basename(path)
+        agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
+        parser, malformed = emit_event.TranscriptParser(agent_id), 0
+        with open_regular(path) as file:
+            *lines, last = file.read().split(b"\n")
+        if emit_event.is_json_object(last):  # else it may still be written
+            lines.append(last)
+        for line in filter(bytes.strip, lines):
+            try:
+                entry = emit_event.parse_event_line(line)
+            except MalformedEvent:
+                malformed += 1
+                continue
+            facts = list(parser.facts_in(entry, line))
             place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
             time_ms = emit_event.iso_time_ms(entry.get("timestamp"))
-            if isinstance(origin, str) and origin != self._session_id and self._is_known(origin):
+            if isinstance(origin, str) and origin != self.session_id and self.is_known(origin):
                 continue
             if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
                 self._titles.append((kind, entry))
             if kind == "cost-state":
-                yield {**entry, "facts": facts, "timestamp_ms": 0, "blocks": []}
+                self._sums += facts
             is_message = kind in ("user", "assistant") and isinstance(entry.get("message"), dict)
-            if is_message and time_ms and isinstance(place, str) and place not in self._seen:
-                self._seen.add(place)
+            if is_message and time_ms and isinstance(place, str) and place not in self.seen:
+                self.seen.add(place)
                 agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
                 blocks = emit_event.objects_in(entry["message"].get("content"))
                 about = {"agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
                 yield {**entry, **about}
+        if malformed:
+            self.skipped.append(f"{path}: {malformed} lines are not JSON")
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
         agent_id, message = entry.get("agentId"), entry.get("message", {})
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        self._usage.count(self._session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
+        self.usage.count(self.session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
         words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
         for said in words:
             if said["data"].get("role") == "user":
                 yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
-            elif said["id"] not in self._seen:
-                self._seen.add(said["id"])
+            elif said["id"] not in self.seen:
+                self.seen.add(said["id"])
                 yield {**self._event(entry, "", "", said["data"]), **said}
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
         for number, block in enumerate(results):
@@ -10244,17 +10175,17 @@ class TranscriptReader:
         return self._event(entry, hook, f"result{number}", data)
 
     def _usage_event(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        usage = self._usage.totals(self._session_id)
+        usage = self.usage.totals(self.session_id)
         if usage is not None:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
         agent_id, directory = entry.get("agentId"), entry.get("cwd")
         return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}")),
             "timestamp": entry["timestamp_ms"],
-            "sessionId": self._session_id,
-            "machineId": self._machine_id,
+            "sessionId": self.session_id,
+            "machineId": self.machine_id,
             "workingDirectory": directory if isinstance(directory, str) else "",
             "hookType": hook,
             "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage",
@@ -10456,7 +10387,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
     host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
@@ -10501,7 +10432,12 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
 
 def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    settings = settings_of(args)
+    try:
+        settings = settings_of(args)
+    except ConfigError as error:  # the monitor may run, with an earlier one
+        print_status(f"warning: {error}")
+        home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
+        settings = Settings(home, "", "", emit_event.default_values())
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
@@ -10743,11 +10679,11 @@ def command_answer(args: argparse.Namespace) -> int:
 
 def question_lines(event: JsonObject) -> Iterator[str]:
     """Yield what an event asks, whole, and how to answer it, as lines."""
-    data, given = event["data"], _object(event["data"].get("toolInput"))
+    data, given = event["data"], object_of(event["data"].get("toolInput"))
     fields, answers = given, "allow, always NUMBER …, deny [WHY]"
     if event["hookType"] == "Elicitation":
         yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
-        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        fields = object_of(object_of(data.get("requested_schema")).get("properties"))
         answers = "accept NAME=VALUE …, decline, cancel"
     elif data.get("toolName") == "AskUserQuestion":
         for question in emit_event.objects_in(given.get("questions")):
@@ -10776,11 +10712,11 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
     if do == "always":
         return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
     if do == "accept":
-        fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
+        fields = object_of(object_of(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
         for name, _, value in (word.partition("=") for word in words):
             with contextlib.suppress(ValueError):
-                is_text = _object(fields.get(name)).get("type") == "string"
+                is_text = object_of(fields.get(name)).get("type") == "string"
                 content[name] = value if is_text else json.loads(value)
         return {"do": do, "content": content}
     if do in ("allow", "decline", "cancel") and not words:
@@ -10794,11 +10730,11 @@ def command_install(args: argparse.Namespace) -> int:
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
     for program in programs_of(args):
         version = claude_version() if program == CLAUDE else None
+        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
             print_status(f"{words}; put it on the PATH and run install again")
-        given = (args.project, version, args.without or (), args.status_line, wait_s)
-        plan = plan_install(settings.home, program, *given)
         if not args.dry_run:
             install_hook_files(settings.home)
         line = (
@@ -10952,19 +10888,24 @@ def command_tail(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq = -1
+    last_seq: int | None = None
+    is_waiting = False
     while True:
         try:
-            status = ask_monitor(settings, about, "/api/status")
-            # In memory only, the numbers begin again with each start.
-            last_seq = status["seq"] if last_seq < 0 else min(last_seq, status["seq"])
+            if last_seq is None or is_waiting:
+                status = ask_monitor(settings, about, "/api/status")
+                if status.get("loading"):
+                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
+                # In memory only, the numbers begin again with each start.
+                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
+                is_waiting = False
             page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
-            print_status(f"{error}; waiting for the monitor")
+            if not is_waiting:
+                print_status(f"{error}; waiting for the monitor")
+            is_waiting = True
             time.sleep(1)
-            while not (again := running_monitor(settings)):
-                time.sleep(1)
-            about = again
+            about = running_monitor(settings) or about
             continue
         for event in page["events"]:
             last_seq = event["seq"]

@@ -1303,7 +1303,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
     about: JsonObject = {}
-    data = _terminal(wrapper.pop("terminal", None))
+    data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
@@ -2125,9 +2125,9 @@ def log_failure(reason: str) -> None:
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
 
-PLACE_HOOKS = frozenset(("SessionStart", "UserPromptSubmit", "Stop"))  # after which the branch is read
+PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # with which the branch is read
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
-TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
+TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and parsed at once
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
@@ -2138,7 +2138,7 @@ WATCH_S = 3600.0  # after its last event a working session is still looked at: a
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
 EVIDENCE_MS = 60_000  # older lines are history
 PROMPT_MARGIN_MS = 2000  # a hook's event and the line about the same prompt are no further apart
-USAGE_SCHEMA = 8
+USAGE_SCHEMA = 9
 _USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -2169,19 +2169,19 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": lambda value: type(value) is int,
 }
-# `model` and `context` are of the main agent's last message, `origin` is whose messages come first.
+# `model` and `context` are of the main agent's last message, `origin` is whose messages come first. Of words
+# a row of `messages` has the id only.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
-DROP TABLE IF EXISTS words;
+DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages; DROP TABLE IF EXISTS words;
+DROP TABLE IF EXISTS sessions;
 CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
   chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
-CREATE TABLE words (id TEXT PRIMARY KEY, session TEXT);
-CREATE INDEX words_of_session ON words (session);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, identity TEXT,
+  position INTEGER);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, agent TEXT,
+  model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
-CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
@@ -2210,20 +2210,6 @@ class CostState(NamedTuple):
     chain: str  # the same for a session and its forks: when the first of them began
     models: "dict[str, Counts]"
 
-    def uncounted(self, counted: "dict[str, Counts]") -> "Iterator[MessageUsage]":
-        """Yield what the sums have beyond what was counted so far: requests that have no line."""
-        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
-        nothing = (0,) * len(COUNT_NAMES)
-        in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (self.models, counted))
-        left = [max(0, own - ours) for own, ours in zip(in_all, known)]
-        for model, sums in self.models.items():
-            more = [min(max(0, a - b), c) for a, b, c in zip(sums, counted.get(model, nothing), left)]
-            left = [a - b for a, b in zip(left, more)]
-            more[4] = min(more[3:])
-            if any(more):
-                key = f"{self.chain} cost-state {model} {sums}"
-                yield MessageUsage(key, "", model, tuple(more))  # type: ignore[arg-type]
-
 
 class TranscriptParser:
     """Find usage, words and evidence in a transcript fed in pieces of any size; a line counts once complete.
@@ -2236,10 +2222,9 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self.consumed = 0  # bytes; the next reader begins there
         self.words_from: float = 0
-        self.entry: Optional[JsonObject] = None  # the line that was parsed last
-        self.parses_all = False  # also lines without facts
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
+        self._marks = _AGENT_MARKS if program else _MARKS
         self._model = model  # of the last line that names one, where the lines with tokens do not
         self._rest = bytearray()  # of a line that is not complete
 
@@ -2249,33 +2234,36 @@ class TranscriptParser:
         if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
         *lines, rest = bytes(self._rest).split(b"\n")
-        rest = rest if lines else b""  # of too long a line; its end will be no JSON object
         found: list[Any] = []
-        place = self.consumed
-        self.consumed += len(self._rest) - len(rest)
-        self._rest = bytearray(rest)
         for line in lines:
-            found += self._facts_of(line, place >= self.words_from)
-            place += len(line) + 1
+            has_words = self.consumed >= self.words_from and not self._program
+            is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
+            if is_prompt or any(mark in line for mark in self._marks):
+                with contextlib.suppress(MalformedEvent):
+                    found += self.facts_in(parse_event_line(line), line, has_words)
+            self.consumed += len(line) + 1
+        if not lines:  # too long a line; its end will be no JSON object
+            self.consumed += len(rest)
+        self._rest = bytearray(rest if lines else b"")
         return found
 
-    def _facts_of(self, line: bytes, has_words: bool) -> "Iterator[MessageUsage | CostState | JsonObject]":
-        has_words = has_words and not self._program
-        is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
-        marks = _AGENT_MARKS if self._program else _MARKS
-        self.entry = None
-        if not (self.parses_all or is_prompt or any(mark in line for mark in marks)):
-            return
-        try:
-            entry = self.entry = parse_event_line(line)
-        except MalformedEvent:
-            return
-        if self._program:
-            yield from self._of_program(AGENTS[self._program], entry, line)
-            return
-        shown, time_ms = _evidence_in(entry, self._agent_id), iso_time_ms(entry.get("timestamp"))
+    def facts_in(
+        self, entry: JsonObject, line: bytes, has_words: bool = True
+    ) -> "Iterator[MessageUsage | CostState | JsonObject]":
+        """Yield what is in one line, and its JSON object; a message's own usage last."""
+        wrapped = entry.get("payload", entry.get("data")) if self._program else None
+        inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
+        shown = (
+            _agent_evidence(self._program, self._agent_id, entry, inner)
+            if self._program
+            else _evidence_in(entry, self._agent_id)
+        )
+        time_ms = iso_time_ms(shown.pop("at", entry.get("timestamp")))
         if shown and time_ms:
             yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
+        if self._program:
+            yield from self._of_program(AGENTS[self._program], entry, inner, line)
+            return
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
@@ -2285,7 +2273,7 @@ class TranscriptParser:
             yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
         if not isinstance(message, dict):
             return
-        if is_prompt and kind == "user" and time_ms:
+        if has_words and kind == "user" and time_ms and b'"tool_result"' not in line:
             yield from self._prompt_in(entry, time_ms)
         if kind != "assistant":
             return
@@ -2315,14 +2303,11 @@ class TranscriptParser:
             role, text = ("shell", command[1]) if command else ("user", text)
             yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
 
-    def _of_program(self, about: AgentFormat, entry: JsonObject, line: bytes) -> "Iterator[Any]":
-        """Yield what a line of another program's transcript shows."""
-        wrapped = entry.get("payload", entry.get("data"))
-        inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
-        shown, kind = _agent_evidence(self._program, entry, inner), entry.get("type")
-        time_ms = iso_time_ms(shown.pop("at", entry.get("timestamp")))
-        if shown and time_ms and not self._agent_id and "agentId" not in entry:
-            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
+    def _of_program(
+        self, about: AgentFormat, entry: JsonObject, inner: JsonObject, line: bytes
+    ) -> "Iterator[MessageUsage]":
+        """Yield what a line of another program's transcript has of usage."""
+        kind = entry.get("type")
         if kind == "turn_context":
             self._model = id_or(inner.get("model"), self._model)
         type_name, place, key_name = about.usage
@@ -2355,8 +2340,10 @@ def _words(key: str, time_ms: int, agent_id: str, data: JsonObject) -> JsonObjec
     return {**event, **({"agentId": agent_id} if agent_id else {}), "data": data}
 
 
-def _agent_evidence(program: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
+def _agent_evidence(program: str, agent_id: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
     """Return the event that a line of another program's transcript is evidence of; `at`: its time."""
+    if agent_id or "agentId" in entry:
+        return {}
     kind = inner.get("type") if program == "codex" else entry.get("type")
     calls, error = objects_in(entry.get("toolCalls")), inner.get("error")
     data: JsonObject = {}
@@ -2438,51 +2425,44 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self.with_words = True
-        # Session → hash of the totals in its last event, and when they were read (time.monotonic)
+        # Session → hash of its last totals, and when they were read (time.monotonic)
         self._delivered: dict[str, tuple[int, float]] = {}
-        self._counted: set[str] = set()  # sessions with tokens that no event has yet
-        self._states: dict[tuple[str, str], dict[str, Any]] = {}  # (session, path) → files as they were read
         self._found: list[JsonObject] = []  # evidence and words of the last reading
         self._no_hooks_ms = 0  # prompts before this time were reported by no hook
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
         """Read on in the transcripts that an event names; return words, evidence, and usage if it is new.
 
-        Without `is_end` only what has grown is read, and there is usage every USAGE_QUIET_S.
-        `since`: the time of the first event since nothing was read.
+        Without `is_end` only what has grown is read, and there is usage every USAGE_QUIET_S. Of UsageWorker:
+        `since`, the time of the first event since nothing was read; `states`, of the files when they were.
         """
-        data, session_id, self._found = event["data"], event["sessionId"], []
-        named = data.get("transcriptPath"), data.get("agent_transcript_path")
-        known = self._states.get((session_id, str(named[1])), {})
+        data, session_id, states = event["data"], event["sessionId"], event.get("states", {})
         before, read_at = self._delivered.get(session_id, (0, 0.0))
-        is_owed = session_id in self._counted and time.monotonic() - read_at >= USAGE_QUIET_S
-        if known and not is_end and not is_owed and all(_file_state(it) == known[it] for it in known):
+        with_totals = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
+        if not with_totals and states and all(_file_state(it) == states[it] for it in states):
             return []
-        usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         since_ms: int = event.get("since") or event["timestamp"]
-        self._no_hooks_ms = since_ms - PROMPT_MARGIN_MS
+        self._found, self._no_hooks_ms = [], since_ms - PROMPT_MARGIN_MS
         try:
-            files = transcripts_of(*named)
-            folders = {os.path.dirname(path) for path, agent_id in files if agent_id}
-            folders.add(str(named[0])[: -len(".jsonl")] + "/subagents")  # changes when an agent begins
-            states = {path: _file_state(path) for path in (*dict(files), *folders)}
-            self._states[session_id, str(named[1])] = states
-            program = event["agent"] if event.get("agent") in AGENTS else ""
-            grown = [it for it in files if states[it[0]] is None or states[it[0]] != known.get(it[0])]
-            usage = self._read(session_id, grown, program, is_end or is_owed)
+            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+            folders = {os.path.dirname(path) for path, agent_id in files.items() if agent_id}
+            folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
+            now = {path: _file_state(path) for path in (*files, *folders)}
+            grown = {path: files[path] for path in files if now[path] and now[path] != states.get(path)}
+            with self._open():  # all or nothing: what was not returned is found again
+                usage = self._read(session_id, grown, str(event.get("agent")), with_totals)
         except Exception as error:  # an unreadable transcript must not stop the thread
-            self.forget(event)
             self._recover(error)
+            return []
+        states.clear()
+        states.update(now)
         found, key = [{**about, **it} for it in self._found], hash(encode_json(usage))
-        if usage is not None:
+        if with_totals:
             self._delivered[session_id] = key, time.monotonic()
-            if key != before:
+            if usage and key != before:
                 found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
         return found
-
-    def forget(self, event: JsonObject) -> None:
-        """Forget how large the transcripts of an event were."""
-        self._states.pop((event["sessionId"], str(event["data"].get("agent_transcript_path"))), None)
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2510,35 +2490,30 @@ class UsageReader:
                 os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
-            database.execute("PRAGMA synchronous = OFF")
-            database.execute("PRAGMA journal_mode = TRUNCATE")
+            for pragma in ("synchronous = OFF", "journal_mode = TRUNCATE", "foreign_keys = ON"):
+                database.execute("PRAGMA " + pragma)
             if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
                 database.executescript(_USAGE_TABLES)
             self._database = database
         return self._database
 
     def _read(
-        self, session: str, files: "list[tuple[str, str]]", program: str, with_totals: bool
+        self, session: str, files: "dict[str, str]", agent: str, with_totals: bool
     ) -> "JsonObject | None":
-        database = self._open()
-        is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
-        if not is_known and not any(os.path.isfile(path) for path, _ in files):
+        find = "SELECT model FROM sessions WHERE name = ?"
+        known = self._database.execute(find, (session,)).fetchone()
+        if not known and not files:
             return None  # the session's file system is not here
-        if with_totals or not is_known:
+        if with_totals or not known:
             self.begin(session)
+        program, model = agent if agent in AGENTS else "", known and known[0]
         # The main transcript is the last, because the client's sums in it include those of the subagents.
-        for path, agent_id in sorted(files, key=lambda file: file[1] == ""):
+        for path, agent_id in sorted(files.items(), key=lambda file: file[1] == ""):
+            if program == "codex" and session not in path:
+                agent_id = agent_id or SIDECHAIN  # a subagent's own file
             with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
-                if program == "codex" and session not in path:
-                    agent_id = agent_id or SIDECHAIN  # a subagent's own file
-                find = "SELECT coalesce(model, '') FROM sessions WHERE name = ?"
-                model = database.execute(find, (session,)).fetchone()[0] if program else ""
-                self._count(session, path, file.fileno(), TranscriptParser(agent_id, program, model))
-        is_new = session in self._counted or session not in self._delivered
-        if self._stopping.is_set() or not (with_totals and is_new):
-            return None
-        self._counted.discard(session)
-        return self.totals(session)
+                self._count(session, path, file.fileno(), TranscriptParser(agent_id, program, model or ""))
+        return self.totals(session) if with_totals and not self._stopping.is_set() else None
 
     def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         about = os.fstat(fd)
@@ -2550,27 +2525,23 @@ class UsageReader:
         while place < size and not self._stopping.is_set():
             chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
             if not chunk:
-                return  # it has become shorter
+                break  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
-            events = [it for it in found if isinstance(it, dict)]
-            with self._database as database:
-                self._found += [it for it in events if self._is_new(session, it)]
-                self.count(session, [it for it in found if not isinstance(it, dict)])
-                row = (path, session, identity, start + parser.consumed)
-                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+            self._found += [it for it in found if isinstance(it, dict) and self._is_new(session, it)]
+            self.count(session, [it for it in found if not isinstance(it, dict)])
+        if parser.consumed:
+            row = (path, session, identity, start + parser.consumed)
+            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
 
     def begin(self, session: str) -> None:
         """Begin to count for a session, or go on; drop those that were read long ago."""
         # A dropped session is read from its start when it has another event.
         upsert = "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
         upsert += " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms"
-        with self._open() as database:
-            database.execute(upsert, (session, now_ms()))
-            old = f"IN (SELECT name FROM sessions WHERE read_ms < {now_ms() - USAGE_KEPT_MS})"
-            for table in ("messages", "words", "files"):
-                database.execute(f"DELETE FROM {table} WHERE session {old}")
-            database.execute(f"DELETE FROM sessions WHERE name {old}")
+        database = self._open()
+        database.execute(upsert, (session, now_ms()))
+        database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - USAGE_KEPT_MS,))
 
     def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
         """Count what a parser has found, for a session that has begun."""
@@ -2582,7 +2553,6 @@ class UsageReader:
             about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
             database.execute(update + " WHERE name = ?", about_own)
         for entry in found:
-            self._counted.add(session)
             for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry):
                 key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
                 database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
@@ -2592,7 +2562,7 @@ class UsageReader:
         database = self._database
         models: dict[str, JsonObject] = {}
         agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
-        sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+        sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? AND model > '' GROUP BY 1, 2"
         for agent, model, *counts in database.execute(
             sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
         ):
@@ -2610,17 +2580,28 @@ class UsageReader:
         if event["eventType"] != WORDS:  # a fork begins with copies of lines
             return bool(event["timestamp"] > max(now_ms() - EVIDENCE_MS, self._no_hooks_ms))
         is_by_hook = event["data"].get("role") == "user" and event["timestamp"] >= self._no_hooks_ms
-        add = "INSERT OR IGNORE INTO words VALUES (?, ?)"
+        add = "INSERT OR IGNORE INTO messages (id, session) VALUES (?, ?)"
         return self._database.execute(add, (event["id"], session)).rowcount == 1 and not is_by_hook
 
-    def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
+    def _rest_of(self, session: str, state: CostState) -> "Iterator[MessageUsage]":
+        """Yield what the client's sums have beyond what was counted so far: requests that have no line."""
         # The sums belong to the first session of a chain; a fork begins with messages of another one.
         find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
         if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
-            return []
+            return
         self._database.execute("UPDATE sessions SET chain = ? WHERE name = ?", (state.chain, session))
-        counted = f"SELECT model, {_SUMS} FROM messages WHERE session = ? GROUP BY model"
-        return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
+        models = (self.totals(session) or {}).get("models", {})
+        counted = {model: [by.get(name, 0) for name in COUNT_NAMES] for model, by in models.items()}
+        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
+        nothing = [0] * len(COUNT_NAMES)
+        in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (state.models, counted))
+        left = [max(0, own - ours) for own, ours in zip(in_all, known)]
+        for model, sums in state.models.items():
+            more = [min(max(0, a - b), c) for a, b, c in zip(sums, counted.get(model, nothing), left)]
+            left = [a - b for a, b in zip(left, more)]
+            if any(more):
+                key = f"{state.chain} cost-state {model} {sums}"
+                yield MessageUsage(key, "", model, (more[0], more[1], more[2], more[3], min(more[3:])))
 
 
 class UsageWorker:
@@ -2637,19 +2618,18 @@ class UsageWorker:
         self._closing = threading.Event()
         self.reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → (time.monotonic of the next look, 0: read at once;
-        # event; time until which it is looked at)
-        self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
+        # (session, an agent's own transcript or "") → the event's fields, until when (time.monotonic) they
+        # are looked at, whether they are to be read at once, and the files' states
+        self._pending: dict[tuple[str, str], JsonObject] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
         """True while something is to be read at once, or a session works that no registry reports."""
         with self._wake:
-            now = time.monotonic()
             return any(
-                due == 0 or (until > now and not self._is_reported(session))
-                for (session, _), (due, _, until) in self._pending.items()
+                it["isEnd"] or (it["until"] > time.monotonic() and not self._is_reported(session))
+                for (session, _), it in self._pending.items()
             )
 
     def put(self, event: JsonObject) -> None:
@@ -2664,14 +2644,13 @@ class UsageWorker:
         is_here = os.path.exists(paths.get(names[0], ""))
         until = now + (USAGE_LATE_S if not works else WATCH_S if is_here else USAGE_QUIET_S)
         with self._wake:
-            is_first, before = not self._pending, self._pending.get(key, (math.inf, {}, 0.0))
-            about["since"] = before[1].get("since", event["timestamp"])
-            due = 0 if is_end else min(now + LOOK_S, before[0])
-            self._pending[key] = (due, {**about, "data": paths}, until)
+            is_first, before = not self._pending, self._pending.get(key, {})
+            new = {**about, "data": paths, "until": until, "isEnd": is_end or before.get("isEnd", False)}
+            self._pending[key] = {"since": event["timestamp"], "states": {}, **before, **new}
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread wakes up before this one is due
+            if is_end or is_first:  # else the thread wakes up for its next look
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2683,46 +2662,46 @@ class UsageWorker:
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        looked = 0.0
+        while not self._closing.is_set():
             with self._wake:
-                if self._closing.is_set():
-                    break
-                key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
-                due, event, until = entry = self._pending.get(key, (math.inf, {}, 0.0))
+                if not (self._closing.is_set() or any(it["isEnd"] for it in self._pending.values())):
+                    left = looked + LOOK_S - time.monotonic()
+                    self._wake.wait(max(0.0, left) if self._pending else None)
                 now = time.monotonic()
-                if due > now:
-                    self._wake.wait(min(due - now, 3600.0))
-                    continue
-            for found in self.reader.events(event, is_end=due == 0 or until < now + LOOK_S):
-                self._deliver(found)
-            with self._wake:
-                if self._pending.get(key) is entry:
-                    del self._pending[key]
-                    if until > now:
-                        self._pending[key] = (time.monotonic() + LOOK_S, event, until)
-                    else:
-                        self.reader.forget(event)
+                is_look = now >= looked + LOOK_S
+                looked = now if is_look else looked
+                due = [(key, it) for key, it in self._pending.items() if is_look or it["isEnd"]]
+            for key, entry in due:
+                is_over = entry["until"] <= now
+                for found in self.reader.events(entry, entry["isEnd"] or is_over):
+                    self._deliver(found)
+                with self._wake:
+                    if self._pending.get(key) is entry:
+                        entry["isEnd"] = False
+                        if is_over:
+                            del self._pending[key]
         self.reader.close()  # SQLite wants it in the thread that opened it
 
 
-def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
-    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'."""
-    # Old clients have those of subagents beside the session's, newer ones in `<session>/subagents/` or below.
+def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
+    """Find a session's transcripts: path without links → agent id; "" for the main one."""
     places = transcript_places(main_path)
     found = {os.path.realpath(place): "" for place in places}
-    named = (
-        f"{folder}/{name}"
-        for place in places
-        for folder, _, names in os.walk(place[: -len(".jsonl")] + "/subagents")
-        for name in sorted(names)
-        if name.startswith("agent-") and name.endswith(".jsonl")
-    )
-    beside = transcript_places(agent_path) if places else []
-    for path in (*named, *beside):
+    # Old clients have those of subagents beside the session's.
+    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
         name = os.path.basename(path)
         agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
         found.setdefault(os.path.realpath(path), agent_id)
-    return list(found.items())
+    return found
+
+
+def agent_files(places: "list[str]", beginning: str, end: str) -> "Iterator[str]":
+    """Yield files of a session's agents by their names, in `<session>/subagents/` or below."""
+    for place in places:
+        for folder, _, names in os.walk(place[: -len(".jsonl")] + "/subagents"):
+            named = (it for it in sorted(names) if it.startswith(beginning) and it.endswith(end))
+            yield from (f"{folder}/{name}" for name in named)
 
 
 def transcript_places(path: Any) -> "list[str]":
@@ -2764,7 +2743,7 @@ def add_git_place(event: JsonObject) -> None:
     {branch: its name, or a short commit; root: the directory of the worktree; project: that of the main
     worktree, or of a bare repository}.
     """
-    if "agentId" in event or not (event["hookType"] in PLACE_HOOKS or event["eventType"] == "client_status"):
+    if "agentId" in event or "git" in event["data"]:
         return
 
     def read(*path: str) -> str:
@@ -2783,42 +2762,34 @@ def add_git_place(event: JsonObject) -> None:
                     project = os.path.dirname(common) if common.endswith("/.git") else common
             head = read(git, "HEAD")
             branch = head.partition("refs/heads/")[2] or head[:7]
-            _keep(event["data"], "git", {"branch": branch, "root": root, "project": project})
+            event["data"]["git"] = {"branch": branch, "root": root, "project": project}
             return
 
 
-class AgentNoteReader:
-    """Adds the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
+def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> None:
+    """Add the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
 
     The note exists from the first tool call on; only it names a nested agent's parent.
+    `noted`: (session, agent) → id of the event with the note, which comes again if it could not be stored.
     """
-
-    def __init__(self) -> None:
-        self._noted: dict[tuple[str, str], str] = {}  # (session, agent) → id of the event with the note
-
-    def add_note(self, event: JsonObject) -> None:
-        """Add what the client has noted on the event's subagent, once."""
-        agent_id, data = event.get("agentId"), event["data"]
-        key = (event["sessionId"], agent_id or "")
-        # The same event comes again if it could not be stored.
-        if self._noted.get(key, event["id"]) != event["id"] or not _AGENT_ID.fullmatch(key[1]):
-            return
-        places = [glob.escape(it[: -len(".jsonl")]) for it in transcript_places(data.get("transcriptPath"))]
-        name = f"agent-{agent_id}.meta.json"
-        patterns = [f"{it}/subagents{below}/{name}" for it in places for below in ("", "/workflows/*")]
-        notes = itertools.chain.from_iterable(map(glob.iglob, patterns))
-        try:
-            with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
-                note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
-        except (OSError, MalformedEvent):
-            return  # not there, or only half written
-        if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
-            del self._noted[next(iter(self._noted))]
-        self._noted[key] = event["id"]
-        kept = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
-        _keep(data, "agentMeta", kept)
-        if isinstance(note.get("description"), str):
-            _keep(data, "agentDescription", note["description"])
+    agent_id, data = event.get("agentId", ""), event["data"]
+    key = event["sessionId"], agent_id
+    if noted.get(key, event["id"]) != event["id"] or not _AGENT_ID.fullmatch(agent_id):
+        return
+    places = transcript_places(data.get("transcriptPath"))
+    notes = agent_files(places, f"agent-{agent_id}.", ".meta.json")
+    try:
+        with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
+            note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
+    except (OSError, MalformedEvent):
+        return  # not there, or only half written
+    if len(noted) >= AGENTS_REMEMBERED:
+        del noted[next(iter(noted))]
+    noted[key] = event["id"]
+    known = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
+    _keep(data, "agentMeta", known)
+    if isinstance(note.get("description"), str):
+        _keep(data, "agentDescription", note["description"])
 
 
 # ---------------------------------------------------------------------------
@@ -3084,7 +3055,6 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter in which a publisher has continued
 BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
@@ -3273,12 +3243,13 @@ class Publisher:
         self._spool = home + "/spool"
         self._config_path = config_path
         self._lock_fd = lock_fd
+        self._python = publisher_python(home)  # the interpreter that runs it
         self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
-        self._agent_notes = AgentNoteReader()
+        self._noted: dict[tuple[str, str], str] = {}  # see add_agent_note
         self._registry = RegistryWatcher(self._machine_key)
         self._usage = UsageWorker(home, self._own_events.append, lambda it: it in self._registry.sessions)
         self._registry_due = 0.0  # time.monotonic
@@ -3316,32 +3287,20 @@ class Publisher:
             self._write_state()
             is_busy = self._usage.is_busy or self._registry.is_busy
             if self._batch:
+                if publisher_python(self._home) != self._python:  # perhaps this one lacks redis-py
+                    break
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
             elif now - last_event < PUBLISHER_QUIET_S or self._own_events or is_busy:
                 if now - last_event >= BUSY_S:
                     self._enter("idle", None)
                 time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
-            elif self._leave():
-                return
             else:
-                last_event = now
-        self._enter("stopped", None)
-
-    def _leave(self) -> bool:
-        """Release the lock; take it again and return False if the spool has an event.
-
-        No event is left behind: a hook appends before it tries the lock, so if refused, its append is seen.
-        """
+                break
         self._enter("stopped", None)
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-        if not spool_segments(self._spool):
-            return True
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True  # a hook was faster: the next publisher runs
-        self._enter("idle", None)
-        return False
+        # A hook appends before it tries the lock, so if refused, its append is seen here.
+        if not self.stopping and self._values["mode"] == "redis" and spool_segments(self._spool):
+            ensure_publisher(self._home)
 
     def _follow_config(self) -> None:
         key: Any = "none"
@@ -3384,8 +3343,9 @@ class Publisher:
             event.setdefault("machineKey", self._machine_key)
         self._usage.put(event)
         self._registry.learn(event)
-        self._agent_notes.add_note(event)
-        add_git_place(event)
+        add_agent_note(event, self._noted)
+        if event["eventType"] in PLACE_EVENTS:
+            add_git_place(event)
         event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 
@@ -3438,8 +3398,6 @@ class Publisher:
                     pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
             replies = within(deadline_s, lambda: pipeline.execute(raise_on_error=False))
         except Exception as error:  # the events stay in the spool
-            if isinstance(error, ImportError):
-                self._change_interpreter()
             self._fail(redis_trouble(error, self._values))
             return
         self._settle(batch, replies)
@@ -3492,15 +3450,6 @@ class Publisher:
         drop_old_segments(self._spool)
         if not os.path.isdir(self._home):  # removed with all its events
             self.stopping = True
-
-    def _change_interpreter(self) -> None:
-        """Continue in the interpreter that `install` has recorded since the start, with the same lock."""
-        python = publisher_python(self._home)
-        if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
-            return
-        os.set_inheritable(self._lock_fd, True)
-        arguments = [python, "-E", os.path.abspath(__file__), "--publish", str(self._lock_fd)]
-        os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
         client, self._client = self._client, None

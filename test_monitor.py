@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import pickle
@@ -1527,7 +1528,8 @@ def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(tmp_path,
     monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
     here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
     line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
-    (stored,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line], remote)[1]
+    with contextlib.closing(cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)) as ingest:
+        (stored,) = ingest.take([line], remote)[1]
     assert stored.event.get("machineKey") == (here.machine_key if key == "own" else key)
     assert stored.event["machineId"] == fields.get("machineId", "unknown" if remote else "box")
 
@@ -2094,7 +2096,8 @@ def test_the_config_decides_what_is_stored(tmp_path, key, value):
     here = cm.Settings(str(tmp_path), "", "box", hook_load(tmp_path / "c.json", key, value)[0])
     prompt = f"use {hook_token('gh' + 'p_', 36)} " + "x" * 3000
     line = json.dumps(hook_wrapped(payload("UserPromptSubmit", prompt=prompt))).encode()
-    (entry,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line])[1]
+    with contextlib.closing(cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)) as ingest:
+        (entry,) = ingest.take([line])[1]
     message = str(json.loads(entry.line)["data"].get("message"))
     assert message.startswith(beginning) and (len(message) > 1024) == is_whole
 
@@ -4721,6 +4724,21 @@ def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], mo
     assert (rounds, turns.size, turns.take()) == (taken, 0, [])
 
 
+def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) -> None:
+    event = json.dumps({"hook": payload("Stop"), "machineId": "flood"}).encode() + b"\n"
+    with contextlib.ExitStack() as stack:
+        os.kill(running.pid, signal.SIGSTOP)
+        *floods, quiet = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(21))
+        for sock in (*floods, quiet):
+            sock.settimeout(30)
+            sock.connect(running.socket_path)
+            sock.sendall(event * 500 if sock is not quiet else event.replace(b"flood", b"quiet"))
+        os.kill(running.pid, signal.SIGCONT)
+        assert quiet.recv(1) == ee.ACKNOWLEDGEMENT
+        ready = multiprocessing.connection.wait(floods, 0)
+        assert sum(len(sock.recv(500)) for sock in ready) < 20 * 500 / 2
+
+
 def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
     running.write_config({"limits": {"clientQueueBytes": 200_000}})
     running.stop()
@@ -5704,6 +5722,8 @@ def test_all_recordings_in_one_book_do_not_disturb_each_other():
     alone = {shown["sessionId"]: shown for stream in streams for shown in session_replay(stream)}
     mixed = [event for group in itertools.zip_longest(*streams) for event in group if event is not None]
     together = {shown["sessionId"]: shown for shown in session_replay(mixed)}
+    for shown in (*together.values(), *alone.values()):
+        shown.pop("collisions")  # all of them work in one directory
     assert together == alone
 
 
@@ -6942,11 +6962,11 @@ def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
 
 def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of these payloads with the client's notes on them."""
-    reader, events = ee.AgentNoteReader(), []
+    known, events = {}, []
     for number, each in enumerate(payloads):
         given_object = {"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}
         events.append(ee.build_event(given_object, 1, USAGE_MACHINE))
-        reader.add_note(events[-1])
+        ee.add_agent_note(events[-1], known)
     return events
 
 
@@ -6969,12 +6989,12 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
     (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
     whole = install_text(note)
-    reader, noted = ee.AgentNoteReader(), []
+    known, noted = {}, []
     for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
         os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
         event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
-        reader.add_note(event)
+        ee.add_agent_note(event, known)
         noted.append("agentMeta" in event["data"])
     assert noted == [False, False, True, True, False]
 
@@ -7002,7 +7022,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
     write_files(tmp_path / "projects/-app", {f"{place}/agent-a1.meta.json": note, "s1.jsonl": ""})
     path, agent = f"{tmp_path}/projects/-worktree/s1.jsonl", {"agent_id": "a1", "agent_type": "x"}
     event = usage_event(path, hook="PreToolUse", tool_name="Bash", **agent)
-    ee.AgentNoteReader().add_note(event)
+    ee.add_agent_note(event, {})
     assert event["data"]["agentDescription"] == "look"
 
 
@@ -7010,7 +7030,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
 def test_no_agent_id_leads_to_another_file(tmp_path, agent):
     copied = usage_copied("subagent", tmp_path)[0]
     event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
-    ee.AgentNoteReader().add_note(event)
+    ee.add_agent_note(event, {})
     assert "agentMeta" not in event["data"]
 
 
@@ -7413,28 +7433,17 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         assert "stored events have" not in in_process(place, "status").stdout
 
 
-def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypatch):
+def test_actions_are_refused_until_all_sessions_are_read(monkeypatch):
     with loading_held(monkeypatch) as (place, ids, gate):
         client = place.websocket()
-        client.send(type="rename_session", sessionId=ids[1], label="first")
-        client.send(type="rename_session", sessionId=ids[1], label="second")
-        client.send(type="toggle_pin", sessionId=ids[2])
-        client.send(type="set_parent", sessionId=ids[4], parentSessionId=ids[5])
-        client.send(type="set_parent", sessionId=ids[16], parentSessionId=ids[18])  # 18 below 17 below 16
-        stored = loading_reference(place.home + "/events").sessions.values()
-        victim = next(name for name in ids[19:] if name not in {session.continued_from for session in stored})
-        client.send(type="delete_session", sessionId=victim)
+        renaming = {"type": "rename_session", "sessionId": ids[1], "label": "second"}
+        assert client.ask("error", **renaming)["message"] == cm.LOADING
         posted = place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))
         assert posted[0] == 503
         gate.set()
         client.next("sessions_updated")
-        assert "below itself" in client.next("error", request="set_parent")["message"]
-        client.next("session_deleted", sessionId=victim)
-        shown = place.sessions()
-        assert victim not in shown and len(shown) == 39
-        assert shown[ids[1]]["label"] == "second" and shown[ids[2]]["isPinned"]
-        assert shown[ids[4]]["parentSessionId"] == ids[5]
-        assert not glob.glob(f"{place.home}/events/*/{victim}.jsonl")
+        client.send(**renaming)
+        assert client.next("session_update")["session"]["label"] == "second"
         assert loading_same(place)
 
 
@@ -8822,7 +8831,10 @@ def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     before = status()["pid"]
     monitor.command("restart", "--no-open")
     assert status()["pid"] != before
-    assert "stopped" in in_process(monitor, "stop").stdout
+    with open(monitor.home + "/monitor.config.json", "w", encoding="utf-8") as file:
+        file.write('{"mode": "cloud"}')  # a broken configuration
+    stopped = in_process(monitor, "stop")
+    assert "stopped" in stopped.stdout and "mode: expected" in stopped.stderr
     assert "not running" in in_process(monitor, "stop").stdout
     assert not os.path.exists(monitor.socket_path)
 
@@ -9496,6 +9508,11 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
         doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
         1, "statusline fail", "install --status-line",
     ),
+    "a status line whose hook is broken, around another": (
+        doctor_line("echo hi", lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
+        1, "statusline fail", "prints 'hi', but hands on no figures",
+    ),
+    "a status line that never ends": (doctor_line("sleep 100"), 0, "statusline ok", "prints nothing within 10 s"),
     "an environment in the settings": (
         doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
         1, "hook warn", "the hook reads /gone/other.json",
@@ -10404,7 +10421,7 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
     ):
         server.stop()
         about = machine.wait_until("given_up")
-        assert [about[it] for it in ("maxRetries", "attempt", "nextAttemptAt")] == [2, 2, None]
+        assert (about["maxRetries"], about["attempt"]) == (2, 2) and about["reason"]
         assert machine.request("/health")[0] == 200
         machine.say(f"away-{number}")
         server.start()
@@ -10421,7 +10438,7 @@ def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
     machine = make(RedisMachine, config=server.settings())
     server.stop()
     assert "\nNot connected yet, the monitor keeps trying: " in machine.command("start", "--no-open").stdout
-    eventually(lambda: machine.know().redis()["attempt"] >= 2 and machine.redis()["nextAttemptAt"])
+    eventually(lambda: machine.know().redis()["attempt"] >= 2)
     server.start()
     machine.wait_until("connected")
     kept = [f"kept-{number}" for number in range(20)]
@@ -10515,10 +10532,8 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
         eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
         if python == without:
             assert not server.streamed()
-        pid = machine.publisher()["pid"]
         assert cm.record_publisher_python(machine.home)
         eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
-        assert machine.publisher()["pid"] == pid, "the lock went with it"
         machine.end_publisher()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
     assert markers == ["first", "second"]
@@ -11784,7 +11799,7 @@ tools of MCP servers and their questions are named
 
 questions are shown with their answers
     play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
-                                    | open Permission request / : AskUserQuestion; Red or blue?
+                                    | no row: Permission request
                                     | every row opens
 
 a call that started an agent shows its task and result, and leads to it
@@ -11911,6 +11926,7 @@ history finds what is stored and opens it
     press /
     fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
     fill <history-query>: zebra     | hits: 3
+                                    | true: [...document.querySelectorAll('[aria-label=Tool] option')].map((el) => el.value).join() === ',Bash'
     select [aria-label='Session state']: working | hits: 0 & linked: state=working
     select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
     select [aria-label='Session state']: | hits: 3
@@ -12059,8 +12075,7 @@ a task of the day: send a colleague this failure
 a task of the day: a command run earlier, and the cost today per project
     @old prompt long ago; @old call make zebra; @old end other | found zebra: 1
     press 2
-    press /
-    type zebra                      | hits: 1 & in hits: make zebra
+    fill <history-query>: zebra     | hits: 1 & in hits: make zebra
     press Escape 3
     select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
 
@@ -12852,8 +12867,8 @@ def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
 REDIS_AWAY = {
     "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
     "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
-    "since": NOW_MS, "nextAttemptAt": NOW_MS, "lastHeardAt": NOW_MS, "position": "1-0", "streamState": "ok",
-    "streamReason": None, "gaps": 0, "received": 7, "fromStream": 2,
+    "position": "1-0", "streamState": "ok",
+    "streamReason": None, "gaps": 0,
 }  # fmt: skip
 SPOOL_LOSS = {"segments": 0, "bytes": 0, "dropped": 5}
 # What changes in the monitor's status, one after the other → the whole banner, and what the top bar says is lost.
@@ -12964,7 +12979,7 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     machine.start()
     machine.wait_until("given_up")
     tab = open_tab(machine)
-    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): Redis at 127"
+    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): Redis at localhost"
     tab.shows("banner", gave_up)
     other = open_tab(machine, "#status")
     other.shows("status", "given up")
@@ -13007,7 +13022,7 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open
     wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
     eventually(lambda: wanted in tab.page.evaluate("alerts"))
     tab.monitor.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
-    tab.row_with("still")
+    tab.until("contextuate.store.rows.some((row) => row.text === 'still')")
     assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
@@ -15279,7 +15294,7 @@ def test_import_repeats_nothing_that_was_read_when_the_first_hook_came(running):
     path = glob.glob(f"{running.claude_home}/projects/*/{session_id}.jsonl")[0]
     running.emit(payload("Stop", session_id, transcript_path=path))
     words = lambda: [it for it in running.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
-    read = eventually(words, what="what was said")
+    read = eventually(lambda: len(words()) > 1 and words(), what="what was said")
     assert in_process(running, "import").returncode == 0
     hooks = [event["hookType"] for event in running.stored_events()]
     assert words() == read and read[0]["data"]["role"] == "user"
@@ -15313,7 +15328,7 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_odd_transcripts_are_read_as_far_as_they_make_sense():
+def test_odd_transcripts_are_read_as_far_as_they_make_sense(tmp_path):
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
         about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
         about |= {"uuid": uuid, "message": {"content": content}}
@@ -15329,7 +15344,12 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense():
         entry("user", "e", "meta", isMeta=True),
         *(entry("user", "f", "hello"),) * 2,
     ]
-    events = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader("")).events(lines)
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    skipped: list[str] = []
+    reader = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader(""), skipped)
+    events = reader.events([str(path)])
+    assert skipped == [f"{path}: 2 lines are not JSON"]
     read = [event["hookType"] for event in events]
     assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
@@ -15431,8 +15451,7 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         ee.write_atomically(path, content)
         assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    links = "loop.jsonl->loop.jsonl null.json->/dev/null gone.json->/nowhere again->."
-    odd = {name: "->" + target for name, target in re.findall(r"(\S+)->(\S+)", links)}
+    odd = {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.json": "->/nowhere"}
     write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
     os.mkfifo(fifo)
     for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
@@ -15440,7 +15459,7 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert refused.returncode == 1 and words in refused.stderr
     assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
-    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 5
+    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 4
     for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
 
@@ -15790,7 +15809,7 @@ def test_the_tables_of_configuration_keys_are_those_of_the_program(capsys: Any) 
         assert json.loads(default.strip("`")) == ee.KEYS[key.strip("`")].default, key
     variables = re.findall(r"CONTEXTUATE_[A-Z_]+[A-Z]", inspect.getsource(cm) + inspect.getsource(ee))
     listed = [row[0].strip("`") for row in doc_table(".docs/config.md", "Environment")]
-    assert {*listed, "CONTEXTUATE_PUBLISHER_PYTHON"} == {*variables, "CLAUDE_CONFIG_DIR"}
+    assert {*listed} == {*variables, "CLAUDE_CONFIG_DIR"}
 
 
 def test_config_prints_the_values_in_force_and_no_secret(capsys: Any, tmp_path: Any) -> None:
