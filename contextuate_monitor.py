@@ -4383,6 +4383,7 @@ EXPORT_CHUNK_LINES = 100
 EXPORT_FORMATS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+    "html": ("text/html; charset=utf-8", "contextuate-session.html"),
 }
 CALL_COLUMNS = (
     "time,sessionId,machineId,workingDirectory,agentId,toolName,target,outcome,durationMs,error,toolUseId"
@@ -5687,7 +5688,12 @@ class Api:
         if after is None:
             lines = self._monitor.history.newest(limit + 1, session_id, before)
         else:
-            lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
+            found: Iterable[bytes] = self._monitor.journal.lines(session_id, after, before)
+            for field, name in (("eventType", "types"), ("toolName", "tools")):
+                if query.get(name):
+                    names = b"|".join(map(re.escape, query[name].encode().split(b",")))
+                    found = filter(re.compile(b'"%b": ?"(?:%b)"' % (field.encode(), names)).search, found)
+            lines = list(itertools.islice(found, limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
         page = b",".join(lines[:limit] if after is not None else lines[:limit][::-1])
@@ -5708,6 +5714,9 @@ class Api:
         content_type, file_name = EXPORT_FORMATS[form]
         disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
         table = call_table(lines) if form == "csv" else lines
+        if form == "html":
+            session = self.ask(lambda: self.status.session_json(query.get("session") or ""))
+            table = session_page(self._monitor.page_path, session, lines)
         return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> JsonObject:
@@ -5796,17 +5805,38 @@ def page_response(path: str, ws_port: int, host: str) -> Response:
     body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
     with contextlib.suppress(OSError), open(path, "rb") as file:
         body = file.read()
-    policy = "default-src 'none'; "
+    name = re.sub(r":\d+$", "", host)
+    policy = f"{page_policy(body)}connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} "
+    policy += f"wss://{name}:{ws_port} wss://{name}; img-src 'self' data:; frame-ancestors 'none'"
+    return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
+
+
+def page_policy(body: bytes) -> str:
+    """Return the part of a page's policy that does not depend on where it comes from."""
+    policy = "default-src 'none'; form-action 'none'; base-uri 'none'; "
+    policy += "require-trusted-types-for 'script'; trusted-types 'none'; "
     for kind in ("script", "style"):
         found = re.findall(rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode()), body, re.S)
         digests = [hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest() for inline in found]
         hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
         policy += f"{kind}-src " + (hashes or "'none'") + "; "
-    name = re.sub(r":\d+$", "", host)
-    policy += f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
-    policy += f"wss://{name}; img-src 'self' data:; form-action 'none'; base-uri 'none'; "
-    policy += "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
+    return policy
+
+
+def session_page(path: str, session: JsonObject, lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the page with the events of a session inside, in lines: it opens without a monitor."""
+    with open(path, "rb") as file:
+        body = file.read()
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{page_policy(body)}img-src data:">'
+    body = body.replace(b'<meta charset="utf-8">', b'<meta charset="utf-8">\n' + policy.encode(), 1)
+    head, script, rest = body.partition(b"<script>")
+    about = encode_json({"at": now_ms(), "session": session})[:-1].replace(b"<", b"\\u003c")
+    yield head + b'<script type="application/json" id="recorded">' + about + b',"events":[null'
+    for _, event, _ in readable(lines):
+        row = event_row(event)["data"]
+        more = {name: row[name] for name in row if name not in event["data"]}
+        yield b"," + encode_json({**event, "row": more}).replace(b"<", b"\\u003c")
+    yield b"]}</script>\n" + script + rest
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -7837,8 +7867,8 @@ class Monitor:
             queue_limit_bytes=settings["limits.clientQueueBytes"],
         )
         self.feed = SessionFeed(self.loop, self.sessions, self.clients)
-        page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
-        page = functools.partial(page_response, page_path, self.ws_port)
+        self.page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
+        page = functools.partial(page_response, self.page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         limit = settings["limits.connections"]
         self.http = [
@@ -11177,7 +11207,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
         _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
     command_export: (
         _words("only events with these words, as in `search`"), *_FILTERS,
-        _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMATS), default="ndjson"),
+        _option("--format", "csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
         _option("--output", "file to write to (default: standard output)", metavar="FILE")),
     command_import: (
         _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),

@@ -11431,6 +11431,21 @@ PAGE_PARSES: list[tuple[str, Any]] = [
         {"kind": "h", "text": "T"},
         {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
     ("markdownSpans('a `b`').map(({ kind }) => kind)", ["text", "code"]),
+    ("turnsOf([{ time: 3, seq: 1, agent: '', kind: 'answer', text: 'Done.' },"
+     " { time: 2, seq: 2, agent: '', kind: 'words', text: 'Done. ' }, { time: 9, seq: 6, agent: '', kind: 'answer',"
+     " text: 'Done.' }, { time: 8, seq: 5, agent: '', kind: 'prompt', text: 'go' }, { time: 4, seq: 3, agent: 'a', kind:"
+     " 'call', row: 1 }]).map(({ prompt, items }) => [prompt?.text, items.map(({ kind, text }) => text ?? kind)])",
+     [[None, ["Done. ", "agent"]], ["go", ["Done."]]]),   # an answer is shown once; a turn later it is another one
+    ("turnsOf([{ time: 1, seq: 1, kind: 'call', row: 1 }, { time: 2, seq: 2, kind: 'call', agent: 'a', row: 2 }, { time: 3,"
+     " seq: 3, kind: 'call', row: 3 }, { time: 4, seq: 4, kind: 'usage', in: 5, out: 1, weight: 2 }, { time: 5, seq: 5,"
+     " kind: 'prompt' }, { time: 6, seq: 6, kind: 'usage', in: 9, out: 3, weight: 4 }]).map(({ items, used }) =>"
+     " [items.map(({ kind, rows }) => rows ?? kind), used.in, used.out])",
+     [[[[1, 3], "agent"], 5, 1], [[], 4, 2]]),
+    ("usedOf({ models: { a: { input: 1, output: 2, cacheRead: 4 }, b: { input: 3 } } })", {"in": 8, "out": 2, "weight": 14.4}),
+    ("replaceTexts('a\\nb\\nc', [{ old_string: 'b', new_string: '' }, { old_string: 'c', new_string: '$&' }])", "a\n$&"),
+    ("[replaceTexts('a', [{ old_string: 'b', new_string: 'c' }]) ?? null, patchText({ before: '[redacted:x]', after: '' }, 'f')]",
+     [None, ""]),
+    ("patchText({ before: null, after: '' }, 'a\"b')", 'diff --git "a/a\\"b" "b/a\\"b"\nnew file mode 100644\n'),
     ("filter('Build -\"two words\"')", [["", "build", False], ["", "two words", True]]),
     ("filter('status:Failed -tool:bash x:y')", [
         ["status", "failed", False], ["tool", "bash", True], ["", "x:y", False]]),
@@ -11439,17 +11454,113 @@ PAGE_PARSES: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="Node is missing")
-def test_what_parses_needs_no_page() -> None:
+def by_page(expression: str) -> Any:
+    """Return the value of an expression over the section "Parsers" of the page, by Node."""
+    if shutil.which("node") is None:
+        pytest.skip("Node is missing")
     banner = r"\n// Parsers: .*?\n(// -----+\n.*?)// -----+\n// Render: "
     section = re.search(banner, install_text(os.path.join(ROOT, "index.html")), re.DOTALL)
+    script = f"'use strict';\n{section[1]}\nconsole.log(JSON.stringify({expression}))"
+    done = subprocess.run(
+        ["node", "-"], input=script, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_what_parses_needs_no_page() -> None:
     helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
     values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
-    script = f"'use strict';\n{section[1]}\n{helpers}\nconsole.log(JSON.stringify([{values}]))"
-    pipes = {"capture_output": True, "text": True, "timeout": 60, "check": False}
-    done = subprocess.run(["node", "-"], input=script, **pipes)
-    assert done.stderr == ""
-    assert json.loads(done.stdout) == [value for _, value in PAGE_PARSES]
+    assert by_page(f"(() => {{ {helpers} return [{values}]; }})()") == [value for _, value in PAGE_PARSES]
+
+
+class EditHistory:
+    """Random edits of the files in a directory: what the client does, and the calls that its hooks report."""
+
+    def __init__(self, root: pathlib.Path, seed: int) -> None:
+        self.root, self.rng, self.calls, self.made = root, random.Random(seed), [], 0
+        for name in ("a.txt", "b c.txt"):
+            (root / name).write_text(self.lines(40))
+
+    def lines(self, number: int) -> str:
+        self.made += number
+        return "".join(
+            f"{n} {self.rng.choice(['one', 'two'])}\n" for n in range(self.made - number, self.made)
+        )
+
+    def step(self) -> None:
+        path = self.rng.choice([*self.root.glob("*.txt"), self.root / f"new{self.made}.txt"])
+        before = path.read_text() if path.exists() else None
+        lines = (before or "").splitlines(keepends=True)
+        at = self.rng.randrange(len(lines) + 1)
+        if before is None or at == len(lines) or self.rng.random() < 0.2:
+            text = "".join(lines[:at]) + self.lines(self.rng.randrange(3)) + "".join(lines[at + 2 :])
+            text = text[:-1] if self.rng.random() < 0.3 else text
+            tool, given = "Write", {"content": text}
+            reply = {"type": "create" if before is None else "update", "content": text, "structuredPatch": []}
+        else:
+            edits, text = [], before
+            for _ in range(self.rng.choice([1, 1, 3])):
+                old = "".join(lines[at : at + self.rng.randrange(1, 4)])
+                old = old.rstrip("\n") if self.rng.random() < 0.5 else old
+                new = self.rng.choice(["", self.lines(2), old + self.lines(1)])
+                is_all = self.rng.random() < 0.2
+                old, new = ("one", "three") if is_all and "one" in text else (old, new)
+                takes_end = new == "" and not old.endswith("\n") and f"{old}\n" in text
+                text = text.replace(old + "\n" * takes_end, new, -1 if is_all else 1)
+                edits.append({"old_string": old, "new_string": new, "replace_all": is_all})
+                lines = text.splitlines(keepends=True) or [""]
+                at = self.rng.randrange(len(lines))
+                if lines == [""]:
+                    break
+            tool, given = ("Edit", edits[0]) if len(edits) == 1 else ("MultiEdit", {"edits": edits})
+            reply = (
+                {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
+                if tool == "Edit"
+                else {}
+            )
+        path.write_text(text)
+        reply |= {"filePath": str(path), "originalFile": before, "userModified": False}
+        self.calls.append({"tool": tool, "input": {"file_path": str(path), **given}, "output": reply})
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is missing")
+def test_the_changes_of_a_session_are_those_of_git_and_its_patch_makes_them_again(
+    tmp_path: pathlib.Path,
+) -> None:
+    def git(where: pathlib.Path, *words: str, given: str = "") -> str:
+        about = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
+        done = subprocess.run(
+            ["git", *about, *words], cwd=where, input=given, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def files(where: pathlib.Path) -> dict[str, str]:
+        return {path.name: path.read_text() for path in where.glob("*.txt")}
+
+    histories = []
+    for seed in range(10):
+        (tmp_path / str(seed)).mkdir()
+        histories.append(EditHistory(tmp_path / str(seed), seed))
+        for words in ("init -q", "add -A", "commit -qm start", f"clone -q . ../copy{seed}"):
+            git(histories[-1].root, *words.split())
+        for _ in range(12):
+            histories[-1].step()
+    calls = json.dumps([[it.calls, f"{it.root}/"] for it in histories])
+    patches = by_page(f"""{calls}.map(([calls, root]) => {{
+      const files = new Map();
+      for (const call of calls) applyEdit(files, call);
+      return [...files.values()].sort((a, b) => (a.path < b.path ? -1 : 1))
+        .map((file) => file.isForeign ? 'foreign' : patchText(file, file.path.slice(root.length))).join('');
+    }})""")
+    for history, patch in zip(histories, patches):
+        git(history.root, "add", "-AN")
+        real = re.sub(r"(?m)^index .*\n|(?<= @@) .*$|\t$", "", git(history.root, "diff"))
+        assert patch == real
+        copy = tmp_path / f"copy{history.root.name}"
+        git(copy, "apply", "-", given=patch)
+        assert files(copy) == files(history.root)
 
 
 def test_the_colours_of_agents_have_one_hue_in_both_themes_and_stand_out() -> None:
@@ -11766,8 +11877,10 @@ who waits for a permission is named, with what is asked
     result rm build                 | row done: Bash rm build & rail working: No tool running
                                     | counter waiting: 0 & title: Contextuate Monitor
 
-a turn or a session that is over says where and how much, or why
-    prompt go; call make; result make; answer All done | rail idle: shop 1 call & row event: Answer All done
+a turn that ended says where and how much
+    prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
+
+a turn that failed says why
     prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
     prompt go; end logout           | rail ended: shop /logout
 
@@ -12081,11 +12194,12 @@ a task of the day: a command run earlier, and the cost today per project
 
 a task of the day: which project, which machine
     @a prompt one; @b prompt two    | counter working: 2
+    give b: {"project": "/src/shop"}
     give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
     press o
     click <menu> >> text=Group by project | in rail: shop 2
-    give a: {"project": "/src/api"}
-    give b: {"project": "/src/shop", "state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you; api 1
+    give a: {"project": "/new/shop"}
+    give b: {"state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you & true: [...document.querySelectorAll('.group')].map((el) => el.title).join() === '/src/shop,/new/shop'
     press o
     click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
     load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
@@ -12823,7 +12937,7 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     tab.row_with("What I did").click()
     tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
     formatted = {
-        "h4": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
+        "h3": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
         "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
     }  # fmt: skip
     for selector, words in formatted.items():
@@ -13067,6 +13181,127 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
 
 
+def agent_words(text: str, session: str = "s1", **more: Any) -> dict[str, Any]:
+    about = {
+        "id": str(uuid.uuid4()),
+        "timestamp": int(time.time() * 1000),
+        "sessionId": session,
+        "hookType": "",
+    }
+    return {**about, "eventType": "agent_words", "data": {"text": text, "messageId": "m"}, **more}
+
+
+def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
+    """Return the payloads of one Edit."""
+    given = {"file_path": path, "old_string": old, "new_string": new, "replace_all": False}
+    reply = {
+        "filePath": path,
+        "originalFile": before,
+        "oldString": old,
+        "newString": new,
+        "structuredPatch": [],
+    }
+    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": f"{next(STORY_NUMBERS)}"}
+    end = payload("PostToolUse", session, **call, tool_response=reply, duration_ms=5)
+    return [payload("PreToolUse", session, **call), end]
+
+
+TALK = "prompt Fix *it*; call make; result make; call lint; failure lint => no; @s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+
+
+def emit_talk(monitor: RunningMonitor) -> None:
+    """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
+    path, before = "/home/dev/shop/src/a.js", "let a = 1;\nlet b;\n"
+    monitor.emit(*hooks(TALK), *edited(path, before, "1", "2"))
+    monitor.emit(
+        agent_words("It is **done**"),
+        *hooks("answer It is **done**"),
+        *edited(path, before.replace("1", "2"), "b", "c", "s2"),
+    )
+
+
+def test_a_session_is_read_as_a_conversation_and_as_changes(tab: BrowserTab) -> None:
+    emit_talk(tab.monitor)
+    tab.page.click("[data-session-id=s1]")
+    eventually(lambda: [row["tool"] for row in tab.rows("It is")] == ["Answer"], what="its last words once")
+    tab.press("c")
+    tab.shows("reading", "Fix *it*", "3 calls, 1 failed", "explorer, 1 call", "It is done")
+    assert tab.text("reading").count("It is") == 1, "a hook says it again"
+    assert tab.page.locator("#reading strong").inner_text() == "done"
+    tab.page.click("#reading summary >> nth=0")
+    tab.page.click("[data-testid=callline]:has-text('lint')")
+    tab.shows("drawer", "lint", "no")
+    tab.emit("prompt And now?")
+    tab.monitor.emit(agent_words("At once."))
+    tab.shows("reading", "And now? ", "At once.", "lint")
+    tab.press("Escape v")
+    tab.shows("reading", "1 file, +1 −1", "3 commands ran", "src/a.js", "let a = 2", "a.js: also edited by")
+    tab.page.click("[data-testid=copy-patch]")
+    patch = tab.page.evaluate("navigator.clipboard.readText()")
+    assert patch.splitlines()[-4:] == ["@@ -1,2 +1,2 @@", "-let a = 1;", "+let a = 2;", " let b;"]
+    assert tab.link() == "#s=s1&show=changes"
+    tab.page.go_back()
+    tab.shows("reading", "At once.")
+    tab.press("c")
+    eventually(lambda: tab.rows("also"), what="the collision in the table")
+    assert (
+        tab.page.locator("[data-session-id=s2] .clash")
+        .get_attribute("title")
+        .startswith("a.js: also edited by")
+    )
+    tab.press("c c")
+    tab.hides("reading")
+
+
+def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
+    emit_talk(tab.monitor)
+    tab.monitor.emit(*hooks("prompt </script><b>&"))
+    with tab.page.expect_download() as download:
+        tab.choose("s1", "Export as a web page")
+    download.value.save_as(tmp_path / "s1.html")
+    context = chromium.new_context(offline=True)
+    copy = BrowserTab(context.new_page(), tab.monitor)
+    copy.page.goto((tmp_path / "s1.html").as_uri())
+    eventually(lambda: copy.rows("make", "done"), what="its calls")
+    copy.row_with("lint").click()
+    copy.shows("drawer", "no")
+    copy.press("Escape c")
+    copy.shows("reading", "3 calls, 1 failed", "It is done", "</script><b>&")
+    copy.press("v")
+    copy.shows("reading", "1 file, +1 −1")
+    copy.press("v y")
+    copy.until("document.querySelector('[data-testid=replay]').innerText.includes('of')")
+    assert copy.text("views") == ""
+    context.close()
+    assert copy.said == []
+    event = payload("PostToolUse", "big", tool_name="Bash", tool_input={"command": "ls"})
+    event |= {"tool_use_id": "", "tool_response": {"stdout": ""}}
+    stored = len(json.dumps(tab.monitor.stored_events()[-1]))
+    numbered = [
+        {**event, "tool_use_id": str(n), "tool_response": {"stdout": "x" * (500 - stored)}}
+        for n in range(1000)
+    ]
+    tab.monitor.emit(*numbered)
+    assert len(tab.monitor.request("/api/export?session=big&format=html")[2]) < 1_000_000
+
+
+def test_a_hundred_turns_with_two_thousand_calls_open_at_once(tab: BrowserTab) -> None:
+    for turn in range(100):
+        tab.monitor.emit(*hooks(f"prompt turn {turn}"), *many_calls(range(turn * 20, turn * 20 + 20), "s1"))
+        tab.monitor.emit(agent_words(f"- step {turn}\n- *done*"))
+    tab.page.click("[data-session-id=s1]")
+    eventually(lambda: tab.rows("step-1999"), what="the last call")
+    took_ms = tab.page.evaluate("""async () => {
+      const start = performance.now();
+      document.querySelector('[data-mode=conversation]').click();
+      while (!document.querySelector('.turn')?.innerText.includes('20 calls')) await new Promise(requestAnimationFrame);
+      return performance.now() - start;
+    }""")
+    assert took_ms < 2000  # 200 on a machine with nothing else to do
+    turns = "[...document.querySelectorAll('.turn')]"
+    tab.until(f"{turns}.length === 100 && {turns}.every((turn) => turn.innerText.includes('20 calls, '))", 60)
+
+
 def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"call make {number}" for number in range(60)))
     tab.load("#s=s1").row_with("make 59")
@@ -13257,7 +13492,9 @@ def shared_demo() -> Iterator[RunningMonitor]:
 # What is checked: a link, then what a person does there, a key or `click SELECTOR`.
 CHECKED_SCREENS = (
     "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
+    "load; click <session>[data-state=idle]; press c; click summary", "load; click <session>[data-state=idle]; press v",
     "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
+    "load; press s", "load; press o", "load; click [data-session-id=long]; press P; press x; click <row> >> text=make",
 )  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
@@ -13270,6 +13507,8 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
+    lines = "\n".join(f"line {number} of many" for number in range(300))
+    shared_demo.emit(*hooks(f"@long prompt Long work; @long call make; @long failure make => {lines}"))
     tab = open_tab(shared_demo)
     for screen in CHECKED_SCREENS:
         browser_acts(tab, "width 1440")
