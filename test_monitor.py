@@ -11877,10 +11877,8 @@ who waits for a permission is named, with what is asked
     result rm build                 | row done: Bash rm build & rail working: No tool running
                                     | counter waiting: 0 & title: Contextuate Monitor
 
-a turn that ended says where and how much
+a turn or a session that is over says where and how much, or why
     prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
-
-a turn that failed says why
     prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
     prompt go; end logout           | rail ended: shop /logout
 
