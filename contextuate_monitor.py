@@ -6944,6 +6944,7 @@ class HookPort:
     received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
+    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
 
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
@@ -6966,6 +6967,10 @@ class HookPort:
         self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
 
     def _read(self, sock: socket.socket) -> None:
+        if self.waiting.get(sock):
+            self.loop.unwatch(sock)
+            self.paused.add(sock)
+            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -6974,11 +6979,10 @@ class HookPort:
             self.drop(sock)
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
-        if lines:
-            self.loop.unwatch(sock)
-            self.waiting[sock] = len(lines)
-            self.received.add(*((line, sock) for line in lines))
-        elif not data:
+        self.waiting[sock] = len(lines)
+        for line in lines:
+            self.received.add((line, sock))
+        if not data and not lines:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -6993,7 +6997,8 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if self.waiting[sock] == 0:
+        if self.waiting[sock] == 0 and sock in self.paused:
+            self.paused.discard(sock)
             self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
@@ -7005,6 +7010,7 @@ class HookPort:
         """Stop reading a connection without closing it."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
+        self.paused.discard(sock)
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
