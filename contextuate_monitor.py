@@ -11020,7 +11020,8 @@ def event_line(event: JsonObject, form: str, colour: str = "") -> str:
     what, tool = event["hookType"] or event["eventType"], text_of(data.get("toolName"))
     who = f"{event['machineId']:<12.12} {event['sessionId'][:8]}"
     line = f"\x1b[{colour}m" if colour else ""
-    line += safe_line(f"{clock}  {who}  {what:<18.18} {tool:<12.12}  ")
+    head = f"{clock}  {who}  {what:<18.18} {tool:<12.12}  "
+    line += safe_line(head).ljust(len(head))
     for piece in event.get("snippet") or [{"text": data.get("target") or data.get("text") or ""}]:
         text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
         line += f"\x1b[1m{text}\x1b[0m" if colour and piece.get("hit") else text

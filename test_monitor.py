@@ -15119,7 +15119,7 @@ def test_days_are_searched_in_the_zone_that_is_named(running):
 
 # The options of the search command → exit code, what it prints, what it says on standard error.
 SEARCHES: list[tuple[str, int, list[str], str]] = [
-    ("quok*", 0, ["Bash.*grep -r quokka src", "where is the quokka"], ""),
+    ("quok*", 0, ["PreToolUse  +Bash  +grep -r quokka src", "UserPromptSubmit  +where is the quokka"], ""),
     ("quokka --limit 1", 0, ["grep -r quokka src"], "there are more results"),
     ("--json --tool Bash", 0, ['"sessionId": ?"b"'], ""),
     ("quokka --state working", 0, ["grep", "where"], ""),
