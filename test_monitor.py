@@ -12923,6 +12923,25 @@ def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -
     eventually(lambda: tab.page.evaluate(timers) != before)
 
 
+@pytest.mark.parametrize("mode", ["conversation", "changes"])
+def test_a_reader_keeps_the_place_when_the_monitor_comes_back(
+    tab: BrowserTab, open_tab: Any, mode: str
+) -> None:
+    place = "document.getElementById('reading')"
+    tab.emit("; ".join(f"prompt number {n}" for n in range(60)))
+    tab.monitor.emit(*edited("/home/dev/shop/a.js", "x\n" * 90, "x\n", "y\n" * 90))
+    tab = open_tab(tab.monitor)
+    wire = BrowserWire(tab)
+    tab.load(f"#s=s1&show={mode}")
+    tab.until(f"{place}.scrollHeight > 1200")
+    tab.page.evaluate(f"{place}.scrollTop = 300")
+    wire.cut()
+    tab.monitor.emit(*hooks("prompt the last"), *edited("/home/dev/shop/b.js", "1\n", "1", "2"))
+    wire.mend()
+    tab.shows("reading", {"conversation": "the last", "changes": "b.js"}[mode])
+    assert tab.page.evaluate(f"{place}.scrollTop") == 300
+
+
 def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
     tab.emit("prompt one", session="full")
     tab.emit("prompt two", session="half")
