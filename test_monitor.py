@@ -6911,7 +6911,8 @@ GIT_PLACES = {
     "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
     "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
     "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
-    "none": None, "fifo": None, "": None, "proj/../none": None,
+    "none": None, "fifo": None, "": None, "proj/../none": None, "private": None, "loop": None, "odd": None,
+    "tree/nul\0": ("side", "tree", "proj"), "x/" * 2000: None,
 }  # fmt: skip
 
 
@@ -6935,6 +6936,13 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
     git("bare.git", "worktree", "add", "-q", "../bare-tree", "main")
     git("proj", "submodule", "--quiet", "add", "../other", "sub")
     os.mkfifo(tmp_path / "fifo/.git/HEAD")
+    for place in ("private", "loop", "odd"):
+        (tmp_path / place / ".git").mkdir(parents=True)
+    (tmp_path / "secret").write_text("hunter2 of refs/heads/ no branch\n")
+    (tmp_path / "private/.git/HEAD").symlink_to(tmp_path / "secret")
+    (tmp_path / "loop/.git/HEAD").symlink_to("HEAD")
+    (tmp_path / "odd/.git/HEAD").write_text("ref: refs/heads/a\u202eb\n")
+    began = time.monotonic()
     for place, expected in GIT_PLACES.items():
         event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
         ee.add_git_place(event)
@@ -6944,6 +6952,7 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
         if expected and expected[0] == "COMMIT":
             expected = (git("detached", "rev-parse", "HEAD")[:7], *expected[1:])
         assert shown == expected, place
+    assert time.monotonic() - began < 5.0  # the monitor's loop waits for it
     agent = ee.build_event(payload("Stop", cwd=f"{tmp_path}/proj", agent_id="a"), NOW_MS, "box")
     ee.add_git_place(agent)
     assert "git" not in agent["data"]
