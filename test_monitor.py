@@ -8248,6 +8248,18 @@ def test_sessions_that_edit_the_same_file_collide(rule):
     assert len(notices) == bool(expected), "one message for both"
 
 
+def test_a_process_with_older_figures_does_not_wait(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ee, "GAUGES_INTERVAL_S", 60.0)
+    kept = str(tmp_path / "abcd")
+    ee.replace_small(kept + ".sent", b"")
+    older = threading.Thread(target=ee.hand_on_gauges, args=(kept, b"figures 1", b"{}"), daemon=True)
+    older.start()
+    eventually(lambda: ee.read_small(kept) == b"figures 1")
+    ee.replace_small(kept, b"figures 2")
+    older.join(30)
+    assert not older.is_alive() and ee.read_small(kept) == b"figures 2"
+
+
 def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
     windows = {"fiveHour": {"percent": 80.0, "resetsAt": 5}, "sevenDay": {"percent": 79.9, "resetsAt": 9}}
     (notice,) = cm.limit_notices([{"machines": ["a", "b"], **windows}, {"machines": ["c"]}], "box")
