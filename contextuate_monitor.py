@@ -2288,7 +2288,8 @@ def edited_files(event: JsonObject) -> set[str]:
     if tool == "apply_patch":
         paths = [it for text in given.values() if isinstance(text, str) for it in _PATCHED_FILE.findall(text)]
     named = (path for path in paths if isinstance(path, str) and 0 < len(path) <= 4096)
-    return {os.path.normpath(os.path.join(event["workingDirectory"], path)) for path in named}
+    places = (os.path.normpath(os.path.join(event["workingDirectory"], path)) for path in named)
+    return {place for place in places if place.startswith("/")}  # else nothing says where it is
 
 
 def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
@@ -3156,7 +3157,7 @@ _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
 # shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
-_PATH = r"([\w@%+=:,./-]{1,150})"
+_PATH = r"([/@][\w@%+=:,./-]{1,150})"
 _TERMINALS: tuple[tuple[dict[str, str], str, str], ...] = (
     ({"TMUX_PANE": r"(%\d{1,9})", "TMUX": rf"{_PATH},\d+,\d+"}, "tmux {0}",
      r"tmux -S {1} select-window -t {0} \; select-pane -t {0} \; switch-client -t {0}"),
@@ -10967,7 +10968,8 @@ def command_go(args: argparse.Namespace) -> int:
     if session["state"] == "ended":
         resume = RESUME_COMMANDS.get(session["agent"], "")
         command = f"{resume} {shlex.quote(session['sessionId'])}" if resume else "its program"
-        print(f"it has ended; to continue: cd {shlex.quote(session['workingDirectory'])} && {command}")
+        place = shlex.quote(session["workingDirectory"])
+        print(safe_line(f"it has ended; to continue: cd {place} && {command}"))
     elif session["machineKey"] != settings.machine_key:
         raise CommandError(f"it runs on {safe_line(session['machineId'])}, {where}; run `go` there")
     elif "command" not in terminal:

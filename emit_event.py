@@ -535,8 +535,9 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
         wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
     except OSError:
         wait_s = 0
-    if 0 < wait_s <= GAUGES_INTERVAL_S:
-        time.sleep(wait_s)
+    until = time.monotonic() + (wait_s if wait_s <= GAUGES_INTERVAL_S else 0)
+    while time.monotonic() < until and read_small(kept) == about:  # else a newer process waits
+        time.sleep(max(0.0, min(0.5, until - time.monotonic())))
     if read_small(kept) == about:
         replace_small(sent, b"")
         deliver(payload, [], "statusLine")
@@ -2702,8 +2703,9 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
 
 def agent_files(places: "list[str]", beginning: str, end: str) -> "Iterator[str]":
     """Yield files of a session's agents by their names, in `<session>/subagents/` or below."""
-    for place in places:
-        for folder, _, names in os.walk(place[: -len(".jsonl")] + "/subagents"):
+    own = (place[: -len(".jsonl")] + "/subagents" for place in places)
+    for top in (it for it in own if not os.path.islink(it)):  # a link may lead to all of the disk
+        for folder, _, names in os.walk(top):
             named = (it for it in sorted(names) if it.startswith(beginning) and it.endswith(end))
             yield from (f"{folder}/{name}" for name in named)
 
@@ -2715,8 +2717,9 @@ def transcript_places(path: Any) -> "list[str]":
     places = [path, os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
     projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
-    if "/sessions/*/" in path:  # of a program that names no transcript
-        return sorted(glob.iglob(path))
+    unnamed = re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path)
+    if unnamed:  # of a program that names no transcript
+        return sorted(glob.iglob(glob.escape(unnamed[1]) + unnamed[2]))
     if not os.path.exists(path) and os.path.basename(projects) == "projects":
         places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
     return list(dict.fromkeys(places))
@@ -2741,6 +2744,12 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
             totals[name] = totals.get(name, 0) + count
 
 
+GIT_DEPTH_LIMIT = 256  # folders of a path
+_GIT_HEAD = re.compile(
+    r"ref: refs/(?:heads/)?([^\s~^:?*\[\\]{1,255})|([0-9a-f]{7})[0-9a-f]{33}(?:[0-9a-f]{24})?"
+)
+
+
 def add_git_place(event: JsonObject) -> None:
     """Add where an event's directory is in a Git repository, from its `.git` files, as `data.git`.
 
@@ -2755,19 +2764,22 @@ def add_git_place(event: JsonObject) -> None:
             return file.read(4096).decode("utf-8", "replace").strip()
 
     folders = os.path.normpath(event["workingDirectory"]).split("/")
-    for depth in range(len(folders) if folders[0] == "" else 0, 0, -1):
+    is_known = folders[0] == "" and len(folders) <= GIT_DEPTH_LIMIT
+    for depth in range(len(folders) if is_known else 0, 0, -1):
         root = project = "/".join(folders[:depth]) or "/"
         git = os.path.join(root, ".git")
+        if not os.path.exists(git):
+            continue
         with contextlib.suppress(OSError, ValueError):
             if not os.path.isdir(git):
                 git = os.path.join(root, read(git).partition("gitdir: ")[2])
                 with contextlib.suppress(OSError):  # a submodule has none
                     common = os.path.normpath(os.path.join(git, read(git, "commondir")))
                     project = os.path.dirname(common) if common.endswith("/.git") else common
-            head = read(git, "HEAD")
-            branch = head.partition("refs/heads/")[2] or head[:7]
-            event["data"]["git"] = {"branch": branch, "root": root, "project": project}
-            return
+            head = _GIT_HEAD.fullmatch(read(git, "HEAD"))  # anything else may be a link to a private file
+            if head and head[0].isprintable():
+                event["data"]["git"] = {"branch": head[1] or head[2], "root": root, "project": project}
+                return
 
 
 def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> None:

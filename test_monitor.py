@@ -6911,7 +6911,8 @@ GIT_PLACES = {
     "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
     "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
     "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
-    "none": None, "fifo": None, "": None, "proj/../none": None,
+    "none": None, "fifo": None, "": None, "proj/../none": None, "private": None, "loop": None, "odd": None,
+    "tree/nul\0": ("side", "tree", "proj"), "x/" * 2000: None,
 }  # fmt: skip
 
 
@@ -6935,6 +6936,13 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
     git("bare.git", "worktree", "add", "-q", "../bare-tree", "main")
     git("proj", "submodule", "--quiet", "add", "../other", "sub")
     os.mkfifo(tmp_path / "fifo/.git/HEAD")
+    for place in ("private", "loop", "odd"):
+        (tmp_path / place / ".git").mkdir(parents=True)
+    (tmp_path / "secret").write_text("hunter2 of refs/heads/ no branch\n")
+    (tmp_path / "private/.git/HEAD").symlink_to(tmp_path / "secret")
+    (tmp_path / "loop/.git/HEAD").symlink_to("HEAD")
+    (tmp_path / "odd/.git/HEAD").write_text("ref: refs/heads/a\u202eb\n")
+    began = time.monotonic()
     for place, expected in GIT_PLACES.items():
         event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
         ee.add_git_place(event)
@@ -6944,6 +6952,7 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
         if expected and expected[0] == "COMMIT":
             expected = (git("detached", "rev-parse", "HEAD")[:7], *expected[1:])
         assert shown == expected, place
+    assert time.monotonic() - began < 5.0  # the monitor's loop waits for it
     agent = ee.build_event(payload("Stop", cwd=f"{tmp_path}/proj", agent_id="a"), NOW_MS, "box")
     ee.add_git_place(agent)
     assert "git" not in agent["data"]
@@ -8176,6 +8185,8 @@ COLLISION_STORIES = {
     "worktrees of one repository": "a /r/x 0 root=/r; b /w/x 1 root=/w project=/r → a: /r/x with b; b: /w/x with a",
     "other repositories": "a /r/x 0 root=/r; b /w/x 1 root=/w → ",
     "one knows no repository": "a /r/x 0 root=/r; b /r/x 1 → a: /r/x with b; b: /r/x with a",
+    "a relative path": "a /r/x 0; b x 1 → a: /r/x with b; b: /r/x with a",
+    "a file in no known directory": "a x 0 cwd=; b x 1 cwd= → ",
     "a call that failed": "a /r/x 0; b /r/x 1 hook=PostToolUseFailure → ",
     "a tool that only reads": "a /r/x 0; b /r/x 1 tool=Read → ",
     "a notebook": "a /r/x 0; b /r/x 1 tool=NotebookEdit key=notebook_path → a: /r/x with b; b: /r/x with a",
@@ -8218,6 +8229,7 @@ def test_sessions_that_edit_the_same_file_collide(rule):
             "tool_name": given.get("tool", "Edit"),
             "tool_use_id": f"t{number}",
             "tool_input": {given.get("key", "file_path"): target},
+            "cwd": given.get("cwd", "/r"),
         }
         say(given.get("hook", "PostToolUse"), session, machine, **tool, **agent)
         if number % 2:
@@ -8234,6 +8246,18 @@ def test_sessions_that_edit_the_same_file_collide(rule):
         if it.kind == "collision"
     ]
     assert len(notices) == bool(expected), "one message for both"
+
+
+def test_a_process_with_older_figures_does_not_wait(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ee, "GAUGES_INTERVAL_S", 60.0)
+    kept = str(tmp_path / "abcd")
+    ee.replace_small(kept + ".sent", b"")
+    older = threading.Thread(target=ee.hand_on_gauges, args=(kept, b"figures 1", b"{}"), daemon=True)
+    older.start()
+    eventually(lambda: ee.read_small(kept) == b"figures 1")
+    ee.replace_small(kept, b"figures 2")
+    older.join(30)
+    assert not older.is_alive() and ee.read_small(kept) == b"figures 2"
 
 
 def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
@@ -8988,6 +9012,9 @@ TERMINALS = """
 TMUX=/tmp/tmux-0/default,81,0;TMUX_PANE=%3 → tmux %3: tmux -S /tmp/tmux-0/default select-window -t %3 \\; select-pane -t %3 \\; switch-client -t %3
 TMUX=/tmp/a b;$(id),81,0;TMUX_PANE=%3;SSH_CONNECTION=::1 1 ::2 22 → ssh ::1
 TMUX=/tmp/x,81,0;TMUX_PANE=3;TERM_PROGRAM=tmux → tmux
+TMUX=-f/tmp/x,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
+TMUX==ls,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
+TMUX=/tmp/x,81,0;TMUX_PANE=%٣;TERM_PROGRAM=tmux → tmux
 KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=unix:@kitty-12 → kitty 4: kitty @ --to unix:@kitty-12 focus-window --match id:4
 KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=tcp:evil.example:1 → kitty 4
 KITTY_WINDOW_ID=4 or 1;TERM_PROGRAM=$(id) →
@@ -9027,14 +9054,16 @@ def test_go_says_what_to_do_where_it_cannot_bring_a_terminal_to_the_front(runnin
     away = hook_wrapped(payload("SessionStart", "away-1"), id="b", machineKey="f00", terminal=ssh)
     running.emit({**away, "machineId": "far"})
     running.emit(payload("UserPromptSubmit", "over-1", prompt="Fix it"), payload("SessionEnd", "over-1"))
+    running.emit(*(payload(hook, "odd-1", cwd="/a\x1b]0;b\n") for hook in ("SessionStart", "SessionEnd")))
     for wanted, words in (
+        ("odd-1", "cd '/a\ufffd]0;b\ufffd' && claude --resume odd-1"),
         ("here", "it runs in an unknown terminal"),
         ("away-1", "it runs on far, in ssh 10.0.0.5; run `go` there"),
         ("fix", "cd /home/dev/shop && claude --resume over-1"),
         ("none", "no sessions begin with 'none'"),
     ):
         done = in_process(running, "go", wanted)
-        assert words in done.stdout + done.stderr and done.returncode == (wanted != "fix")
+        assert words in done.stdout + done.stderr and done.returncode == (wanted not in ("fix", "odd-1"))
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is missing")
