@@ -12678,7 +12678,7 @@ def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[
           const end = row.outcome ? row.time + row.duration : Date.now();
           const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
           const x = at === null ? middle : place(at);
-          const y = 24 + 2 + index * 20 + 5 - timeline.top;
+          const y = 24 + 2 + index * 20 + 4 - timeline.top;  // above the words in a bar
           const canvas = document.querySelector('#timeline-canvas');
           const box = canvas.getBoundingClientRect();
           const scale = canvas.width / box.width;
