@@ -21,7 +21,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SIZE: playwright.sync_api.ViewportSize = {"width": 1440, "height": 740}
 # A session that waits for an answer, and a command of it that failed.
 SESSION = "[data-testid=session]:has-text('Quote what was typed')"
-ROW = "[data-testid=row]:has-text('cargo build')"
+ROW = "[data-testid=row]:has-text('failed')"
 
 
 def main(folder: str) -> None:
