@@ -10267,7 +10267,7 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
     for answer in ("publisher started", "a publisher runs already", "a publisher runs already"):
         command = [f'exec "$0" -c "$1" "$2" "$3" {closed}', sys.executable, start, answer, machine.home]
         subprocess.run(["/bin/sh", "-c", *command], cwd=ROOT, env=machine.environment, check=True)
-    assert len(machine.publishers()) == 1
+    eventually(lambda: len(machine.publishers()) == 1, what="one publisher")
 
 
 # -- configurations that cannot work -------------------------------------------
@@ -11091,7 +11091,7 @@ def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, pr
     assert "noted" in install_text(monitor.home + "/emit.log")
     machine = RedisMachine(monitor.home, {"mode": "redis", "redis": {"port": 1}})
     hook_alone(CONTEXTUATE_DEBUG="0")
-    assert machine.publishers()
+    eventually(machine.publishers, what="the publisher's start")
     machine.end_publisher()
 
 
