@@ -42,7 +42,7 @@ Rooms, in the order of this file; each uses only those above it:
     Notifications            messages to people about waits, failures and limits
     The Monitor              what wires all of these
     Running monitor          how other processes find a running monitor and ask it
-    Hook installation        the hook in Claude Code's settings
+    Hook installation        the hook in the settings of Claude Code and of other programs
     Service                  starts the monitor at login and after a crash
     Doctor                   checks of the whole chain, from the configuration to an event that arrives
     Demo                     a made-up working day of a small team
@@ -11000,7 +11000,7 @@ def command_tail(args: argparse.Namespace) -> int:
             if not is_waiting:
                 print_status(f"{error}; waiting for the monitor")
             is_waiting = True
-            time.sleep(1)
+            time.sleep(1)  # before the next attempt
             about = running_monitor(settings) or about
             continue
         for event in page["events"]:

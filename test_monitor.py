@@ -8023,17 +8023,17 @@ import json, sys
 calls = [json.loads(sys.stdin.readline()) for _ in range(3)]
 print(json.dumps({{"id": 1, "result": {{}}}}), json.dumps({{"method": "news"}}), sep="\\n")
 hooks = json.load(open("hooks.json"))["hooks"].values()
-told = [{{"sourcePath": sys.path[0] + "/hooks.json", "enabled": True, "trustStatus": "trusted",
+listed = [{{"sourcePath": sys.path[0] + "/hooks.json", "enabled": True, "trustStatus": "trusted",
           "command": groups[-1]["hooks"][0]["command"]}} for groups in hooks]
 CHANGE
-print(json.dumps({{"id": 2, "result": {{"data": [{{"hooks": told}}]}}}}), flush=True)
+print(json.dumps({{"id": 2, "result": {{"data": [{{"hooks": listed}}]}}}}), flush=True)
 assert calls[2]["method"] == "hooks/list" and sys.stdin.read() == ""
 """
 CODEX_TRUST = [
     ("", "ok", "12 events of codex in {}; trusted"),
-    ("told[3]['trustStatus'] = 'modified'", "warn", "Codex runs 11 of them: the others are not trusted"),
-    ("told[3]['enabled'] = False", "warn", "Codex runs 11 of them"),
-    ("told = []", "warn", "Codex runs 0 of them"),
+    ("listed[3]['trustStatus'] = 'modified'", "warn", "Codex runs 11 of them: the others are not trusted"),
+    ("listed[3]['enabled'] = False", "warn", "Codex runs 11 of them"),
+    ("listed = []", "warn", "Codex runs 0 of them"),
     ("sys.exit(1)", "warn", "Codex does not report whether it trusts them (StopIteration)"),
     ("import time; time.sleep(3600)", "warn", "Codex does not report whether it trusts them (TimeoutError)"),
 ]  # fmt: skip
@@ -14235,8 +14235,8 @@ def test_answers_through_redis_are_signed_fresh_and_wanted():
             outcome = eventually(lambda: (it := deny()) != "failed" and it, 30)
             assert outcome == "delivered", time.monotonic() - began
             assert asking.decision(hook)["behavior"] == "deny"
-            told = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
-            assert "2 foreign, 1 old, 2 unsigned" in eventually(told, 30)[0]["data"]["message"]
+            reports = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
+            assert "2 foreign, 1 old, 2 unsigned" in eventually(reports, 30)[0]["data"]["message"]
             one.write_config({"answers": {"remote": False}})
             assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
         finally:
