@@ -15152,6 +15152,7 @@ def test_a_range_ends_before_its_last_day_unless_it_is_the_first(start, end, zon
 
 def test_days_are_searched_in_the_zone_that_is_named(running):
     running.emit(*zone_calls("Europe/Berlin"))
+    index_ready(running)
     the_day, zone = [f"z{number}" for number in (1, 2, 3, 4)], "--time-zone Europe/Berlin"
 
     def ids(lines: str) -> list[str]:
