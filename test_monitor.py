@@ -13835,8 +13835,14 @@ class Asking:
 
     def ask(self, kind: str = "Bash", session: str = "s1", **more: Any) -> tuple[Any, str]:
         """Ask in a session; return the hook that waits, and the id of its event."""
-        hook = self.hook({**ANSWER_ASKED[kind], "session_id": session, **more})
-        return hook, eventually(lambda: self.open_ids(session), what="a question that can be answered")[0]
+        return self.asks({**ANSWER_ASKED[kind], "session_id": session, **more})
+
+    def asks(self, hook: dict[str, Any], *command: str) -> tuple[Any, str]:
+        """Run a hook that asks; return it, and the id of its event."""
+        session = hook["session_id"]
+        earlier = self.open_ids(session)  # one that was just answered may be among them
+        new = lambda: [it for it in self.open_ids(session) if it not in earlier]  # noqa: E731
+        return self.hook(hook, *command), eventually(new, what="a question that can be answered")[0]
 
     def decision(self, hook: subprocess.Popen[bytes]) -> dict[str, Any]:
         """Return what a hook decides, of a form the answer; wait for its end."""
@@ -14170,8 +14176,7 @@ def test_permissions_of_other_programs_are_answered_while_a_page_looks(asking, m
         ({"do": "allow"}, {"behavior": "allow"}),
         ({"do": "deny", "message": "use make"}, {"behavior": "deny", "message": "use make"}),
     ):
-        waiting = asking.hook(asked, hook["command"])
-        (event_id,) = eventually(lambda: asking.open_ids(asked["session_id"]), what="a permission to answer")
+        waiting, event_id = asking.asks(asked, hook["command"])
         assert asking.answer(page, event_id, answer, asked["session_id"]) == "delivered"
         printed = {"hookEventName": "PermissionRequest", "decision": decision}
         assert json.loads(waiting.communicate(timeout=20)[0]) == {"hookSpecificOutput": printed}
