@@ -865,7 +865,7 @@ def test_figures_are_handed_on_when_they_change_and_not_too_often(hook_installed
     eventually(lambda: handed().count(("s1", 0.6)) == 3, 15, "a limit")
     show(0.6, context=5, five=(10, 2_000_000_000))
     times = [it["timestamp"] for it in hook_spooled(monitor.home) if it["statusLine"]["session_id"] == "s1"]
-    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 1900
+    assert min(later - earlier for earlier, later in zip(times, times[1:])) >= 1900
     costs = [cost for session, cost in handed() if session == "s1"]
     assert [it for it in costs if it != 0.4] == [0.301, 0.6, 0.6, 0.6], "0.4 only if the machine is slow"
 
@@ -16107,8 +16107,8 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 
 
 DOCUMENTS = {
-    path: install_text(os.path.join(ROOT, path))
-    for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))
+    os.path.relpath(path, ROOT): install_text(path)
+    for path in (f"{ROOT}/README.md", *glob.glob(f"{glob.escape(ROOT)}/.docs/*.md"))
 }
 
 

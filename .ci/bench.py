@@ -134,7 +134,7 @@ def note(message: str) -> None:
 def paired(pairs: list[tuple[float, float]]) -> Measured:
     """Return the medians of pairs (ours, limit), one for each round, the median ratio and its spread."""
     ratios = [ours / limit for ours, limit in pairs]
-    ours, limit = (statistics.median(values) for values in zip(*pairs, strict=True))
+    ours, limit = (statistics.median(values) for values in zip(*pairs))
     return Measured(ours, limit, statistics.median(ratios), (min(ratios), max(ratios)))
 
 
@@ -1730,7 +1730,7 @@ def measure(name: str, sizes: Sizes) -> tuple[list[Figure], str]:
     """Run one benchmark; return its rows, and why some could not be measured."""
     rows = rows_of(name, sizes)
     try:
-        for row, measured in zip(rows, BENCHMARKS[name](sizes), strict=True):
+        for row, measured in zip(rows, BENCHMARKS[name](sizes)):
             row.enter(measured)
             print(console_line(row.cells()), "MISSED" if row.misses else "", flush=True)
     except (BenchError, AssertionError, OSError, pytest.skip.Exception) as error:

@@ -22,19 +22,24 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENVIRONMENT = os.path.join(ROOT, ".venv")
 ENVIRONMENT_PYTHON = os.path.join(ENVIRONMENT, "bin", "python")
 INSTALLED = os.path.join(ENVIRONMENT, "packages.txt")  # the Python and the packages; written last
-PACKAGES = (
-    "axe-playwright-python==0.1.8",
-    "hypothesis==6.170.15",
-    "kosoku==0.1.0",
-    "mypy==2.4.1",
-    "playwright==1.65.2",
-    "prometheus_client==0.26.0",
-    "pytest==9.2.0",
-    "pytest-xdist==3.8.0",
-    "redis==8.1.0",
-    "ruff==0.17.6",
-    "websockets==17.4",
-)
+VERSIONS = {
+    "axe-playwright-python": "0.1.8",
+    "hypothesis": "6.170.15",
+    "kosoku": "0.1.0",
+    "mypy": "2.4.1",
+    "playwright": "1.65.2",
+    "prometheus_client": "0.26.0",
+    "pytest": "9.2.0",
+    "pytest-xdist": "3.8.0",
+    "redis": "8.1.0",
+    "ruff": "0.17.6",
+    "websockets": "17.4",
+}
+if sys.version_info < (3, 10):  # their last versions for Python 3.9
+    VERSIONS.update(hypothesis="6.141.1", mypy="1.19.1", playwright="1.60.0", pytest="8.4.2", redis="7.0.1")
+    VERSIONS.update(websockets="15.0.1")
+    del VERSIONS["kosoku"]
+PACKAGES = [f"{name}=={version}" for name, version in VERSIONS.items()]
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Program → its possible names, and its package for each package manager.
 SYSTEM_PROGRAMS = {
@@ -68,8 +73,6 @@ def report(message: str) -> None:
 
 def set_up() -> None:
     """Make the test environment and install missing system programs, both at the same time."""
-    if sys.version_info < (3, 10):
-        sys.exit("setup: the tests need Python 3.10 or newer (the program itself runs on 3.9)")
     missing = [name for name, (names, _) in SYSTEM_PROGRAMS.items() if not find_program(names)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         installing = pool.submit(install_programs, missing)
