@@ -896,11 +896,15 @@ def audience_in(monitor: tests.RunningMonitor, count: int, **options: Any) -> It
 @contextlib.contextmanager
 def sender_to(monitor: tests.RunningMonitor, output_lines: int = 20) -> Iterator[Sender]:
     """Give the function that sends a monitor so many marked events."""
-    line = ee.encode_json(marked_payload(output_lines)) + b"\n"
+    line, numbers = ee.encode_json(marked_payload(output_lines)) + b"\n", itertools.count(time.time_ns())
+
+    def numbered() -> bytes:  # the same call again would count as its second delivery
+        return line.replace(EVENT_MARK, b"%b%d" % (EVENT_MARK, next(numbers)), 1)
+
     with monitor.connect() as sock:
 
         def send(count: int) -> None:
-            sock.sendall(line * count)
+            sock.sendall(b"".join(numbered() for _ in range(count)))
             with contextlib.suppress(BlockingIOError):
                 sock.recv(4096, socket.MSG_DONTWAIT)  # acknowledgements
 
