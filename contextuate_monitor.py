@@ -162,7 +162,7 @@ except ModuleNotFoundError:
 
 from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
 
 log = logging.getLogger("contextuate")
