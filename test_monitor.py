@@ -4631,11 +4631,6 @@ SESSION_STORIES = install_text(
     os.path.join(ROOT, ".ci/stories/sessions.txt")
 )  # their notation is at its head
 SESSION_VERBS = dict(re.findall(r"^(\w+) = (.*)", SESSION_STORIES, re.M))
-# What a person does on the page: verb → (action, name of its word).
-SESSION_ACTS = {
-    "rename": ("rename", "label"), "pin": ("pin", "pinned"), "hide": ("hide", "hidden"),
-    "parent": ("set_parent", "parentSessionId"),
-}  # fmt: skip
 # Lines of the real client's transcripts, the fields that matter.
 SESSION_LINES = {
     "interrupted": {"type": "user", "interruptedMessageId": "m1", "message": {"role": "user", "content": [
@@ -4709,27 +4704,32 @@ class SessionStory:
         """Do one step; return the id of its session."""
         times, name, mark, late, verb, rest = SESSION_STEP.fullmatch(step).groups()  # type: ignore[union-attr]
         session = name if name and name[0] == "s" else self.session
-        about = {"session": session, "agent": (name or "") if name != session else ""}
-        if late:
-            about["at"] = self.marked + 500
-        more = {mark: True} if mark else {}
+        agent = (name or "") if name != session else ""
+        hook = "any" if verb == "hook" else SESSION_VERBS.get(verb, "").partition(" ")[0]
         for _ in range(int(times or 1)):
-            if verb == "hook" or SESSION_VERBS.get(verb, "")[:1].isupper():  # the name of a hook
-                self.say(*self.fields(verb, rest), more=more, **about)
-            elif verb in SESSION_VERBS:
+            if hook == "Monitor" or verb in ("usage", "under"):
+                self.note(session, verb, rest)
+            elif hook[:1].isupper() or hook == "any":
+                self.time += 1000
+                fields = self.fields(verb, rest)
+                fields.update({"agent_id": agent, "agent_type": "general-purpose"} if agent else {})
+                self.deliver(payload(session=session, **fields), self.marked + 500 if late else None, mark)
+            elif hook:
                 named = {"n": f"n{self.count}", "by": f"{name}: " if name else ""}
                 for part in SESSION_VERBS[verb].format(*rest.split(" ", 1), "", **named).split("; "):
                     self.do(part)
-            elif verb in ("usage", "under", *SESSION_ACTS):
-                self.note(session, verb, rest)
             elif verb == "shows":
                 self.time += 1000
-                status = {"status": rest}
-                shown = {"eventType": "client_status", "hookType": "", "pid": self.pid, "data": status}
+                at = self.marked + 500 if late else self.time
+                shown = {
+                    "eventType": "client_status",
+                    "hookType": "",
+                    "pid": self.pid,
+                    "data": {"status": rest},
+                }
                 if rest in SESSION_LINES:
-                    (shown,) = evidence(rest, agent_id=about["agent"])
-                about_it = {"sessionId": session, "id": f"e{self.count + 1}"}
-                self.apply({**shown, **about_it, "timestamp": about.get("at", self.time)})
+                    (shown,) = evidence(rest, agent_id=agent)
+                self.apply({**shown, "sessionId": session, "id": f"e{self.count + 1}", "timestamp": at})
             elif verb == "processes":
                 self.time += 1000
                 look = {"running": [*map(int, rest.split())], "is_sure": mark != "remote"}
@@ -4747,31 +4747,27 @@ class SessionStory:
                 assert verb in ("look", "new"), step
         return session
 
-    def fields(self, verb: str, rest: str) -> tuple[str, dict[str, Any]]:
+    def fields(self, verb: str, rest: str) -> dict[str, Any]:
         """Return the hook of a step and the fields of its payload."""
+        fields: dict[str, Any]
         if verb == "hook":
             hook, *pairs = shlex.split(rest)
             named = (pair.partition("=") for pair in pairs)
-            return hook, {name: session_value(text) for name, _, text in named}
-        hook, _, names = SESSION_VERBS[verb].partition(" ")
-        fields: dict[str, Any] = dict(zip(names.split(), rest.split(" ", max(names.count(" "), 0))))
-        use_id, target = fields.get("tool_use_id"), fields.pop("target", "")
-        if "tool_name" in fields:
-            named = SESSION_INPUTS.get(fields["tool_name"], "text")
-            fields["tool_input"] = {named: target} if target else {}
-            if fields["tool_name"] == "AskUserQuestion":
-                fields["tool_input"] = {"questions": [{"question": target}]}
-        if use_id:
-            known = {name: fields.get(name) for name in ("tool_name", "tool_input")}
+            fields = {name: session_value(text) for name, _, text in named}
+        else:
+            hook, *names = SESSION_VERBS[verb].split(" ")
+            fields = dict(zip(names, rest.split(" ", max(len(names) - 1, 0))))
+            target = fields.pop("target", "")
+            if "tool_name" in fields:
+                fields["tool_input"] = (
+                    {SESSION_INPUTS.get(fields["tool_name"], "text"): target} if target else {}
+                )
+        if use_id := fields.get("tool_use_id"):
+            known = {name: fields[name] for name in ("tool_name", "tool_input") if name in fields}
             fields = {**self.calls.setdefault(use_id, known), **fields}
         if use_id == "-":
             del fields["tool_use_id"], self.calls["-"]
-        if verb in ("launched", "returned"):
-            status, agent_id = fields.popitem()
-            fields["tool_response"] = {"status": status, "agentId": agent_id}
-        if hook == "SubagentStop":
-            fields["background_tasks"] = []
-        elif verb == "stop":
+        if verb == "stop":
             tasks = [{"id": each, "status": "running", "description": each} for each in rest.split()]
             fields = {"stop_hook_active": False, "background_tasks": tasks}
         elif verb == "round":
@@ -4779,7 +4775,7 @@ class SessionStory:
             made = [(each, tool or self.calls[each]["tool_name"]) for each, _, tool in words]
             names = ("tool_use_id", "tool_name", "tool_response")
             fields = {"tool_calls": [dict(zip(names, (*call, "no such tool"))) for call in made]}
-        return hook, fields
+        return {"hook": hook, **fields}
 
     def note(self, session: str, verb: str, rest: str) -> None:
         """Take what comes from no hook: an act on the page, token totals, an emitter's word on a parent."""
@@ -4789,34 +4785,25 @@ class SessionStory:
         elif verb == "under":
             about.update(eventType="user_prompt", hookType="UserPromptSubmit", parentSessionId=rest, data={})
         else:
-            action, name = SESSION_ACTS[verb]
+            _, action, name = SESSION_VERBS[verb].split(" ")
             data = {"action": action, name: True if action in ("pin", "hide") else rest or None}
             about.update(eventType="session_meta", hookType="Monitor", data=data)
         self.apply(about)
 
-    def say(
-        self, hook: str, fields: Any = (), *, agent: str = "", at: int | None = None, session: str = "", more: Any = (),
-        **named: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Let a hook payload arrive a second after the last one; `at`: it happened then and was overtaken."""
-        self.time += 1000
-        if agent:
-            named.update(agent_id=agent, agent_type="general-purpose")
-        return self.deliver(payload(hook, session or self.session, **dict(fields), **named), at, dict(more))
-
-    def deliver(self, hook_payload: dict[str, Any], at: int | None = None, more: Any = ()) -> dict[str, Any]:
-        """Let one payload arrive now."""
+    def deliver(self, hook_payload: dict[str, Any], at: int | None = None, mark: str = "") -> None:
+        """Let one payload arrive now; `at`: it happened then and was overtaken."""
         event_id = f"e{self.count + 1}"
         wrapped = {"hook": hook_payload, "id": event_id, "machineId": self.machine, "pid": self.pid or None}
         if self.namespace:
             wrapped["pidNamespace"] = self.namespace
-        return self.apply({**wrapped, "timestamp": self.time + self.clock if at is None else at}, more)
+        self.apply({**wrapped, "timestamp": self.time + self.clock if at is None else at}, mark)
 
-    def apply(self, given: dict[str, Any], more: Any = ()) -> dict[str, Any]:
+    def apply(self, given: dict[str, Any], mark: str = "") -> dict[str, Any]:
         """Let anything arrive now, as the monitor would take it."""
         self.count += 1
         event = ee.build_event(given, self.time, self.machine)
-        heard = self.hear({"seq": self.count, "received": self.time, **event, **dict(more)})
+        marked = {mark: True} if mark else {}
+        heard = self.hear({"seq": self.count, "received": self.time, **event, **marked})
         return self.book.to_json(self.book.apply(heard))
 
     def hear(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -4843,15 +4830,10 @@ class SessionStory:
         found = book.sessions.get(session or self.session)
         return book.to_json(found) if found else {}
 
-    def wait(self, milliseconds: int) -> dict[str, Any]:
+    def wait(self, milliseconds: int = 0) -> list[str]:
+        """Look at the clock when time has passed; return the ids of the sessions that changed."""
         self.time += milliseconds
-        self.tick()
-        return self.now()
-
-    def tick(self) -> list[str]:
-        """Look at the clock; return the ids of the sessions that changed."""
-        changed = self.book.tick(self.time, self.time - self.set_by)
-        return [session.session_id for session in changed]
+        return [it.session_id for it in self.book.tick(self.time, self.time - self.set_by)]
 
 
 def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
@@ -4867,8 +4849,7 @@ def session_value(text: str) -> Any:
 
 def session_story(**fields: Any) -> SessionStory:
     story = SessionStory(**fields)
-    story.say("SessionStart", source="startup", model="claude-opus-5-5")
-    story.say("UserPromptSubmit", prompt="make the cart work")
+    story.play("hook SessionStart source=startup model=claude-opus-5-5; prompt make the cart work")
     return story
 
 
@@ -5090,10 +5071,8 @@ def test_no_session_is_silent_for_the_time_that_our_clock_was_set_by(machine, st
 def test_time_alone_makes_a_session_stuck_and_reports_the_change_once():
     story = session_story()
     story.wait(130_000)
-    story.time += 7_000_000
-    assert story.tick() == []
-    story.time += 200_000
-    assert (story.tick(), story.tick()) == (["s1"], [])
+    assert story.wait(7_000_000) == []
+    assert (story.wait(200_000), story.wait()) == (["s1"], [])
     story.play("look → stuck long")
 
 
