@@ -130,6 +130,16 @@ def install_text(path: object) -> str:
     return pathlib.Path(str(path)).read_text(encoding="utf-8")
 
 
+def story_parts(name: str) -> dict[str, list[str]]:
+    """Return the parts of a file of .ci/stories, whose notation is at its head: title → lines."""
+    _, *parts = re.split(r"^=== (.*)\n", install_text(os.path.join(ROOT, ".ci/stories", name)), flags=re.M)
+    signs = {0x2400 + code: code for code in range(33)}
+    texts = [
+        re.sub("⟨(.*?)×(\\d+)⟩", lambda it: it[1] * int(it[2]), part).split("\n") for part in parts[1::2]
+    ]
+    return {title: [it.translate(signs) for it in text if it] for title, text in zip(parts[::2], texts)}
+
+
 def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
     """Protect an event; its JSON, which comes along, must be what anybody would make of it."""
     event, encoded = ee.protect(event, privacy)
@@ -1106,55 +1116,10 @@ def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
 
 
-HOOK_WRONG_URLS = "http://u:12345678@h redis://:a/b@h:1/0 redis://:a#b@h:1 redis://h:0 unix:x h:6379".split()
-HOOK_PRICE = {"input": 1, "output": 1}
-HOOK_ODD_PRICES = [7, {"input": 1}, *(HOOK_PRICE | it for it in ({"input": -1}, {"output": True}, {"x": 1}))]
-# For every key and section: values that must be refused, and one that is taken.
-HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
-    **dict.fromkeys({key.partition(".")[0] for key in ee.KEYS if "." in key}, ([1, "x", [], None], {})),
-    "mode": (["", "Local", "both", 1, None, ["local"]], "local"),
-    "socketPath": (["", "relative.sock", 5, None, "/" + "x" * 100, "/" + "é" * 50, ["/a"]], "/" + "x" * 99),
-    "server.host": (["", 1, None, ["127.0.0.1"]], "::1"),
-    "server.port": ([-1, 65536, "3847", 1.0, True, None, 10**30, float("inf"), float("nan")], 0),
-    "server.wsPort": ([-1, 65536, "3848", 1.5, False, None], 65535),
-    "server.allowedHosts": (["a", [1], [""], {"a": 1}, None], ["a", "b"]),
-    "server.auth": (["none", True, None, "AUTO"], "token"),
-    "redis.url": (["", 1, *HOOK_WRONG_URLS], "rediss://u:p@redis.example.org:6380/2"),
-    "redis.host": (["", 1, None], "redis.example.org"),
-    "redis.port": ([0, 65536, "6379", True, None], 6380),
-    "redis.username": (["", 1, True], "monitor"),
-    "redis.password": (["", 1, True, ["a"], 12345678], None),
-    "redis.db": ([-1, "0", None, 65536], 3),
-    "redis.channel": (["", None, 5, "x" * 201], "team:events"),
-    "redis.tls": ([1, "true", None], True),
-    "redis.verify": ([0, "false", None], False),
-    **dict.fromkeys(("redis.caFile", "redis.certFile", "redis.keyFile"), (["", 1, False], None)),
-    "redis.sentinels": (["a:1", [""], ["a:0"], ["a:b"], [1], ["a/b"], None], ["a", "b:26380", "[::1]:1"]),
-    "redis.master": (["", None, 1], "team"),
-    "redis.sentinelPassword": (["", 1], None),
-    "redis.cluster": ([1, "yes", [], ["a:x"], None], ["a:7000", "b:7001"]),
-    "redis.streamMaxLength": ([-1, 10_000_001, "1", None, True], 0),
-    "redis.maxRetries": ([0, -1, "10", False, 1.5], None),
-    "persistence.enabled": ([1, 0, "true", None], False),
-    "persistence.type": (["sqlite", "redis", "", None], "file"),
-    "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
-    "limits.connections": ([0, 10_001, "1", True, None], 10_000),
-    "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
-    "answers.waitSeconds": ([-1, 86_401, "5", None], 0),
-    "answers.backgroundSeconds": ([-1, 301, 1.5, True], 0),
-    "answers.remote": ([1, "true", None], True),
-    "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
-    "sessions.endedHours": ([0, 721, 1.5, None], 720),
-    "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
-    "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
-    "privacy.redact": (["false", 0, 1, None], False),
-    "privacy.level": (["none", True, None, "FULL"], "metadata"),
-    "notify": ([1, "x", {}, None, [1]], [{"url": "https://ntfy.example/topic"}]),
-    "prices": (
-        [7, None, {"": HOOK_PRICE}, *({"opus": odd} for odd in HOOK_ODD_PRICES)],
-        {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
-    ),
-}  # fmt: skip
+HOOK_VALUES: dict[str, tuple[list[Any], Any]] = {}  # key or section → what is refused, what is taken
+for config_row in story_parts("config.txt")["keys"]:
+    config_key, refused, taken = re.fullmatch("(.*?): (.*) → (.*)", config_row).groups()
+    HOOK_VALUES[config_key] = json.loads(f"[{refused}]"), json.loads(taken)
 
 
 def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[str, Any], list[str]]:
@@ -1167,7 +1132,7 @@ def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[
 
 @pytest.mark.parametrize("key", sorted({part for key in ee.KEYS for part in (key, key.partition(".")[0])}))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
-    wrong, right = HOOK_WRONG_VALUES[key]
+    wrong, right = HOOK_VALUES[key]
     path = tmp_path / "c.json"
     expected = ee.KEYS[key].expected if key in ee.KEYS else "an object"
     for value in wrong:
@@ -1319,9 +1284,6 @@ HOOK_NODE_EVENT = {
     "machineId": "laptop", "workingDirectory": "/w", "hookType": "PostToolUse", "eventType": "tool_result",
     "parentSessionId": "aa00aa00aa00aa00", "data": {"toolName": "Bash", "tool_output": {"stdout": "a"}, "agentId": "x1"},
 }  # fmt: skip
-HOOK_STOP = {
-    "hookType": "Stop", "eventType": "turn_end", "sessionId": "s1", "workingDirectory": "/home/dev/shop"
-}  # fmt: skip
 NODE = {"timestamp": NOW_MS, "machineId": "mac", "workingDirectory": "/w"}
 NODE_STOP = {"eventType": "session_end", "hookType": "Stop", "sessionId": "0123456789abcdef"}
 NODE_START = {
@@ -1378,7 +1340,10 @@ HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eventType": "x", "seq": 9, "received": 9, "future": [1]}, {"seq": None, "received": None, "future": [1]}
     ),
     **{
-        f"beside a payload: {name} {value}": (hook_wrapped(payload("Stop"), **{name: value}), HOOK_STOP)
+        f"beside a payload: {name} {value}": (
+            hook_wrapped(payload("Stop"), **{name: value}),
+            {"hookType": "Stop", "eventType": "turn_end", "sessionId": "s1", "workingDirectory": "/home/dev/shop"},
+        )
         for name in ("seq", "received", "hookType", "data", "sessionId", "workingDirectory", "agentId")
         for value in (5, "x", {"a": 1})
     },
@@ -1577,18 +1542,7 @@ HOOK_HEX, HOOK_BASE32 = "0123456789abcdef", "ABCDEFGHIJ234567"
 HOOK_ALPHABETS = {"aws": HOOK_BASE32, "digitalocean": HOOK_HEX, "shopify": HOOK_HEX}
 
 
-def redaction_texts() -> dict[str, list[str]]:
-    """Return the parts of .ci/stories/redaction.txt: name → its lines."""
-    text = install_text(os.path.join(ROOT, ".ci/stories/redaction.txt"))
-    _, *parts = re.split(r"^=== (.*)\n", text, flags=re.M)
-    signs = str.maketrans("␊␍␛␠", "\n\r\x1b ")
-    return {
-        name: [it.translate(signs) for it in part.split("\n") if it]
-        for name, part in zip(parts[::2], parts[1::2])
-    }
-
-
-REDACTION = redaction_texts()
+REDACTION = story_parts("redaction.txt")
 
 
 def hook_token(head: str, length: int, alphabet: str = HOOK_LETTERS) -> str:
@@ -1605,10 +1559,8 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
 
 def hook_tokens() -> Iterator[tuple[str, str]]:
     """Make up (kind, token): of the shapes above, and one for each beginning that redaction knows."""
-    for kind, *shapes in map(str.split, REDACTION["shapes"]):  # kind, then head:letters of each shape
-        for head, length in (
-            shape.replace("~", "").split(":") for shape in shapes
-        ):  # no file holds a secret's head
+    for kind, *shapes in map(str.split, REDACTION["shapes"]):
+        for head, length in (shape.replace("~", "").split(":") for shape in shapes):
             yield kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))
     long = hook_token("", 40)
     hex8, hex24, hex32, hex34, hex40, hex64 = (hook_token("", it, HOOK_HEX) for it in (8, 24, 32, 34, 40, 64))
@@ -1679,7 +1631,7 @@ def hook_corpus() -> list[tuple[str, str, str]]:
         corpus += [(kind, secret, text), (kind, secret, json.dumps(text)), (kind, secret, f"ünd İ {text}")]
         if around == "see {} there":
             quoted = json.dumps(secret)[1:-1] if "\n" in secret else secret
-            for other in REDACTION["surroundings"]:  # what tools read, write and print
+            for other in REDACTION["surroundings"]:
                 corpus.append((kind, secret, other.replace("{}", quoted if '"{}' in other else secret)))
     return corpus
 
@@ -1753,7 +1705,7 @@ def test_a_value_is_replaced_when_its_name_says_secret(case):
             assert (word not in ee.redact_text(f'{{"{name}": "{word}"}}')) == are_secret, name
 
 
-HOOK_HARMLESS = REDACTION["harmless"]  # what names secrets or looks like some, and holds none
+HOOK_HARMLESS = REDACTION["harmless"]
 
 
 def hook_harmless_texts() -> list[str]:
@@ -3429,10 +3381,15 @@ def test_the_limit_counts_the_fragments_of_one_message_only():
 # -- the opening handshake -----------------------------------------------------
 
 
-def protocol_rows(table: dict[int, list[str]]) -> Any:
-    """Give a test each row of a table with its status."""
-    rows = [(status, row) for status, rows in table.items() for row in rows]
-    return pytest.mark.parametrize(("status", "row"), rows)
+HTTP_ROWS = story_parts("http.txt")
+
+
+def protocol_rows(kind: str) -> Any:
+    """Give a test each row of one kind with its status."""
+    parts = [(int(title.split()[1]), HTTP_ROWS[title]) for title in HTTP_ROWS if title.startswith(kind)]
+    return pytest.mark.parametrize(
+        ("status", "row"), [(status, row) for status, rows in parts for row in rows]
+    )
 
 
 def protocol_head(*changes: Any, line: str = "GET / HTTP/1.1") -> bytes:
@@ -3457,31 +3414,7 @@ def protocol_head(*changes: Any, line: str = "GET / HTTP/1.1") -> bytes:
     return "\r\n".join([line, *map(": ".join, headers.items()), *more]).encode("latin-1")
 
 
-# Status → changes of the head (see above), with ` | ` between them
-PROTOCOL_HANDSHAKES = {
-    101: [
-        "Upgrade: WebSocket | Connection: UPGRADE", "Connection: keep-alive, Upgrade", "Upgrade: h2c, websocket",
-        "Connection: keep-alive | +connection:upgrade", "-Sec-WebSocket-Version | +SEC-WEBSOCKET-VERSION:\t13 ",
-        "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other", "X-Latin: \xe9",
-        "Sec-WebSocket-Protocol: chat, superchat", "GET /any/where?x=%20y HTTP/1.1",
-    ],
-    405: ["POST / HTTP/1.1"],
-    505: ["GET / HTTP/1.0"],
-    426: [
-        "-Upgrade", "Upgrade: websockets", "-Connection", "Connection: keep-alive", "-Sec-WebSocket-Version",
-        "Sec-WebSocket-Version: 013",
-    ],
-    400: [
-        "GET /", "GET  / HTTP/1.1", "GET / http/1.1", "", "+Sec-WebSocket-Version: 13", "-Sec-WebSocket-Key",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\xe9",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q==", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw==",
-        f"+Sec-WebSocket-Key: {PROTOCOL_KEY}", "+no colon here", "+X-Folded: a | + b", "+Bad Name: x",
-        "+Before-Colon : x", "+: x", "X-Null: a\0b", "X-Newline: a\nOrigin: b", "X-Return: a\rb",
-    ],
-}  # fmt: skip
-
-
-@protocol_rows(PROTOCOL_HANDSHAKES)
+@protocol_rows("handshake")
 def test_a_handshake_is_answered_with_101_or_its_error(status, row):
     try:
         response = cm.handshake_response(cm.parse_request_head(protocol_head(*row.split(" | "))))
@@ -3499,7 +3432,7 @@ def test_a_handshake_is_answered_with_101_or_its_error(status, row):
 
 @pytest.mark.parametrize("status", [400, 405, 426, 431, 505])
 def test_a_refused_handshake_is_answered_in_json_and_ends(spoken, status):
-    change = PROTOCOL_HANDSHAKES.get(status, ["X-Long: " + "x" * cm.HEAD_LIMIT_BYTES])[0]
+    change = HTTP_ROWS.get(f"handshake {status}", ["X-Long: " + "x" * cm.HEAD_LIMIT_BYTES])[0]
     for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
         head = protocol_head(f"Host: 127.0.0.1:{port}", change).replace(b" / ", path, 1)
         got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
@@ -4108,69 +4041,10 @@ def test_every_route_answers_json_and_gives_no_secret(spoken, path):
         assert (answer["server"]["port"], answer["server"]["wsPort"]) == (spoken.port, spoken.ws_port)
 
 
-# Rule → status, what the answer's headers and JSON say besides, the requests (first line, headers, blank line,
-# body; bytes are sent as they are). PORT is the monitor's.
-PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
-    "no path leads out of the API": (404, {}, [
-        *("GET " + path for path in (
-            "/api/nothing /api/events/none?session=routes /../token /../../etc/passwd /%2e%2e/token /..%2ftoken /token "
-            "/monitor.run.json /index.html/../token /api/sessions/..%2f..%2ftoken /api/sessions/..%2ftoken/events "
-            "/api/events/..%2f..%2ftoken /api/events/x?session=..%2f..%2ftoken /api/events/x?session=%2Fetc%2Fpasswd&seq=1 "
-            "/api/sessions/%00/events /api/sessions/*/events /api/sessions/.. /api/sessions/%ff%fe /%00 //etc/passwd /./ "
-            "/api//status /api/status/ /emit_event.py /contextuate_monitor.py /api/sessions/unknown-id").split()),
-        "POST /nowhere",
-    ]),
-    "the target must be a path": (400, {}, [
-        "GET http://127.0.0.1:PORT/health", "GET http://evil.example/", "GET *", "GET health", "GET ?x",
-    ]),
-    "another method is refused and the right one named": (405, {"allow": "GET"}, [
-        "POST /api/status", "DELETE /api/sessions/x", "PUT /", "POST /index.html", "PATCH /api/events",
-        "OPTIONS /api/export",
-    ]),
-    "hooks are posted": (405, {"allow": "POST"}, ["GET /api/hooks", "GET /api/message"]),
-    "limit is an integer from 1 to 1000": (400, {"field": "limit"}, [
-        f"GET {path}?limit={value}"
-        for path in ("/api/events", "/api/sessions/routes/events")
-        for value in ("0", "1001", "-1", "ten", "", "1.5", "1e2", "+5", "%D9%A3")
-    ]),
-    **{
-        f"{field} is checked": (400, {"field": field}, [f"GET {path}?{field}={value}" for value in values.split(" ")])
-        for path, field, values in (
-            ("/api/events", "before", "x -1 99999999999999999999"), ("/api/events", "after", "x -1 "),
-            ("/api/export", "from", "x 99999999999999999"), ("/api/export", "to", "-1 "),
-        )
-    },
-    "search and statistics check theirs": (400, {}, ["GET /api/search?limit=0", "GET /api/stats?utcOffset=x"]),
-    "a body is one JSON object": (400, {}, [
-        f"POST {path}\n\n{body}"
-        for path in ("/api/hooks", "/api/message")
-        for body in ("", "garbage", "[1]", '"text"', "null", '{"a":1', "{}{}", "\xff\xfe", "[" * 99999)
-    ]),
-    "a body has one length": (400, {}, [
-        *(f"POST /api/hooks\nContent-Length: {length}" for length in ("-1", "1e3", "+5", "2\nContent-Length: 3")),
-        "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
-    ]),
-    "a chunk is well-formed": (400, {}, [
-        "POST /api/hooks\nTransfer-Encoding: chunked\n\n" + chunk
-        for chunk in ("x\r\n", "-2\r\n{}\r\n", "2\n{}\n", "3\r\n{}\r\n0\r\n\r\n")
-    ]),
-    "a head line is a header": (400, {}, [
-        f"GET /health\n{line}" for line in ("Bad Header: x", "X : y", "nonsense", "X\x01: y", " folded", "X: \x00", "X: a\rY: b")
-    ]),
-    "a body that is too long is not read": (413, {}, [
-        *(f"POST /api/hooks\nContent-Length: {length}" for length in (ee.LINE_LIMIT_BYTES + 1, 999999999999)),
-        f"POST /api/hooks\nTransfer-Encoding: chunked\n\n2\r\n{{}}\r\n{ee.LINE_LIMIT_BYTES - 1:x}\r\n",
-    ]),
-    "a head is bounded": (431, {}, ["GET /\nX: " + "x" * 65534, "GET /" + "\nX: y" * 3000]),
-    "a first line is bounded": (414, {}, [b"GET /" + b"x" * 65532]),
-    "what is not HTTP": (400, {}, [b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET / FTP/1.1\r\n\r\n"]),
-    "another version of HTTP": (505, {}, [b"GET / HTTP/2.0\r\n\r\n"]),
-    "an unknown method": (501, {}, [b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n"]),
-}  # fmt: skip
-
-
 def protocol_request(request: str, port: int) -> bytes:
-    """Return the bytes of a request of the table above: with Host, with the page's Origin where it writes."""
+    """Return the bytes of a request that is refused: with Host, with the page's Origin where it writes."""
+    if request.startswith("raw "):
+        return request[len("raw ") :].encode("latin-1")
     head, blank, body = request.replace("PORT", str(port)).partition("\n\n")
     line, *headers = head.split("\n")
     method, path = line.split(" ")
@@ -4181,15 +4055,16 @@ def protocol_request(request: str, port: int) -> bytes:
     return protocol_get(f"127.0.0.1:{port}", *headers, path=path, method=method) + body.encode("latin-1")
 
 
-@pytest.mark.parametrize("rule", PROTOCOL_REFUSED)
+@pytest.mark.parametrize("rule", [it for it in HTTP_ROWS if it.startswith("refused")])
 def test_a_bad_request_is_refused_in_json_and_nothing_is_stored(spoken, rule):
     spoken.emit(*protocol_events("routes", 2))
     seq = spoken.get("/api/status")["seq"]
-    status, expected, requests = PROTOCOL_REFUSED[rule]
+    about, *requests = HTTP_ROWS[rule]
+    status, *more = about.split()
+    expected = dict(it.split("=") for it in more)
     for request in requests:
-        data = request if isinstance(request, bytes) else protocol_request(request, spoken.port)
-        got, headers, body = protocol_exchange(spoken.port, data)
-        assert (got, request) == (status, request)
+        got, headers, body = protocol_exchange(spoken.port, protocol_request(request, spoken.port))
+        assert (got, request) == (int(status), request)
         protocol_check_headers(headers)
         answer = json.loads(body)
         assert answer["error"] and expected.get("field", "") in answer["error"]
@@ -4245,42 +4120,7 @@ def test_the_page_comes_with_a_policy_that_fits_it(spoken):
     assert f"wss://monitor.example:{spoken.ws_port}" in dict(of_a_proxy)["content-security-policy"]
 
 
-# Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request, in groups. PORT is the port
-# it is sent to, PAGE the page's, OTHER the other of the two; monitor.example and proxy.example:8443 are configured.
-PROTOCOL_FOREIGN = (
-    "null http://127.0.0.1 http://127.0.0.1:WS http://127.0.0.1:1 http://evil.example http://evil.example:PAGE "
-    "http://sub.127.0.0.1:PAGE http://127.0.0.1:PAGE.evil.example http://127.0.0.1:PAGE/ file:// http://[::1]:PAGE "
-    "http://evil.example#http://127.0.0.1:PAGE chrome-extension://abcdef http://localhost:PAGE"
-).split() + ["http://127.0.0.1:PAGE http://evil.example"]
-PROTOCOL_ACCESS = {
-    200: [
-        # a tunnel ends at any port
-        *"127.0.0.1:PORT localhost:PORT LocalHost:PORT [::1]:PORT monitor.example:PORT localhost 127.0.0.1:1".split(),
-        "127.0.0.1:OTHER", "127.0.0.1:PORT | http://127.0.0.1:PAGE", "localhost:PORT | http://localhost:PAGE",
-        "monitor.example:PORT | http://monitor.example:PAGE", "monitor.example | https://monitor.example",
-        "proxy.example:8443 | https://proxy.example:8443",
-    ],
-    400: [
-        "127.0.0.1:PORT | Host: 127.0.0.1:PORT", "127.0.0.1:PORT | Host: evil.example",
-        "127.0.0.1:PORT | http://127.0.0.1:PAGE | http://127.0.0.1:PAGE",
-        "127.0.0.1:PORT | http://127.0.0.1:PAGE | null",
-    ],
-    403: [
-        *(f"127.0.0.1:PORT | {origin}" for origin in PROTOCOL_FOREIGN),
-        "localhost:8000 | http://localhost:8001", "localhost:PORT | http://evil.localhost:PAGE",
-        "localhost:PORT | http://evillocalhost:PAGE", "monitor.example:PORT | http://127.0.0.1:PAGE",
-        "monitor.example:PORT | http://proxy.example:8443", "monitor.example:PORT | http://sub.monitor.example",
-    ],
-    421: [
-        "no host", "",
-        *"evil.example:PORT 127.0.0.1.evil.example:PORT localhost.evil.example:PORT evil@127.0.0.1:PORT".split(),
-        *"127.0.0.1:PORT:PORT 0.0.0.0:PORT 192.168.1.1:PORT [::2]:PORT localhost:PORT/x 2130706433:PORT".split(),
-        *"sub.monitor.example:PORT proxy.example:8444".split(),
-    ],
-}  # fmt: skip
-
-
-@protocol_rows(PROTOCOL_ACCESS)
+@protocol_rows("access")
 def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row):
     page, ws = spoken.port, spoken.ws_port
     for port, other, path in ((page, ws, ""), (ws, page, "/"), (page, ws, "/ws")):
