@@ -123,7 +123,6 @@ import operator
 import pickle
 import plistlib
 import pwd
-import py_compile
 import random
 import re
 import resource
@@ -8624,11 +8623,8 @@ def running_monitor(settings: Settings) -> JsonObject | None:
 
     "pid" is the result of `listening_pid`, "process" describes it as text.
     """
-    pid = lock_holder(settings.path("monitor.pid"))
-    if pid is None:
-        return None
-    about = read_state(settings.path("monitor.run.json"))
-    if about.get("pid") != pid:
+    pid, about = lock_holder(settings.path("monitor.pid")), read_state(settings.path("monitor.run.json"))
+    if pid is None or about.get("pid") != pid:
         return None
     about["pid"] = pid = listening_pid(about["socketPath"])
     where = "in another container" if pid == 0 else "its socket does not answer"
@@ -8643,7 +8639,7 @@ def needed_monitor(settings: Settings) -> JsonObject:
     return about
 
 
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[str]:
+def page_links(settings: Settings, about: JsonObject, with_token: bool = False) -> list[str]:
     """Return the addresses of the page, with the token where one is needed."""
     auth = settings["server.auth"]
     needs_token = with_token or auth == "token" or not is_loopback(about["host"])
@@ -8652,10 +8648,9 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
     return [f"http://{f'[{name}]' if ':' in name else name}:{about['port']}/{token}" for name in names]
 
 
-def ask_monitor(
-    settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
-) -> JsonObject:
+def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None) -> JsonObject:
     """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
+    about = needed_monitor(settings)
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -8673,11 +8668,11 @@ def ask_monitor(
     return answer
 
 
-def send_events(socket_path: str, events: Sequence[JsonObject]) -> None:
-    """Send events to the running monitor as hooks do, until they are stored; raise CommandError."""
+def send_events(settings: Settings, events: Sequence[JsonObject]) -> None:
+    """Send events to the running monitor as hooks do, until they are stored; raise CommandError, OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(60)
-        sock.connect(socket_path)
+        sock.connect(needed_monitor(settings)["socketPath"])
         for start in range(0, len(events), 200):
             batch = events[start : start + 200]
             sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
@@ -8701,7 +8696,6 @@ Version = tuple[int, int, int]
 
 CLAUDE = "claude"
 HOOK_TIMEOUT_S = 10
-CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -8777,8 +8771,6 @@ PROGRAMS = {
     ),
 }
 _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
-
-
 # The words of our command, with zero bytes between them.
 _OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
 
@@ -8792,7 +8784,8 @@ class ClientFile(NamedTuple):
 
     path: str
     settings: JsonObject
-    trouble: str = ""
+    is_managed: bool
+    trouble: str
 
 
 class StatusLine(NamedTuple):
@@ -8845,27 +8838,23 @@ def plan_install(
     if program == "kimi":
         text = read_text(path)
         return InstallPlan(path, text, merge_toml(path, text, command, names, about.fields), names)
+    if program == "copilot":  # a file of our own
+        hooks = {name: [{**about.fields, "bash": command}] for name in names}
+        text = render_settings({"version": 1, "hooks": hooks}, "") if home else ""
+        return InstallPlan(path, read_text(path), text, names)
     old_text, settings = read_settings(path)
-    try:
-        if is_claude and home:
-            names = event_names(version)
-            if not names:
-                raise InstallError("this version of Claude Code has no hooks; update it, then try again")
-            names += [] if version else sorted(our_hooks(settings).keys() - names)
-            names = [name for name in names if name not in without]
-        if program == "copilot":  # a file of our own
-            hooks = {name: [{**about.fields, "bash": command}] for name in names}
-            changed: JsonObject = {"version": 1, "hooks": hooks} if home else {}
-        else:
-            changed = merge_hooks(settings, command, names, wait_s, about.fields)
-        if is_claude and (line or status_line_in(settings)):
-            changed = merge_status_line(changed, home)
-        new_text = render_settings(changed, old_text) if changed or is_claude else ""
-    except InstallError as error:
-        raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(
-        path, old_text, old_text if changed == settings else new_text, names, status_line_in(changed)
-    )
+    if is_claude and home:
+        names = event_names(version)
+        if not names:
+            raise InstallError("this version of Claude Code has no hooks; update it, then try again")
+        names += [] if version else sorted(our_hooks(settings).keys() - names)
+        names = [name for name in names if name not in without]
+    changed = merge_hooks(settings, command, names, wait_s, about.fields)
+    if is_claude and (line or status_line_in(settings)):
+        changed = merge_status_line(changed, home)
+    new_text = render_settings(changed, old_text) if changed or is_claude else ""
+    new_text = old_text if changed == settings else new_text
+    return InstallPlan(path, old_text, new_text, names, status_line_in(changed))
 
 
 def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
@@ -8875,14 +8864,12 @@ def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields:
         return others
     if re.search(r"^\s*hooks\s*=", others, re.M):
         raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
-    entries = (
-        f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
-        + "".join(f"{key} = {value}\n" for key, value in fields.items())
-        for name in names
-    )
-    before = others + "\n" * (others != "" and not others.endswith("\n"))
-    block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
-    return before + ("\n" if before else "") + block
+    block = others + "\n" * (2 - others.endswith("\n")) if others else ""
+    block += "# contextuate: our hooks\n"
+    for name in names:
+        values = {"event": json.dumps(name), "command": json.dumps(command), **fields}
+        block += "[[hooks]]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
+    return block + "# contextuate: end\n"
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8893,10 +8880,11 @@ def event_names(version: Version | None) -> list[str]:
 
 def claude_version() -> Version | None:
     """Return the version of `claude` on the PATH or where its installers put it; None if it prints none."""
-    program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
-    command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
+    places = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
+    program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in places)), "")
+    null, timeout_s = subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
     try:
-        answer = subprocess.check_output(command, stdin=null, stderr=null, timeout=timeout_s)
+        answer = subprocess.check_output([program, "--version"], stdin=null, stderr=null, timeout=timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(rb"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", answer)
@@ -8914,30 +8902,23 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 def client_files(project: str) -> list[ClientFile]:
     """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
-    managed = os.path.join(_managed_directory(), "managed-settings")
+    managed = f"{MANAGED_DIRECTORIES.get(sys.platform, '')}/managed-settings"
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
     paths += [settings_path(project, "settings.local.json"), settings_path(project), settings_path(None)]
-    return [_client_file(path) for path in dict.fromkeys(paths)]
-
-
-def _managed_directory() -> str:
-    return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
-
-
-def _client_file(path: str) -> ClientFile:
-    try:
-        settings = read_settings(path)[1]
-        _checked_hooks(settings)
-        return ClientFile(path, settings)
-    except InstallError as error:
-        words = str(error).rpartition(";")[0]
-        return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
+    files = []
+    for path in dict.fromkeys(paths):
+        settings, trouble = {}, ""
+        try:
+            settings = read_settings(path)[1]
+        except InstallError as error:
+            trouble = str(error).rpartition(";")[0]
+        files.append(ClientFile(path, settings, path.startswith(managed), trouble))
+    return files
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
-    managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
-    others = [file for file in files if file not in managed]
+    managed, others = ([file for file in files if file.is_managed is wanted] for wanted in (True, False))
     for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
@@ -8950,9 +8931,8 @@ def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
 
 
 def _handlers(settings: JsonObject) -> Iterator[tuple[str, JsonObject]]:
-    for name, groups in _checked_hooks(settings).items():
-        for group in groups:
-            yield from ((name, entry) for entry in group["hooks"])
+    for name, groups in settings.get("hooks", {}).items():
+        yield from ((name, entry) for group in groups for entry in group["hooks"])
 
 
 def our_hooks(settings: JsonObject) -> dict[str, str]:
@@ -8974,12 +8954,9 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
 
 def base_interpreter() -> str:
     """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
-    path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
+    path = os.path.abspath(sys.executable or "")
     if sys.prefix != sys.base_prefix:
-        # Up to Python 3.10 the base executable of an environment is the environment's own link. Links outside
-        # stay: an upgrade keeps /usr/bin/python3, but not its target.
-        while path.startswith(sys.prefix + os.sep) and os.path.islink(path):
-            path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        path = os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         raise InstallError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
     return path
@@ -9028,7 +9005,7 @@ def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     given = ours.wrapped if ours else object_of(entry).get("command")
     is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
-        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+        raise InstallError("statusLine: expected a command in your settings; nothing was changed")
     if not home and given is None:
         return {key: value for key, value in settings.items() if key != "statusLine"}
     command = status_line_command(base_interpreter(), hook_script(home), given) if home else given
@@ -9080,8 +9057,6 @@ def install_hook_files(home: str) -> str:
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    names = ("emit_event.py", "hot_path.py", "status_line.py")
-    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
@@ -9092,17 +9067,13 @@ def install_hook_files(home: str) -> str:
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(
-            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
-        ):
-            emit_event.write_atomically(path, text)
+        emit_event.write_atomically(f"{library}/emit_event.py", content)
+        emit_event.write_atomically(f"{library}/hot_path.py", hot_path + b"\n")
+        emit_event.write_atomically(f"{library}/status_line.py", b"from hot_path import *\n" + status_line)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
         _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
-    # Saves the first calls from compiling; if it fails, they compile.
-    for path in modules:
-        with contextlib.suppress(OSError, py_compile.PyCompileError):
-            py_compile.compile(path, doraise=True)
+    compileall.compile_dir(library, force=True, quiet=2)  # else the first calls compile
     return script
 
 
@@ -9113,8 +9084,7 @@ def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
 
 def record_publisher_python(home: str) -> bool:
     """Record this interpreter as the one that runs publishers; return False if it has no redis-py."""
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
-    if run_in_python(sys.executable, look).returncode:
+    if run_in_python(sys.executable, "import redis").returncode:
         return False
     hooks = os.path.join(home, "hooks")
     emit_event.make_private_directory(hooks)
@@ -9137,34 +9107,27 @@ def merge_hooks(
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
-    hooks = _checked_hooks(settings)
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     changed: JsonObject = {}
     for name in {**hooks, **dict.fromkeys(names)}:
-        groups = hooks.get(name, [])
         handler = answering if wait_s and name in emit_event.ANSWERED_HOOKS else recording
-        kept = _groups_with(groups, handler if name in names else None)
-        if kept or not groups:  # a list that was empty before is not ours
-            changed[name] = kept
+        missing, groups = handler if name in names else None, []  # until a group has it
+        for group in hooks.get(name, ()):
+            entries = []
+            for entry in group["hooks"]:
+                if not _is_ours(entry):
+                    entries.append(entry)
+                elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
+                    entries.append({**entry, **missing})
+                    missing = None
+            if entries or not group["hooks"]:
+                groups.append({**group, "hooks": entries})
+        groups += [] if missing is None else [{"hooks": [missing]}]
+        if groups or hooks.get(name) == []:  # a list that was empty before is not ours
+            changed[name] = groups
     if changed:
         return {**settings, "hooks": changed}
     return {key: value for key, value in settings.items() if key != "hooks" or not hooks}
-
-
-def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
-    """Return one event's groups with `handler` as our only one; None: without any of ours."""
-    result = []
-    missing = handler  # until a group has it
-    for group in groups:
-        kept = []
-        for entry in group["hooks"]:
-            if not _is_ours(entry):
-                kept.append(entry)
-            elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
-                kept.append({**entry, **missing})
-                missing = None
-        if kept or not group["hooks"]:
-            result.append({**group, "hooks": kept})
-    return [*result, {"hooks": [missing]}] if missing is not None else result
 
 
 def _is_ours(entry: JsonObject) -> bool:
@@ -9180,61 +9143,40 @@ def _is_ours(entry: JsonObject) -> bool:
     return all(_OUR_WORDS.fullmatch(choice) for choice in choices)
 
 
-def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
-    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
-    for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-        lists = [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
-        if not all(
-            isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
-        ):
-            words = "expected {event: [{hooks: [{…}]}]}; correct it by hand first, nothing was changed"
-            raise InstallError(f"hooks.{one_line(name)}: {words}")
-    return hooks
-
-
 def read_text(path: str) -> str:
     """Return the text of a settings file, "" if it is missing; raise InstallError."""
-    content = b""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
-            with open(path, "rb") as file:
-                content = file.read()
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        trouble = f"line {line_number} is not UTF-8"
-    except OSError as error:
-        _raise_install_error(f"{path} cannot be read", error)
+        with open_regular(path) as file:
+            return file.read().decode()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        trouble = getattr(error, "strerror", None) or str(error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
     """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
 
-    Raises InstallError for anything but one JSON object without duplicate keys.
+    Raises InstallError for anything but one JSON object whose hooks are {event: [{"hooks": [{…}]}]}.
     """
-    text = read_text(path)
+    text, trouble = read_text(path), "expected one JSON object"
+    bare, settings = text.removeprefix("\ufeff"), None
     try:
-        bare = text.removeprefix("\ufeff")
-        settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
-        if isinstance(settings, dict):
-            return text, settings
-        trouble = "expected one JSON object"
-    except json.JSONDecodeError as error:
-        trouble = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        settings = json.loads(bare) if bare.strip() else {}
     except (ValueError, RecursionError) as error:
-        trouble = str(error)
+        trouble = f"not valid JSON: {error}"
+    if isinstance(settings, dict):
+        hooks, trouble = settings.get("hooks", {}), ""
+        for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
+            lists = (
+                [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+            )
+            if not all(isinstance(it, list) and all(isinstance(hook, dict) for hook in it) for it in lists):
+                trouble = f"hooks.{one_line(name)}: expected {{event: [{{hooks: [{{…}}]}}]}}"
+        if not trouble:
+            return text, settings
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
-    for key, count in collections.Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the key {json.dumps(key)} stands twice in one object")
-    return dict(pairs)
 
 
 def render_settings(settings: JsonObject, like: str) -> str:
@@ -9273,22 +9215,21 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
-    target, new = os.path.realpath(path), text.encode("utf-8")
+    target, backup = os.path.realpath(path), None
     try:
-        if not os.path.exists(path):
+        if os.path.exists(path):
+            about, stamp = os.stat(target), time.strftime("%Y%m%d-%H%M%S")
+            backup = f"{path}.contextuate-backup-{stamp}-{time.time_ns() % 10**9:09}"
+            emit_event.write_atomically(backup, old_text.encode())
+            emit_event.write_atomically(target, text.encode(), stat.S_IMODE(about.st_mode))
+            with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
+                os.chmod(target, stat.S_IMODE(about.st_mode))  # as it was: the umask has changed it
+                os.chown(target, about.st_uid, about.st_gid)
+        else:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            emit_event.write_atomically(target, new)
-            return None
-        about = os.stat(target)
-        mode = stat.S_IMODE(about.st_mode)
-        backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
-        emit_event.write_atomically(backup, old_text.encode("utf-8"))
-        emit_event.write_atomically(target, new, mode)
+            emit_event.write_atomically(target, text.encode())
     except OSError as error:
         _raise_install_error(f"{path} cannot be written, nothing was changed", error)
-    with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
-        os.chmod(target, mode)  # as it was: the umask has changed it
-        os.chown(target, about.st_uid, about.st_gid)
     return backup
 
 
@@ -9419,9 +9360,6 @@ def run_steps(commands: Iterable[str]) -> None:
 # and problems in its status. Doctor sends a test event and changes nothing else.
 # ---------------------------------------------------------------------------
 
-PROBE_DEADLINE_S = 15.0
-LOW_DISK_BYTES = 200 << 20
-RECENT_FAILURE_S = 24 * 3600
 _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
@@ -9476,7 +9414,6 @@ class Doctor:
         self._is_redis = settings["mode"] == "redis"
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
         """Yield the findings of every check, in the order of an event's way."""
@@ -9516,9 +9453,6 @@ class Doctor:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
             yield _ok("files", f"{home} is for this user only")
-        free = shutil.disk_usage(home).free
-        if free < LOW_DISK_BYTES:
-            yield _warn("files", f"only {human_size(free)} are free on its disk", "free some space")
         if self._about is None:  # else the monitor's status has them
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
@@ -9538,11 +9472,6 @@ class Doctor:
             yield _ok("hook", script)
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
-        path = self._settings.path("emit.log")
-        with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-            if last and time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
-                yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
         for file in self._client_files:
@@ -9592,14 +9521,10 @@ class Doctor:
             level = "warn" if trust not in ("", "trusted") else "ok"
             words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
             yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
-        if answers and self._is_redis and program == CLAUDE:
-            if not emit_event.read_answer_key(self._settings.home):
-                yield _warn(
-                    "answers", "there is no key, so no answer comes through Redis", "run: answers key"
-                )
-            elif not self._settings["answers.remote"]:
-                words = "answers.remote is off, so this machine takes no answer from Redis"
-                yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
+        has_remote = self._settings["answers.remote"] and emit_event.read_answer_key(self._settings.home)
+        if answers and self._is_redis and program == CLAUDE and not has_remote:
+            words = "no answer comes through Redis: that takes answers.remote and a key"
+            yield _warn("answers", words, "set answers.remote to true, and run: answers key")
 
     def _status_line(self) -> Findings:
         """Run the status line, also without the one that it wraps, with an object that is not handed on."""
@@ -9649,10 +9574,10 @@ class Doctor:
                 except StartError as error:
                     yield _fail("ports", str(error))
             return
-        status = ask_monitor(self._settings, about, "/api/status")
+        status = ask_monitor(self._settings, "/api/status")
         words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
         if (status["version"], status["mode"]) == (__version__, mode):
-            yield _ok("monitor", f"{words}, {page_links(self._settings, about, False)[0]}")
+            yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
         else:
             advice = "run: python3 contextuate_monitor.py restart"
             yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
@@ -9687,13 +9612,12 @@ class Doctor:
             if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
-        self._client = client
         yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-        attempts = {channel: lambda: _subscribe(client, channel).close()}
+        attempts = {channel: lambda: _subscribe(client, channel)}
         if self._settings["redis.streamMaxLength"]:
             attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
         else:
@@ -9722,10 +9646,7 @@ class Doctor:
     def _probe(self) -> Findings:
         """Run the hook as Claude Code does, and look for its event where it should arrive."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
-        about, pubsub, path = self._about, None, self._settings.config_path
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # `_redis` has reported the cause
-                pubsub = _subscribe(self._client, self._settings["redis.channel"])
+        about, path = self._about, self._settings.config_path
         done = send_through_hook(self._settings, token)
         lines = done.stderr.strip().splitlines()
         foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
@@ -9741,33 +9662,25 @@ class Doctor:
             return
         if foreign:
             yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
-        if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
-            yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
-        where = "in Redis" if self._is_redis else "stored"
-        if about is None:
-            yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
-        elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
-            yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
+        where, is_shown = "in Redis" if self._is_redis else "stored", about is None
+        deadline = time.monotonic() + 15
+        while not is_shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            is_shown = token in str(ask_monitor(self._settings, "/api/events?limit=200"))
+        if is_shown:
+            words = f"an event {f'is {where}' if about is None else 'has reached the monitor'}"
+            yield _ok("probe", f"{words} ({_ms_since(started)})")
         else:
             advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
 
 
-def _subscribe(client: Any, channel: str) -> Any:
+def _subscribe(client: Any, channel: str) -> None:
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
         raise TimeoutError("no whole answer")
-    return pubsub
-
-
-def _is_soon(check: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PROBE_DEADLINE_S
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(0.05)
-    return False
+    pubsub.close()
 
 
 def lacks_right(error: BaseException) -> bool:
@@ -10358,12 +10271,7 @@ def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
 # as one of OUR_ERRORS and printed by `main` in one line.
 # ---------------------------------------------------------------------------
 
-LOG_LIMIT_BYTES = 2 << 20
-LOG_FILES = 3
 START_DEADLINE_S = 60.0
-SUBSCRIPTION_WAIT_S = 2.0
-STOP_DEADLINE_S = 15.0
-TAIL_INTERVAL_S = 0.25
 TAIL_COLOURS = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
 
 
@@ -10378,15 +10286,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def command_start(args: argparse.Namespace) -> int:
+def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
-    settings = settings_of(args)
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and not args.detached:
-        print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
-        if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
+        print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
+        if not args.host is args.port is args.ws_port is None:
             print_status("the options have no effect; `restart` with the same options applies them")
         return 0
     if args.foreground:
@@ -10400,17 +10307,17 @@ def command_start(args: argparse.Namespace) -> int:
     # A browser is opened only on this machine's own screen.
     has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
-        webbrowser.open(page_links(settings, about, False)[0])
+        webbrowser.open(page_links(settings, about)[0])
     return 0
 
 
 def print_started(settings: Settings, about: JsonObject) -> None:
     """Print where the page is, what is not ready yet (Redis gets a moment), and what to do next."""
-    links = page_links(settings, about, False)
+    links = page_links(settings, about)
     print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
-    deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
+    deadline = time.monotonic() + 2
     while True:
-        status = ask_monitor(settings, about, "/api/status")
+        status = ask_monitor(settings, "/api/status")
         redis = status["redis"] or {"state": "off"}
         if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
             break
@@ -10472,11 +10379,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        words = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            words = f"{error.filename or settings.home}: {error.strerror}"
-        log.error("cannot start: %s", words)
-        raise StartError(words) from None
+        log.error("cannot start: %s", error)
+        raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
@@ -10486,7 +10390,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     if args.detached:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     else:
-        print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
+        print(*page_links(settings, monitor.about), sep="\n", flush=True)
     monitor.run()
     log.info("stopped")
     return 0
@@ -10510,10 +10414,7 @@ class RedactingFormatter(logging.Formatter):
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
     """Log to monitor.log, which rotates, and in the foreground to standard error too."""
     path, replacing = settings.path("monitor.log"), "backslashreplace"
-    try:
-        log_file = PrivateLog(path, "a", LOG_LIMIT_BYTES, LOG_FILES, encoding="utf-8", errors=replacing)
-    except OSError as error:
-        raise StartError(f"{path} cannot be written: {error.strerror}") from None
+    log_file = PrivateLog(path, maxBytes=2 << 20, backupCount=3, encoding="utf-8", errors=replacing)
     for handler in (log_file, *([logging.StreamHandler()] if to_stderr else ())):
         handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
@@ -10534,35 +10435,33 @@ def command_stop(args: argparse.Namespace) -> int:
     if about is not None:
         stop_monitor(settings, about)
         print(f"stopped ({about['process']})")
-        return 0
-    path = settings["socketPath"]
-    if lock_holder(path + ".lock") is not None:
-        words = f"no monitor runs for {settings.home}, but another one uses {path}"
-        raise CommandError(words + stop_advice(path))
-    print("not running")
+    elif lock_holder(settings["socketPath"] + ".lock") is not None:
+        words = f"no monitor runs for {settings.home}, but another one uses {settings['socketPath']}"
+        raise CommandError(words + stop_advice(settings["socketPath"]))
+    else:
+        print("not running")
     return 0
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
     """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
-        ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
+        ask_monitor(settings, "/api/stop", {"startedAt": about["startedAt"]})
     except CommandError as error:
         if not about["pid"]:
             raise CommandError(f"{error}; run `stop` where it runs") from None
         os.kill(about["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + STOP_DEADLINE_S
+    deadline = time.monotonic() + 15
     while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
-            words = f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s"
             way = f"; `kill -9 {about['pid']}` loses nothing" if about["pid"] else ""
-            raise CommandError(words + way)
+            raise CommandError(f"the monitor ({about['process']}) has not ended in 15 s{way}")
         time.sleep(0.05)
 
 
-def command_restart(args: argparse.Namespace) -> int:
+def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    settings, service = settings_of(args), this_service()
+    service = this_service()
     has_options = not args.host is args.port is args.ws_port is args.config is None
     if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
         run_steps([service.restart])
@@ -10570,12 +10469,12 @@ def command_restart(args: argparse.Namespace) -> int:
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
-    return command_start(args)
+    return command_start(settings, args)
 
 
-def command_service(args: argparse.Namespace) -> int:
+def command_service(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor at login and after a crash, by systemd or launchd."""
-    settings, service = settings_of(args), this_service()
+    service = this_service()
     trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
     if trouble is not None:
         words = f"neither systemd nor launchd runs services of this user here ({trouble})"
@@ -10604,16 +10503,14 @@ def command_service(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_status(args: argparse.Namespace) -> int:
+def command_status(settings: Settings, args: argparse.Namespace) -> int:
     """Print the monitor's state, with exit status 1 when it does not run."""
-    settings = settings_of(args)
     if args.short:
-        runs = lock_holder(settings.path("monitor.pid")) is not None
+        line, runs = "", lock_holder(settings.path("monitor.pid")) is not None
         with contextlib.suppress(OSError), open(settings.path("short"), encoding="utf-8") as file:
-            print(file.read().strip() if runs else "not running")
-            return 0 if runs else 1
-        print("starting" if runs else "not running")
-        return 1
+            line = file.read().strip()
+        print((line or "starting") if runs else "not running")
+        return 0 if runs and line else 1
     about = running_monitor(settings)
     if about is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
@@ -10624,24 +10521,23 @@ def command_status(args: argparse.Namespace) -> int:
             if waiting:
                 print(f"spool    {human_size(waiting)} of events wait for it")
         return 1
-    status = ask_monitor(settings, about, "/api/status")
+    status = ask_monitor(settings, "/api/status")
     if args.json:
         print(json.dumps({"running": True, **status}))
         return 0
     since = human_duration(now_ms() - status["startedAt"])
     print(f"running  {about['process']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
+    print(f"page     {page_links(settings, about)[0]}   {status['clients']} open")
     print(f"hooks    {about['socketPath']}")
-    for fact in status.get("facts") or status_facts(status):
+    for fact in status["facts"]:
         print(f"{fact['name']:<8} {safe_line(fact['words'])}")
-    for problem in status.get("problems", ()):
+    for problem in status["problems"]:
         print(f"{problem['level']:<8} {safe_line(problem['words'])}: {problem['advice']}")
     return 0
 
 
-def command_url(args: argparse.Namespace) -> int:
+def command_url(settings: Settings, args: argparse.Namespace) -> int:
     """Print the page's address."""
-    settings = settings_of(args)
     print(*page_links(settings, needed_monitor(settings), args.token), sep="\n")
     return 0
 
@@ -10692,10 +10588,9 @@ prices                   prices of models, in place of the built-in ones
 """
 
 
-def command_config(args: argparse.Namespace) -> int:
+def command_config(settings: Settings, args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
-    lines = (line.partition(" ") for line in KEY_MEANINGS.strip().splitlines())
-    meanings = {key: words.strip() for key, _, words in lines}
+    meanings = dict(re.findall(r"(\S+) +(.+)", KEY_MEANINGS))
     keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
     targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
@@ -10704,23 +10599,19 @@ def command_config(args: argparse.Namespace) -> int:
             for name, (default, words, expected) in rows.items():
                 print(f"| `{name}` | `{json.dumps(default)}` | {words} | {expected} |")
         return 0
-    settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
     for name, (default, words, expected) in keys.items():
         is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
-        shown = f"{name} = {value}" + (
-            f" (default {json.dumps(default)})" if settings[name] != default else ""
-        )
-        print(f"\n{shown}\n    {words}\n    {expected}")
+        value += f" (default {json.dumps(default)})" if settings[name] != default else ""
+        print(f"\n{name} = {value}\n    {words}\n    {expected}")
     print("\nA target of notify has:", *(f"{name}: {row[1]}" for name, row in targets.items()), sep="\n    ")
     return 0
 
 
-def command_answers(args: argparse.Namespace) -> int:
+def command_answers(settings: Settings, args: argparse.Namespace) -> int:
     """Print a code that pairs a browser, so that it may answer, or the key for answers through Redis."""
-    settings = settings_of(args)
     if args.what == "pair":
         code = ask_to_answer(settings, {"do": "code"})["code"]
         print(f"{code}   type it on the page within {CODE_LIFE_S // 60} minutes; it works once")
@@ -10741,19 +10632,17 @@ def ask_to_answer(settings: Settings, request: JsonObject) -> JsonObject:
         refused = refused or "a command that answers needs a terminal"
     terminal = os.ttyname(0) if sys.stdin.isatty() else ""
     about = {"refused": refused, "terminal": terminal}  # the monitor logs it, and looks for itself
-    return ask_monitor(settings, needed_monitor(settings), "/api/answer", {**request, **about})
+    return ask_monitor(settings, "/api/answer", {**request, **about})
 
 
-def command_answer(args: argparse.Namespace) -> int:
+def command_answer(settings: Settings, args: argparse.Namespace) -> int:
     """Print what a session asks, and answer it."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     session_id = whole_session_id(settings, args.session) or ""
-    session = ask_monitor(settings, about, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
+    session = ask_monitor(settings, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
     if not session["asks"]:
         raise CommandError("this session asks nothing now")
     asked = next((it for it in session["asks"] if it["answerable"]), session["asks"][0])
-    event = ask_monitor(settings, about, f"/api/events/{asked['eventId']}?session={session_id}")
+    event = ask_monitor(settings, f"/api/events/{asked['eventId']}?session={session_id}")
     if not args.answer:
         print(*map(safe_line, question_lines(event)), sep="\n")
         if not asked["answerable"]:
@@ -10816,26 +10705,24 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
     raise CommandError(f"{do}: no answer; without one, this command prints how to answer")
 
 
-def command_install(args: argparse.Namespace) -> int:
+def command_install(settings: Settings, args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
-    settings = settings_of(args)
     for program in programs_of(args):
         key = PROGRAMS[program].answers if args.answers else ""
         if args.answers and not key:
             print_status(f"{program} takes no answers from the page: its hook only records")
         version = claude_version() if program == CLAUDE else None
-        wait_s = settings[key] if key else 0
-        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        given = (args.project, version, args.without or (), args.status_line, settings[key] if key else 0)
         plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
             print_status(f"{words}; put it on the PATH and run install again")
         if not args.dry_run:
             install_hook_files(settings.home)
-        line = (
-            f", and the status line, around {plan.status_line.wrapped or 'none'}" if plan.status_line else ""
-        )
-        carry_out(plan, program, f"{len(plan.names)} events registered{line}", args.dry_run)
+        words = f"{len(plan.names)} events registered"
+        if plan.status_line:
+            words += f", and the status line, around {plan.status_line.wrapped or 'none'}"
+        carry_out(plan, program, words, args.dry_run)
     if args.dry_run:
         return 0
     running, off = files_that_run(client_files(args.project or os.getcwd()))
@@ -10848,13 +10735,11 @@ def command_install(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_uninstall(args: argparse.Namespace) -> int:
+def command_uninstall(settings: Settings, args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
-    settings = settings_of(args)
     for program in programs_of(args):
         plan = plan_install("", program, args.project)
-        is_registered = plan.new_text != plan.old_text
-        words = "hook removed" if is_registered else "the hook is not registered"
+        words = "hook removed" if plan.new_text != plan.old_text else "the hook is not registered"
         carry_out(plan, program, words, args.dry_run)
     print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
     return 0
@@ -10878,20 +10763,17 @@ def programs_of(args: argparse.Namespace) -> list[str]:
     return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
-def command_notify_test(args: argparse.Namespace) -> int:
+def command_notify_test(settings: Settings, args: argparse.Namespace) -> int:
     """Send a notification to every target now and print the outcome."""
-    settings = settings_of(args)
-    answer = ask_monitor(settings, needed_monitor(settings), "/api/message", {"type": "notify_test"})
+    answer = ask_monitor(settings, "/api/message", {"type": "notify_test"})
     for result in answer["results"]:
         print(f"{'ok' if result['ok'] else 'fail':5}{result['name']}: {safe_line(result['words'])}")
     return 0 if all(result["ok"] for result in answer["results"]) else 1
 
 
-def command_test_event(args: argparse.Namespace) -> int:
+def command_test_event(settings: Settings, args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
-    settings = settings_of(args)
-    data = test_event(settings)["data"]
-    words = send_through_hook(settings, data["message"]).stderr
+    words = send_through_hook(settings, test_event(settings)["data"]["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):
         return 0
@@ -10922,15 +10804,15 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
     """Return the running monitor's sessions; print a warning while it is still reading stored ones."""
-    answer = ask_monitor(settings, needed_monitor(settings), f"/api/sessions?hidden={int(with_hidden)}")
+    answer = ask_monitor(settings, f"/api/sessions?hidden={int(with_hidden)}")
     if answer.get("loading"):
         print_status(f"{loading_words(answer['loading'])}; the list is not complete yet")
     return list(answer["sessions"])
 
 
-def command_sessions(args: argparse.Namespace) -> int:
+def command_sessions(settings: Settings, args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    known = known_sessions(settings_of(args), args.all)
+    known = known_sessions(settings, args.all)
     sessions = [session for session in known if args.all or session["state"] != "ended"]
     sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
@@ -10951,15 +10833,12 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_go(args: argparse.Namespace) -> int:
+def command_go(settings: Settings, args: argparse.Namespace) -> int:
     """Bring the terminal of a session to the front."""
-    settings, wanted = settings_of(args), args.session.lower()
-    found = [
-        session
-        for session in known_sessions(settings, with_hidden=True)
-        if session["sessionId"].startswith(args.session) or session["label"].lower().startswith(wanted)
-    ]
-    found = [session for session in found if session["state"] != "ended"] or found
+    known, wanted = known_sessions(settings, with_hidden=True), args.session.lower()
+    found = [it for it in known if it["sessionId"].startswith(args.session)]
+    found = found or [it for it in known if it["label"].lower().startswith(wanted)]
+    found = [it for it in found if it["state"] != "ended"] or found
     if len(found) != 1:
         names = "".join(f"; {it['sessionId'][:8]} {safe_line(it['label'])}" for it in found[:5])
         raise CommandError(f"{len(found) or 'no'} sessions begin with {args.session!r}{names}")
@@ -10979,30 +10858,22 @@ def command_go(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_tail(args: argparse.Namespace) -> int:
+def command_tail(settings: Settings, args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq: int | None = None
-    is_waiting = False
+    last_seq, is_waiting = ask_monitor(settings, "/api/status")["seq"], False
     while True:
         try:
-            if last_seq is None or is_waiting:
-                status = ask_monitor(settings, about, "/api/status")
-                if status.get("loading"):
-                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
-                # In memory only, the numbers begin again with each start.
-                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
-                is_waiting = False
-            page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
+            if is_waiting:  # in memory only, the numbers begin again with each start
+                last_seq = min(last_seq, ask_monitor(settings, "/api/status")["seq"])
+            page = ask_monitor(settings, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
             if not is_waiting:
                 print_status(f"{error}; waiting for the monitor")
             is_waiting = True
             time.sleep(1)  # before the next attempt
-            about = running_monitor(settings) or about
             continue
+        is_waiting = False
         for event in page["events"]:
             last_seq = event["seq"]
             is_of_session = event["sessionId"].startswith(args.session or "")
@@ -11013,7 +10884,7 @@ def command_tail(args: argparse.Namespace) -> int:
                 line = encode_json(event).decode() if args.json else event_line(row, "%H:%M:%S", colour)
                 print(line, flush=True)
         if not page["more"]:
-            time.sleep(TAIL_INTERVAL_S)
+            time.sleep(0.25)
 
 
 def event_line(event: JsonObject, form: str, colour: str = "") -> str:
@@ -11031,11 +10902,9 @@ def event_line(event: JsonObject, form: str, colour: str = "") -> str:
     return line.rstrip() + ("\x1b[0m" if colour else "")
 
 
-def command_prune(args: argparse.Namespace) -> int:
+def command_prune(settings: Settings, args: argparse.Namespace) -> int:
     """Delete events that are too old or too much for the configuration."""
-    settings = settings_of(args)
-    message = {"type": "prune", "dryRun": args.dry_run}
-    pruned = ask_monitor(settings, needed_monitor(settings), "/api/message", message)
+    pruned = ask_monitor(settings, "/api/message", {"type": "prune", "dryRun": args.dry_run})
     if not pruned["files"]:
         print("nothing is too old or too much")
         return 0
@@ -11045,23 +10914,21 @@ def command_prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_import(args: argparse.Namespace) -> int:
+def command_import(settings: Settings, args: argparse.Namespace) -> int:
     """Import transcripts of Claude Code and exports of monitors."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
+    needed_monitor(settings)
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
-    store = Journal(settings.path("events"))
-    known = 0
+    store, known = Journal(settings.path("events")), 0
     machine, names = settings.machine_id, {file.name for file in store.files()}
     batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
     for session_id, events, size in batches:
         wanted = new_events(store, session_id, events)
         known += len(events) - len(wanted)
-        send_events(about["socketPath"], wanted)
+        send_events(settings, wanted)
         progress.add(len(wanted), size)
     for words in skipped[:10]:
         print_status(f"skipped {words}")
@@ -11071,19 +10938,19 @@ def command_import(args: argparse.Namespace) -> int:
     return 1 if skipped else 0
 
 
-def command_search(args: argparse.Namespace) -> int:
+def command_search(settings: Settings, args: argparse.Namespace) -> int:
     """Find stored events, newest first."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
     session_id = whole_session_id(settings, args.session)
     wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
     colour = "0" if sys.stdout.isatty() else ""
+    if args.limit < 1:
+        raise SearchError("--limit", "an integer of at least 1")
     left, cursor, page = args.limit, None, {}
     while left > 0:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
-        page = ask_monitor(settings, about, f"/api/search?{given}")
+        page = ask_monitor(settings, f"/api/search?{given}")
         for result in page["results"]:
             line = json.dumps(result) if args.json else event_line(result, "%Y-%m-%d %H:%M:%S", colour)
             print(line, flush=True)
@@ -11099,9 +10966,8 @@ def command_search(args: argparse.Namespace) -> int:
     return 0 if left < args.limit else 1
 
 
-def command_export(args: argparse.Namespace) -> int:
+def command_export(settings: Settings, args: argparse.Namespace) -> int:
     """Write stored events as NDJSON, or tool calls as CSV, without a running monitor but for --state."""
-    settings = settings_of(args)
     store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
     wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
@@ -11141,17 +11007,15 @@ def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
     return found[0] if len(found) == 1 else beginning
 
 
-def command_demo(args: argparse.Namespace) -> int:
+def command_demo(settings: Settings, args: argparse.Namespace) -> int:
     """Send a fictitious working day to the running monitor, or remove it again."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
-    if args.remove or ask_monitor(settings, about, "/api/status")["demo"]:
+    if args.remove or ask_monitor(settings, "/api/status")["demo"]:
         # Two demos at once would look like one that repeats itself.
-        sessions = ask_monitor(settings, about, "/api/sessions?hidden=1")["sessions"]
+        sessions = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"]
         demo = [session["sessionId"] for session in sessions if session["demo"]]
         for session_id in demo:
             given = {"type": "delete_session", "sessionId": session_id}
-            ask_monitor(settings, about, "/api/message", given)
+            ask_monitor(settings, "/api/message", given)
         print(f"{len(demo)} demo sessions removed")
     if args.remove:
         return 0
@@ -11162,7 +11026,7 @@ def command_demo(args: argparse.Namespace) -> int:
         time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
         for left in reversed(range(60)):  # the monitor may restart meanwhile
             try:
-                send_events(about["socketPath"], [event])
+                send_events(settings, [event])
                 break
             except (OSError, CommandError):
                 if not left:
@@ -11180,114 +11044,95 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"contextuate: error: {message}; see `{self.prog} --help`\n")
 
 
-def _moment(text: str) -> str:
-    try:
-        moment_ms(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected {error}, got {text!r}") from None
-    return text
-
-
 def times_of(args: argparse.Namespace) -> JsonObject:
     """Return `from` and `to` of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
+    times = dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
-    return dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
+    return times
 
 
-def _number(pattern: str, kind: type[float], words: str, text: str) -> float:
-    if not re.fullmatch(pattern, text):
-        raise argparse.ArgumentTypeError(f"expected {words}, got {text}")
-    return kind(text)
-
-
-_seconds = functools.partial(_number, r"\d{1,9}(\.\d*)?", float, "a number of seconds")
-_at_least_one = functools.partial(_number, r"0*[1-9]\d{0,8}", int, "an integer of at least 1")
-Option = tuple[str, dict[str, Any]]  # a name, and what `add_argument` takes for it
-
-
-def _option(name: str, words: str, **about: Any) -> Option:
-    return name, {"help": words, **about}
+def _option(words: str, **about: Any) -> JsonObject:
+    return {"help": words, **about}
 
 
 _switch = functools.partial(_option, action="store_true")
-_time = functools.partial(_option, type=_moment, metavar="TIME")
-_words = functools.partial(_option, "words", nargs="*")
-# fmt: off
-_CONFIG = _option("--config", "configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE")
-_SERVING = (
-    _option("--port", "port of the page (default 3847, 0: any free one)", type=int),
-    _option("--ws-port", "port of the live connection (default 3848, 0: any free one)", type=int),
-    _option("--host", "address to listen on (default 127.0.0.1)"),
-    _switch("--foreground", "stay in the foreground and log to the terminal"),
-    _switch("--no-open", "do not open a browser"),
-    _switch("--detached", argparse.SUPPRESS),
-)
-_INSTALLING = (
-    _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
-            choices=(*PROGRAMS, "all")),
-    _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
-           metavar="DIR"),
-    _switch("--dry-run", "print what would change, and change nothing"),
-)
-_SESSION = _option("--session", "only this session (the id's beginning is enough)", metavar="ID")
-_MACHINE = _option("--machine", "only this machine")
-_TYPE = _option("--type", "only this hook or event type, such as PreToolUse or tool_error")
-_FILTERS = (
-    _SESSION, _MACHINE, _TYPE,
-    _option("--tool", "only this tool, such as Bash"),
-    _option("--state", "only sessions in this state now", choices=SESSION_STATES),
-    _time("--from", "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", dest="start"),
-    _time("--to", "before that time; from a day to the same day is that day", dest="end"),
-    _option("--time-zone", "zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
-)
-_JSON = _switch("--json", "for programs: as JSON")
-_JSON_LINES = _switch("--json", "for programs: one JSON object a line")
-
-# In the order of `--help`, which takes the name from the function and the text from its docstring.
-COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
-    command_start: _SERVING,
-    command_stop: (),
-    command_restart: _SERVING,
-    command_status: (_JSON, _switch("--short", "one line, for a prompt; `python3 -m` is faster")),
-    command_url: (_switch("--token", "with the token, for another user or another machine"),),
-    command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
-                             choices=("pair", "key")),),
-    command_answer: (
-        _option("session", "the session (the id's beginning is enough)", metavar="SESSION"),
-        _option("answer", "allow, always, deny …; without it, print what is asked", nargs="*",
-               metavar="ANSWER")),
-    command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
-    command_install: (
-        *_INSTALLING,
-        _switch("--answers", "let questions be answered on the page: their hooks wait for a decision"),
-        _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
-        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
+OPTIONS = {  # what `add_argument` takes
+    "--config": _option("configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE"),
+    "--port": _option("port of the page (default 3847, 0: any free one)", type=int),
+    "--ws-port": _option("port of the live connection (default 3848, 0: any free one)", type=int),
+    "--host": _option("address to listen on (default 127.0.0.1)"),
+    "--foreground": _switch("stay in the foreground and log to the terminal"),
+    "--no-open": _switch("do not open a browser"),
+    "--detached": _switch(argparse.SUPPRESS),
+    "--short": _switch("one line, for a prompt; `python3 -m` is faster"),
+    "--token": _switch("with the token, for another user or another machine"),
+    "what": _option(
+        "pair: print a code for a browser; key: print the key for Redis", choices=("pair", "key")
     ),
-    command_uninstall: _INSTALLING,
-    command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
-    command_go: (_option("session", "beginning of its id or label", metavar="SESSION"),),
-    command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
-    command_search: (
-        _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,
-        _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
-    command_export: (
-        _words("only events with these words, as in `search`"), *_FILTERS,
-        _option("--format", "csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
-        _option("--output", "file to write to (default: standard output)", metavar="FILE")),
-    command_import: (
-        _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
-    command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
-    command_service: (_option("action", "what to do", choices=("install", "remove", "status")),),
-    command_doctor: (_JSON,),
-    command_test_event: (),
-    command_notify_test: (),
-    command_demo: (
-        _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
-        _switch("--remove", "delete the demo's sessions")),
+    "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
+    "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
+    "--markdown": _switch("as a table in Markdown, with defaults only"),
+    "--agent": _option(
+        "in this program's settings, or in those of all that are here (default: Claude Code)",
+        choices=(*PROGRAMS, "all"),
+    ),
+    "--project": _option(
+        "in the settings of this project (default: of the user)", nargs="?", const=".", metavar="DIR"
+    ),
+    "--dry-run": _switch("print what would change, and change nothing"),
+    "--answers": _switch("let questions be answered on the page: their hooks wait for a decision"),
+    "--without": _option("omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+    "--status-line": _switch("also show context, exact cost and limits, by Claude Code's status line"),
+    "--all": _switch("also ended and hidden ones"),
+    "words": _option('words, begin* or "words in a row" that must all occur', nargs="*"),
+    "--session": _option("only this session (the id's beginning is enough)", metavar="ID"),
+    "--machine": _option("only this machine"),
+    "--type": _option("only this hook or event type, such as PreToolUse or tool_error"),
+    "--tool": _option("only this tool, such as Bash"),
+    "--state": _option("only sessions in this state now", choices=SESSION_STATES),
+    "--from": _option(
+        "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", metavar="TIME", dest="start"
+    ),
+    "--to": _option("before that time; from a day to the same day is that day", metavar="TIME", dest="end"),
+    "--time-zone": _option("zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
+    "--limit": _option("most results (default 50)", type=int, default=50),
+    "--json": _switch("for programs: as JSON; events and results as one object a line"),
+    "--format": _option("csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
+    "--output": _option("file to write to (default: standard output)", metavar="FILE"),
+    "paths": _option("files or directories (default: all transcripts)", nargs="*", metavar="PATH"),
+    "action": _option("what to do", choices=("install", "remove", "status")),
+    "--live": _option("live events (default 300 s)", type=int, default=300, metavar="SECONDS"),
+    "--remove": _switch("delete the demo's sessions"),
 }
-# fmt: on
+_SERVING = "--port --ws-port --host --foreground --no-open --detached"
+_FILTERS = "words --session --machine --type --tool --state --from --to --time-zone"
+# In the order of `--help`, which takes the name from the function and the text from its docstring.
+COMMANDS: dict[Callable[..., int], str] = {
+    command_start: _SERVING,
+    command_stop: "",
+    command_restart: _SERVING,
+    command_status: "--json --short",
+    command_url: "--token",
+    command_answers: "what",
+    command_answer: "session answer",
+    command_config: "--markdown",
+    command_install: "--agent --project --dry-run --answers --without --status-line",
+    command_uninstall: "--agent --project --dry-run",
+    command_sessions: "--all --json",
+    command_go: "session",
+    command_tail: "--session --machine --type --json",
+    command_search: f"{_FILTERS} --limit --json",
+    command_export: f"{_FILTERS} --format --output",
+    command_import: "paths",
+    command_prune: "--dry-run",
+    command_service: "action",
+    command_doctor: "--json",
+    command_test_event: "",
+    command_notify_test: "",
+    command_demo: "--live --remove",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -11304,8 +11149,8 @@ def build_parser() -> argparse.ArgumentParser:
         words = str(function.__doc__).splitlines()[0]
         command = commands.add_parser(name, help=f"{words[0].lower()}{words[1:-1]}", description=words)
         command.set_defaults(function=function, parser=command)
-        for option_name, about in (_CONFIG, *options):
-            command.add_argument(option_name, **about)
+        for option in ("--config", *options.split()):
+            command.add_argument(option, **OPTIONS[option])
     return parser
 
 
@@ -11331,7 +11176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return int(args.function(args))
+        if args.function in (command_stop, command_doctor):  # work without a usable configuration, too
+            return int(args.function(args))
+        return int(args.function(settings_of(args), args))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of the output has exited; be silent at exit
         return 1
@@ -11340,7 +11187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OUR_ERRORS as error:
         print_status(f"error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, (ConfigError, SearchError)) else 1
     except OSError as error:  # an unusable file or directory
         print_status(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return 1
