@@ -8775,10 +8775,6 @@ _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n"
 _OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
 
 
-class InstallError(Exception):
-    """An installation that is refused; the message is one line and says what to do."""
-
-
 class ClientFile(NamedTuple):
     """A file from which Claude Code reads hooks; `trouble`: why it cannot use it (`settings` is {})."""
 
@@ -8820,16 +8816,15 @@ def plan_install(
     line: bool = False,
     wait_s: int = 0,
 ) -> InstallPlan:
-    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise InstallError.
+    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise CommandError.
 
-    For Claude Code: in a project's or the user's settings, the events that a client of `version` knows
-    `without` some. `line`: the status line too; a registered one stays. `wait_s`: how long hooks wait for an
-    answer; 0: they do not.
+    `version`, `without`: of which client the events are registered, and which are not. `line`: the status
+    line, too; a registered one stays. `wait_s`: how long hooks wait for an answer; 0: they do not.
     """
     if project is not None and not os.path.isdir(project):
-        raise InstallError(f"{project}: no such directory; name the project's top directory")
+        raise CommandError(f"{project}: no such directory; name the project's top directory")
     if line and project is not None:
-        raise InstallError("the status line is registered for the user: run install without --project too")
+        raise CommandError("the status line is registered for the user: run install without --project too")
     about, is_claude = PROGRAMS[program], program == CLAUDE
     directory = "" if is_claude else emit_event.agent_directory(program)
     path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
@@ -8846,7 +8841,7 @@ def plan_install(
     if is_claude and home:
         names = event_names(version)
         if not names:
-            raise InstallError("this version of Claude Code has no hooks; update it, then try again")
+            raise CommandError("this version of Claude Code has no hooks; update it, then try again")
         names += [] if version else sorted(our_hooks(settings).keys() - names)
         names = [name for name in names if name not in without]
     changed = merge_hooks(settings, command, names, wait_s, about.fields)
@@ -8863,7 +8858,7 @@ def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields:
     if not names:
         return others
     if re.search(r"^\s*hooks\s*=", others, re.M):
-        raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+        raise CommandError(f"{path}: hooks are one list there; write each as [[hooks]] first")
     block = others + "\n" * (2 - others.endswith("\n")) if others else ""
     block += "# contextuate: our hooks\n"
     for name in names:
@@ -8892,10 +8887,10 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`, None: of the user; raise InstallError."""
+    """Return the absolute path of a settings file of `project`, None: of the user; raise CommandError."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
-        raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
+        raise CommandError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
     directory = os.path.join(project, ".claude") if project is not None else directory
     return os.path.abspath(os.path.join(directory, name))
 
@@ -8910,7 +8905,7 @@ def client_files(project: str) -> list[ClientFile]:
         settings, trouble = {}, ""
         try:
             settings = read_settings(path)[1]
-        except InstallError as error:
+        except CommandError as error:
             trouble = str(error).rpartition(";")[0]
         files.append(ClientFile(path, settings, path.startswith(managed), trouble))
     return files
@@ -8953,12 +8948,12 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
 
 
 def base_interpreter() -> str:
-    """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
+    """Return the interpreter outside any virtual environment, which may be deleted; raise CommandError."""
     path = os.path.abspath(sys.executable or "")
     if sys.prefix != sys.base_prefix:
         path = os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise InstallError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
+        raise CommandError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
     return path
 
 
@@ -8968,17 +8963,17 @@ def hook_script(home: str) -> str:
 
 
 def _quoted(path: str) -> str:
-    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    """Return the absolute path for /bin/sh; raise CommandError if it is not UTF-8."""
     path = os.path.abspath(path)
     if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+        raise CommandError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
     return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
 
 
 def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
     """Return the command for /bin/sh that runs `script` as the status line around another one.
 
-    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
+    The other one runs alone if the script or every interpreter is gone. Raises CommandError.
     """
     python, path = _quoted(interpreter), _quoted(script)
     first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
@@ -9005,7 +9000,7 @@ def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     given = ours.wrapped if ours else object_of(entry).get("command")
     is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
-        raise InstallError("statusLine: expected a command in your settings; nothing was changed")
+        raise CommandError("statusLine: expected a command in your settings; nothing was changed")
     if not home and given is None:
         return {key: value for key, value in settings.items() if key != "statusLine"}
     command = status_line_command(base_interpreter(), hook_script(home), given) if home else given
@@ -9017,7 +9012,6 @@ def hook_command(interpreter: str, script: str, program: str = CLAUDE) -> str:
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
-    Raises InstallError for a path that is not UTF-8.
     """
     quoted = [_quoted(path) for path in (interpreter, script)]
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
@@ -9049,11 +9043,10 @@ except BaseException:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
+    """Copy the hook below `home`, return the script that Claude Code runs; raise CommandError.
 
-    hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
-    the rare paths.
+    hooks/emit_event.py is the launcher; in hooks/lib/ is what it imports from bytecode at every call, what
+    the status line needs besides, and the whole module for the rare paths.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
@@ -9063,7 +9056,7 @@ def install_hook_files(home: str) -> str:
         hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
         status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
-            raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
+            raise CommandError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
@@ -9072,7 +9065,8 @@ def install_hook_files(home: str) -> str:
         emit_event.write_atomically(f"{library}/status_line.py", b"from hot_path import *\n" + status_line)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
-        _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
+        words = f"the hook could not be copied from {source} to {library}: {error.strerror or error}"
+        raise CommandError(f"{words}; correct this, then try again") from error
     compileall.compile_dir(library, force=True, quiet=2)  # else the first calls compile
     return script
 
@@ -9092,17 +9086,12 @@ def record_publisher_python(home: str) -> bool:
     return True
 
 
-def _raise_install_error(what: str, error: OSError) -> NoReturn:
-    raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
-
-
 def merge_hooks(
     settings: JsonObject, command: str, names: list[str], wait_s: int = 0, fields: JsonObject | None = None
 ) -> JsonObject:
-    """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
+    """Return `settings` with our handler once for each of `names` and no other event; raise CommandError.
 
     Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
-    With `wait_s`, the hooks of questions wait so long for an answer.
     """
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
@@ -9144,7 +9133,7 @@ def _is_ours(entry: JsonObject) -> bool:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a settings file, "" if it is missing; raise InstallError."""
+    """Return the text of a settings file, "" if it is missing; raise CommandError."""
     try:
         with open_regular(path) as file:
             return file.read().decode()
@@ -9152,13 +9141,13 @@ def read_text(path: str) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         trouble = getattr(error, "strerror", None) or str(error)
-    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
+    raise CommandError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
     """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
 
-    Raises InstallError for anything but one JSON object whose hooks are {event: [{"hooks": [{…}]}]}.
+    Raises CommandError for anything but one JSON object whose hooks are {event: [{"hooks": [{…}]}]}.
     """
     text, trouble = read_text(path), "expected one JSON object"
     bare, settings = text.removeprefix("\ufeff"), None
@@ -9176,17 +9165,17 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
                 trouble = f"hooks.{one_line(name)}: expected {{event: [{{hooks: [{{…}}]}}]}}"
         if not trouble:
             return text, settings
-    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
+    raise CommandError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def render_settings(settings: JsonObject, like: str) -> str:
-    """Return `settings` as JSON, indented and ended as in `like`; raise InstallError."""
+    """Return `settings` as JSON, indented and ended as in `like`; raise CommandError."""
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
     except (RecursionError, ValueError):
         why = "a number or the depth of its objects is no valid JSON"
-        raise InstallError(f"{why}, so it cannot be written back; nothing was changed") from None
+        raise CommandError(f"{why}, so it cannot be written back; nothing was changed") from None
     # UTF-8 cannot encode a lone surrogate, so it stays escaped.
     text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
@@ -9206,13 +9195,13 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
-    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise InstallError.
+    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise CommandError.
 
     Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
     save. Mode and owner stay.
     """
     if read_text(path) != old_text:
-        raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
+        raise CommandError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
     target, backup = os.path.realpath(path), None
@@ -9229,7 +9218,8 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             emit_event.write_atomically(target, text.encode())
     except OSError as error:
-        _raise_install_error(f"{path} cannot be written, nothing was changed", error)
+        words = f"{path} cannot be written, nothing was changed: {error.strerror or error}"
+        raise CommandError(f"{words}; correct this, then try again") from error
     return backup
 
 
@@ -9505,7 +9495,7 @@ class Doctor:
             answers = any("--answer" in command for command in commands.values())
             wait_s = self._settings[key] if answers else 0
             plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
-        except InstallError as error:
+        except CommandError as error:
             yield _warn(check, str(error), "correct it")
             return
         if removed.new_text == removed.old_text:
@@ -9791,7 +9781,8 @@ _DEMO_INPUTS = {
 class _DemoAgent:
     """A session's main agent or a subagent, with a clock of its own: `at`, in ms."""
 
-    def __init__(self, header: str, key: str, now: int, end: int) -> None:
+    def __init__(self, header: str, key: str, now: int, end: int, steps: dict[str, list[str]]) -> None:
+        self.steps = steps
         self.machine, self.cwd, self.mode, *self.ending = header.split()
         self.rng, self.now, self.end, self.at = random.Random(key), now, end, now
         self.session_id = self.new_id()
@@ -9856,7 +9847,7 @@ class _DemoAgent:
 
     def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
         """Do one step, which ends by itself, at a time, or never (infinity)."""
-        tool, texts = _demo_steps()[letter]
+        tool, *texts = self.steps[letter]
         name = tool.rstrip("!")
         fields = _DEMO_INPUTS.get(name, "").split()
         given = dict(zip(fields, texts)) if fields else json.loads(texts[0], strict=False)
@@ -9908,21 +9899,17 @@ class _DemoAgent:
         self.hook("PostToolUse", **call, tool_response=result)
 
 
-@functools.cache
-def _demo_steps() -> dict[str, tuple[str, list[str]]]:
-    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
-    steps = (line.split(" ", 2) for line in re.split(r"\n(?=\w \w+!? )", text))
-    return {letter: (tool, rest.split(" | ")) for letter, tool, rest in steps}
-
-
 def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
     """Yield (timestamp_ms, event to send) in order of time: 8 hours before now_ms, then live_s seconds."""
     end_ms = now_ms + int(max(live_s, 300) * 1000)  # of the story; what comes after live_s is left out
+    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
+    lines = (re.sub(r"^(\S+ \S+) ", r"\1 | ", line) for line in re.split(r"\n(?=\w \w+!? )", text))
+    steps = {line[0]: line[2:].split(" | ") for line in lines}
     events: list[JsonObject] = []
     cleared_at = 0
     for number, block in enumerate(re.split(r"\n(?=\S)", _DEMO_STORY.strip())):
         header, story = block.replace("\n  ", "\n").split("\n", 1)
-        session = _DemoAgent(header, f"{now_ms}/{number}", now_ms, end_ms)
+        session = _DemoAgent(header, f"{now_ms}/{number}", now_ms, end_ms, steps)
         session.at = cleared_at or session.moment(story.split()[0]) - 9000
         session.hook("SessionStart", source="clear" if cleared_at else "startup", model=_DEMO_MODEL)
         session.play(story)
@@ -9959,28 +9946,29 @@ _NODE_ACTIONS = (
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
-    ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
-    said_ms = set()  # times of what was said, as read before hooks reported it
-    was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
+    ids, calls, said_ms = set(), set(), set()  # of stored events; when words were said that were read
+    first_hook_ms, was_edited = math.inf, False  # a person's label, pin or the like here must last
     for stored in map(parse_stored, store.lines(session_id)):
-        was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
+        is_action, is_own = stored["hookType"] == "Monitor", not stored.get("imported")
+        was_edited = was_edited or (is_action and is_own)
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if stored["eventType"] == emit_event.WORDS:
             said_ms.add(stored["timestamp"])
-        elif not stored.get("imported") and stored["hookType"] != "Monitor":
+        elif is_own and not is_action:
             first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
-    def is_before_hooks(event: JsonObject) -> bool:
-        use_id = text_of(event["data"].get("toolUseId")) if isinstance(event.get("data"), dict) else ""
-        is_known = use_id != "" and use_id in calls
-        is_early = event.get("timestamp", 0) < first_hook_ms - IMPORT_MARGIN_MS
-        return is_early and not is_known and event.get("hookType") != "SessionEnd"
+    def is_new(event: JsonObject) -> bool:
+        hook, time_ms = event["hookType"], event["timestamp"]
+        if event["id"] in ids or (was_edited and hook == "Monitor"):
+            return False
+        if first_hook_ms < math.inf:
+            is_known = text_of(event["data"].get("toolUseId")) in calls - {""} or hook == "SessionEnd"
+            if is_known or time_ms >= first_hook_ms - IMPORT_MARGIN_MS:
+                return False
+        return hook != "UserPromptSubmit" or time_ms not in said_ms
 
-    new = [event for event in events if event["id"] not in ids]
-    new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
-    new = [it for it in new if it.get("hookType") != "UserPromptSubmit" or it["timestamp"] not in said_ms]
-    return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
+    return list(filter(is_new, events))
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
@@ -9993,10 +9981,9 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 with open_regular(path) as file:
                     lines = list(itertools.islice(iter(functools.partial(file.readline, 1 << 20), b""), 50))
             except OSError as error:
-                why = f"{path}: {error.strerror or error}"
+                skipped.append(f"{path}: {error.strerror or error}")
                 if path == given:
-                    raise CommandError(why) from None
-                skipped.append(why)
+                    raise CommandError(skipped[-1]) from None
                 continue
             session_id = _transcript_session(path, lines)
             is_export = path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path
@@ -10010,14 +9997,11 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
     return [*sources, ("", tuple(exports))]
 
 
-def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    errors: list[OSError] = []
-    for directory, folders, names in os.walk(folder, onerror=errors.append):
-        folders.sort()
-        for name in sorted(names):
-            if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
-                yield os.path.join(directory, name)
-    skipped += [f"{error.filename}: {error.strerror}" for error in errors]
+def _json_files(folder: str, skipped: list[str]) -> list[str]:
+    walk = os.walk(folder, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
+    paths = (os.path.join(directory, name) for directory, _, names in walk for name in names)
+    named = (path for path in paths if re.search(r"/[^./][^/]*\.json[^/]*$", path))
+    return sorted(path for path in named if not path.endswith(".meta.json"))
 
 
 def open_regular(path: str) -> io.BufferedReader:
@@ -10093,15 +10077,15 @@ class TranscriptReader:
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
+        self.usage.count(self.session_id, self._sums)  # they have no time
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
-        kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
-        titles = dict(kept)
-        self.usage.count(self.session_id, self._sums)  # they have no time
-        title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
+        kept = [it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own]
+        titles = {kind: line[_TITLES[kind]] for kind, line in kept}
         usage = list(self._usage_event(end, "end"))
         model = usage[0]["data"]["usage"].get("model") if usage else None
-        about = {"source": "import", "model": model, "session_title": title}
+        about = {"source": "import", "model": model}
+        about["session_title"] = next((titles[kind] for kind in _TITLES if kind in titles), None)
         begin = self._event(start, "SessionStart", "start", about)
         return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
@@ -10757,9 +10741,9 @@ def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None
 
 
 def programs_of(args: argparse.Namespace) -> list[str]:
-    """Return the programs that `--agent` names; raise InstallError."""
+    """Return the programs that `--agent` names; raise CommandError."""
     if args.agent and args.project is not None:
-        raise InstallError("--project is for Claude Code only; leave out --agent or --project")
+        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
     return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
@@ -10861,7 +10845,10 @@ def command_go(settings: Settings, args: argparse.Namespace) -> int:
 def command_tail(settings: Settings, args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq, is_waiting = ask_monitor(settings, "/api/status")["seq"], False
+    status, is_waiting = ask_monitor(settings, "/api/status"), False
+    if status["loading"]:
+        print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
+    last_seq = status["seq"]
     while True:
         try:
             if is_waiting:  # in memory only, the numbers begin again with each start
@@ -11074,13 +11061,8 @@ OPTIONS = {  # what `add_argument` takes
     "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
     "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
     "--markdown": _switch("as a table in Markdown, with defaults only"),
-    "--agent": _option(
-        "in this program's settings, or in those of all that are here (default: Claude Code)",
-        choices=(*PROGRAMS, "all"),
-    ),
-    "--project": _option(
-        "in the settings of this project (default: of the user)", nargs="?", const=".", metavar="DIR"
-    ),
+    "--agent": _option("for this program, or all here (default: Claude Code)", choices=(*PROGRAMS, "all")),
+    "--project": _option("in this project's settings, not the user's", nargs="?", const=".", metavar="DIR"),
     "--dry-run": _switch("print what would change, and change nothing"),
     "--answers": _switch("let questions be answered on the page: their hooks wait for a decision"),
     "--without": _option("omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
@@ -11092,10 +11074,8 @@ OPTIONS = {  # what `add_argument` takes
     "--type": _option("only this hook or event type, such as PreToolUse or tool_error"),
     "--tool": _option("only this tool, such as Bash"),
     "--state": _option("only sessions in this state now", choices=SESSION_STATES),
-    "--from": _option(
-        "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", metavar="TIME", dest="start"
-    ),
-    "--to": _option("before that time; from a day to the same day is that day", metavar="TIME", dest="end"),
+    "--from": _option("2026-11-24, 2026-11-24T14:30 or ms since the epoch", metavar="TIME", dest="start"),
+    "--to": _option("before then; from a day to the same day is that day", metavar="TIME", dest="end"),
     "--time-zone": _option("zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
     "--limit": _option("most results (default 50)", type=int, default=50),
     "--json": _switch("for programs: as JSON; events and results as one object a line"),
@@ -11154,7 +11134,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, ConnectionError, TimeoutError)
+OUR_ERRORS = (ConfigError, StartError, CommandError, SearchError, ConnectionError, TimeoutError)
 
 
 def prepare_output() -> None:

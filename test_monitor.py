@@ -3182,11 +3182,11 @@ def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
 def test_a_status_line_of_another_form_is_refused_and_left_alone(tmp_path, monkeypatch, given):
     monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
     (tmp_path / "settings.json").write_text(json.dumps({"statusLine": given}))
-    with pytest.raises(cm.InstallError, match="statusLine: expected a command"):
+    with pytest.raises(cm.CommandError, match="statusLine: expected a command"):
         cm.plan_install("/home", line=True)
     assert json.loads(cm.plan_install("/home").new_text)["statusLine"] == given
     assert cm.plan_install("").new_text == json.dumps({"statusLine": given})
-    with pytest.raises(cm.InstallError, match="without --project"):
+    with pytest.raises(cm.CommandError, match="without --project"):
         cm.plan_install("/home", project=str(tmp_path), line=True)
 
 
@@ -3199,7 +3199,7 @@ def test_the_installed_copy_can_install_itself_but_no_part_of_it(tmp_path, monke
     assert [install_text(tmp_path / "hooks" / name) for name in names] == before
     for part in ("lib/hot_path.py", "emit_event.py"):
         monkeypatch.setattr(ee, "__file__", str(tmp_path / "hooks" / part))
-        with pytest.raises(cm.InstallError, match="not whole"):
+        with pytest.raises(cm.CommandError, match="not whole"):
             cm.install_hook_files(str(tmp_path))
     assert [install_text(tmp_path / "hooks" / name) for name in names] == before
 
@@ -3243,7 +3243,7 @@ def install_write(plan: Any) -> str | None:
 def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, content, words):
     settings_file.write_bytes(content)
     for plan in (install_plan, uninstall_plan):
-        with pytest.raises(cm.InstallError, match=re.escape(words)) as caught:
+        with pytest.raises(cm.CommandError, match=re.escape(words)) as caught:
             plan(settings_file)
         assert str(settings_file) in str(caught.value) and "nothing was changed" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -3268,7 +3268,7 @@ def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("")
-    with pytest.raises(cm.InstallError, match=words) as caught:
+    with pytest.raises(cm.CommandError, match=words) as caught:
         act(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -3350,7 +3350,7 @@ def test_settings_changed_meanwhile_are_left_alone(tmp_path, now):
     path = tmp_path / "settings.json"
     if now is not None:
         path.write_bytes(now)
-    with pytest.raises(cm.InstallError, match="nothing was changed"):
+    with pytest.raises(cm.CommandError, match="nothing was changed"):
         cm.write_settings(str(path), '{"a": 1}', "{}")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if now is None else [now])
 
@@ -3365,7 +3365,7 @@ def test_settings_that_cannot_be_replaced_stay_as_they_are(tmp_path, monkeypatch
         write(target, content, mode)
 
     monkeypatch.setattr(ee, "write_atomically", full_disk)
-    with pytest.raises(cm.InstallError, match="No space left"):
+    with pytest.raises(cm.CommandError, match="No space left"):
         cm.write_settings(str(path), '{"a": 1}', "{}")
     assert {install_text(tmp_path / name) for name in os.listdir(tmp_path)} == {"{}"}, "itself and its backup"
 
@@ -8057,7 +8057,7 @@ def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, chang
 def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch, tmp_path):
     monkeypatch.setenv("KIMI_CODE_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text("hooks = []\n")
-    with pytest.raises(cm.InstallError, match="one list"):
+    with pytest.raises(cm.CommandError, match="one list"):
         cm.plan_install(str(tmp_path), "kimi")
 
 
