@@ -9409,19 +9409,17 @@ class Doctor:
         """Yield the findings of every check, in the order of an event's way."""
         has_hook = os.path.exists(hook_script(self._settings.home)) or shutil.which(CLAUDE)
         only_receives = self._is_redis and not has_hook  # a monitor for other machines
-        checks = [self._config, self._files]
-        checks += [] if only_receives else [self._hook, self._registered, self._status_line]
-        checks += [self._spool, self._monitor]
-        checks += [self._redis_py, self._redis, self._publisher] if self._is_redis else []
-        checks += [] if only_receives else [self._probe]
-        for check in checks:
+        if only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
+        hook = () if only_receives else (self._hook, self._registered, self._status_line)
+        redis = (self._redis_py, self._redis, self._publisher) if self._is_redis else ()
+        probe = () if only_receives else (self._probe,)
+        for check in (self._config, self._files, *hook, self._spool, self._monitor, *redis, *probe):
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
-        if only_receives:
-            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -9432,20 +9430,16 @@ class Doctor:
 
     def _files(self) -> Findings:
         home = self._settings.home
-        if not os.path.isdir(home):
-            yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
-            return
-        about = os.stat(home)
-        if about.st_uid != os.getuid() or not os.access(home, os.W_OK):
-            advice = f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
-            yield _fail("files", f"{home} cannot be written, or is another user's", advice)
+        about = os.stat(home) if os.path.isdir(home) else None
+        if about is None or about.st_uid != os.getuid() or not os.access(home, os.W_OK):
+            advice = (
+                f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME; `start` makes a missing one"
+            )
+            yield _fail("files", f"{home} is missing, cannot be written, or is another user's", advice)
         elif about.st_mode & 0o077:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
             yield _ok("files", f"{home} is for this user only")
-        if self._about is None:  # else the monitor's status has them
-            for problem in foreign_problems(foreign_files(home)):
-                yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
     def _hook(self) -> Findings:
         version = claude_version()
@@ -9517,7 +9511,7 @@ class Doctor:
             yield _warn("answers", words, "set answers.remote to true, and run: answers key")
 
     def _status_line(self) -> Findings:
-        """Run the status line, also without the one that it wraps, with an object that is not handed on."""
+        """Run our status line, without the one that it wraps, with an object that is not handed on."""
         user, check = settings_path(None), "statusline"
         shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
@@ -9527,18 +9521,13 @@ class Doctor:
         if shown.path != user:
             yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-
-        def output_of(command: str) -> str:
-            shell, given = ["/bin/sh", "-c", command], encode_json(about) + b"\n"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(shell, input=given, capture_output=True, timeout=10)
-                return repr(one_line(done.stdout.decode("utf-8", "replace"), 60))
-            return "nothing within 10 s"
-
         wrapped = "" if ours.wrapped is None else f"{shlex.quote(ours.wrapped)} "
-        works = output_of(ours.command.replace(f"set -- {wrapped}", "set -- ", 1)) == "'Test'"
-        words = f"prints {output_of(ours.command)}" + ("" if works else ", but hands on no figures")
-        yield Finding("ok" if works else "fail", check, words, f"{_RUN_INSTALL} --status-line")
+        command = ["/bin/sh", "-c", ours.command.replace(f"set -- {wrapped}", "set -- ", 1)]
+        done = subprocess.run(command, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
+        said = one_line(done.stdout.decode("utf-8", "replace"), 60)
+        words = f"prints {said!r}" + ("" if said == "Test" else ", so it hands on no figures")
+        words += f"; it runs {ours.wrapped}" if ours.wrapped else ""
+        yield Finding("ok" if said == "Test" else "fail", check, words, f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9551,11 +9540,11 @@ class Doctor:
         yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
-        mode, about = self._settings["mode"], self._about
+        mode, about, facts = self._settings["mode"], self._about, []
+        problems = foreign_problems(foreign_files(self._settings.home))  # as the status of a monitor has them
         if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
-            return
-        if about is None:
+        elif about is None:
             advice = "run: python3 contextuate_monitor.py start"
             yield _fail("monitor", "not running: events wait in the spool", advice)
             for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
@@ -9563,22 +9552,23 @@ class Doctor:
                     bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
                 except StartError as error:
                     yield _fail("ports", str(error))
-            return
-        status = ask_monitor(self._settings, "/api/status")
-        words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
-        if (status["version"], status["mode"]) == (__version__, mode):
-            yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
         else:
-            advice = "run: python3 contextuate_monitor.py restart"
-            yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
-        path = about["socketPath"]
-        is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
-        advice = "set socketPath to a place of your own"
-        yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
-        for problem in status["problems"]:
+            status = ask_monitor(self._settings, "/api/status")
+            problems, facts = status["problems"], status["facts"]
+            words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
+            if (status["version"], status["mode"]) == (__version__, mode):
+                yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
+            else:
+                advice = "run: python3 contextuate_monitor.py restart"
+                yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
+            path = about["socketPath"]
+            is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
+            advice = "set socketPath to a place of your own"
+            yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
+        for problem in problems:
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
-        good = {"store", "index", "notify"} - {problem["kind"] for problem in status["problems"]}
-        yield from (_ok(fact["name"], fact["words"]) for fact in status["facts"] if fact["name"] in good)
+        good = {"store", "index", "notify"} - {problem["kind"] for problem in problems}
+        yield from (_ok(fact["name"], fact["words"]) for fact in facts if fact["name"] in good)
 
     def _redis_py(self) -> Findings:
         python = emit_event.publisher_python(self._settings.home)
@@ -9607,7 +9597,14 @@ class Doctor:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-        attempts = {channel: lambda: _subscribe(client, channel)}
+
+        def subscribe() -> None:
+            with client.pubsub() as pubsub:
+                pubsub.subscribe(channel)
+                if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+                    raise TimeoutError("no whole answer")
+
+        attempts = {channel: subscribe}
         if self._settings["redis.streamMaxLength"]:
             attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
         else:
@@ -9663,14 +9660,6 @@ class Doctor:
         else:
             advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
-
-
-def _subscribe(client: Any, channel: str) -> None:
-    pubsub = client.pubsub()
-    pubsub.subscribe(channel)
-    if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-        raise TimeoutError("no whole answer")
-    pubsub.close()
 
 
 def lacks_right(error: BaseException) -> bool:
@@ -9818,25 +9807,20 @@ class _DemoAgent:
                 if verb == ">":
                     self.hook("UserPromptSubmit", prompt=words)
                 elif verb == "=":
-                    self.work(words.split())
+                    for letter in words.split():
+                        self.run(letter)
                 elif verb == "until":
-                    self.work(itertools.cycle(rest.split()), self.moment(first) - 5000)
+                    letters = itertools.cycle(rest.split())
+                    while self.at <= self.moment(first) - 5000:
+                        self.run(next(letters))
                 elif verb == "<":
                     self.answer(words)
                 elif verb in ("open", "ask"):
-                    self.pause()
                     self.run(first, self.moment(rest) if rest else math.inf, verb == "ask")
                 elif verb in ("agent", "background"):
                     self.start_agent(first, rest, inner, verb == "background")
                 else:
                     self.hook(verb, **json.loads(words))
-
-    def work(self, letters: Iterable[str], until: float = math.inf) -> None:
-        for letter in letters:
-            if self.at > until:
-                return
-            self.pause()
-            self.run(letter)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
         emit_event.add_counts(self.usage["models"].setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
@@ -9847,6 +9831,7 @@ class _DemoAgent:
 
     def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
         """Do one step, which ends by itself, at a time, or never (infinity)."""
+        self.pause()
         tool, *texts = self.steps[letter]
         name = tool.rstrip("!")
         fields = _DEMO_INPUTS.get(name, "").split()
@@ -10169,19 +10154,13 @@ class TranscriptReader:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
-        agent_id, directory = entry.get("agentId"), entry.get("cwd")
-        return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}")),
-            "timestamp": entry["timestamp_ms"],
-            "sessionId": self.session_id,
-            "machineId": self.machine_id,
-            "workingDirectory": directory if isinstance(directory, str) else "",
-            "hookType": hook,
-            "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage",
-            "imported": True,
-            **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
-            "data": {name: value for name, value in data.items() if value is not None},
-        }
+        place = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}"))
+        kind = {"hookType": hook, "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage"}
+        kind |= {"agentId": entry["agentId"], "agentType": ""} if entry["agentId"] else {}
+        where = {"machineId": self.machine_id, "workingDirectory": text_of(entry.get("cwd"))}
+        data = {name: value for name, value in data.items() if value is not None}
+        event = {"id": place, "timestamp": entry["timestamp_ms"], "sessionId": self.session_id}
+        return {**event, **where, **kind, "imported": True, "data": data}
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
@@ -10283,9 +10262,26 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
+    deadline = time.monotonic() + 2
+    while True:  # Redis gets a moment
+        status = ask_monitor(settings, "/api/status")
+        redis = status["redis"] or {"state": "off"}
+        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    lines = [f"Contextuate Monitor runs ({about['process']}). Open:"]
+    lines += [f"  {link}" for link in page_links(settings, about)]
+    if status["loading"]:
+        lines.append(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
+    if redis["state"] == "connected":
+        lines.append(f"Connected to Redis at {redis['server']}.")
+    elif redis["state"] != "off":
+        reason = redis["reason"] or "Redis does not answer"
+        lines.append(f"Not connected yet, the monitor keeps trying: {reason}")
+    if not os.path.exists(hook_script(settings.home)):
+        lines.append("Next: python3 contextuate_monitor.py install   (then start Claude Code)")
     try:
-        print_started(settings, about)
-        sys.stdout.flush()
+        print(*lines, sep="\n", flush=True)
     except OSError:  # it runs, whether that can be printed or not
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # A browser is opened only on this machine's own screen.
@@ -10293,27 +10289,6 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
         webbrowser.open(page_links(settings, about)[0])
     return 0
-
-
-def print_started(settings: Settings, about: JsonObject) -> None:
-    """Print where the page is, what is not ready yet (Redis gets a moment), and what to do next."""
-    links = page_links(settings, about)
-    print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
-    deadline = time.monotonic() + 2
-    while True:
-        status = ask_monitor(settings, "/api/status")
-        redis = status["redis"] or {"state": "off"}
-        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    if status.get("loading"):
-        print(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
-    if redis["state"] == "connected":
-        print(f"Connected to Redis at {redis['server']}.")
-    elif redis["state"] != "off":
-        print(f"Not connected yet, the monitor keeps trying: {redis['reason'] or 'Redis does not answer'}")
-    if not os.path.exists(hook_script(settings.home)):
-        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
@@ -10353,9 +10328,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     # For a thousand hooks at once.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     try:
         set_up_log(settings, to_stderr=not args.detached)
         if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
@@ -10368,8 +10342,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
-    host = settings["server.host"]
-    place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
+    place = f"{settings['server.host']}, port {monitor.port}"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
     if args.detached:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -11143,10 +11116,9 @@ def prepare_output() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
-        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
-            stream.reconfigure(encoding="ascii", errors="backslashreplace")
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for any file name
+            is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            stream.reconfigure(encoding="utf-8" if is_utf8 else "ascii", errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
