@@ -8772,7 +8772,8 @@ PROGRAMS = {
 }
 _TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
 # The words of our command, with zero bytes between them.
-_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
+_OUR_WORDS = r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?"
+_OUR_COMMAND = re.compile(rf"{_OUR_WORDS}(\0\|\|\0{_OUR_WORDS})*(\0\|\|\0:)?")
 
 
 class ClientFile(NamedTuple):
@@ -9121,15 +9122,11 @@ def merge_hooks(
 
 def _is_ours(entry: JsonObject) -> bool:
     """True for a handler that `install` wrote; one whose command a person has extended is theirs."""
-    command = entry.get("command")
-    if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
-        return False
-    try:
-        choices = "\0".join(shlex.split(command)).split("\0||\0")
-    except ValueError:  # a quote is open
-        return False
-    choices = choices[:-1] if choices[1:] and choices[-1] == ":" else choices
-    return all(_OUR_WORDS.fullmatch(choice) for choice in choices)
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = "\0".join(shlex.split(text_of(entry.get("command"))))
+        is_command = entry.get("type") == "command" and "args" not in entry
+        return is_command and _OUR_COMMAND.fullmatch(words) is not None
+    return False
 
 
 def read_text(path: str) -> str:
@@ -9261,22 +9258,16 @@ SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACH
 
 
 def program_command() -> tuple[list[str], str]:
-    """Return the command that runs this program from its bytecode, without arguments, and its directory.
-
-    Compiling this file takes a moment, and 30 MB that stay in use.
-    """
+    """Return the command that runs this program from its bytecode (30 MB less in use), and its directory."""
     folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
-    return [sys.executable, *program], folder
+    return [sys.executable, "-m", name.removesuffix(".py")], folder
 
 
 def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
     """Return a systemd user unit that keeps a command running."""
 
     def quoted(text: str) -> str:
-        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-        return f'"{escaped}"'
+        return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%") + '"'
 
     lines = [
         "[Unit]", "Description=Contextuate Monitor", "", "[Service]",
@@ -9466,11 +9457,10 @@ class Doctor:
         ours = [file.path for file in self._client_files if our_hooks(file.settings)]
         if off and not any(our_hooks(file.settings) for file in running):
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
-        if ours and settings_path(None) not in ours:
+        is_local = ours and settings_path(None) not in ours
+        if is_local:
             yield _ok("registered", f"in {ours[0]}, for this directory")
-        else:
-            yield from self._program(CLAUDE)
-        for program in agents_here():
+        for program in agents_here() if is_local else (CLAUDE, *agents_here()):
             yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
@@ -9581,7 +9571,7 @@ class Doctor:
 
     def _redis(self) -> Findings:
         """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
-        values, channel, started = self._settings.values, self._settings["redis.channel"], time.monotonic()
+        values, channel = self._settings.values, self._settings["redis.channel"]
         client, off_s = None, 0.0
         try:
             client = _in_time(lambda: emit_event.redis_client(values))
@@ -9592,7 +9582,7 @@ class Doctor:
             if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
-        yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+        yield _ok("redis", f"{emit_event.redis_place(values)} answers")
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
@@ -9624,16 +9614,15 @@ class Doctor:
         reasons = [state[it] for it in ("reason", "channelReason", "streamReason") if state.get(it)]
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
-        elif reasons:
-            yield Finding("fail" if state.get("reason") else "warn", "publisher", "; ".join(reasons))
-        else:
-            reached = f"the last to {state['subscribers']} subscribers"
-            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
+            return
+        words = f"pid {state['pid']}, {state['published']} events published"
+        words = "; ".join(reasons) or f"{words}, the last to {state['subscribers']} subscribers"
+        level = "fail" if state.get("reason") else "warn" if reasons else "ok"
+        yield Finding(level, "publisher", words)
 
     def _probe(self) -> Findings:
         """Run the hook as Claude Code does, and look for its event where it should arrive."""
-        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
-        about, path = self._about, self._settings.config_path
+        token, about, path = f"doctor {uuid.uuid4()}", self._about, self._settings.config_path
         done = send_through_hook(self._settings, token)
         lines = done.stderr.strip().splitlines()
         foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
@@ -9655,8 +9644,7 @@ class Doctor:
             time.sleep(0.05)
             is_shown = token in str(ask_monitor(self._settings, "/api/events?limit=200"))
         if is_shown:
-            words = f"an event {f'is {where}' if about is None else 'has reached the monitor'}"
-            yield _ok("probe", f"{words} ({_ms_since(started)})")
+            yield _ok("probe", f"an event {f'is {where}' if about is None else 'has reached the monitor'}")
         else:
             advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
@@ -9665,10 +9653,6 @@ class Doctor:
 def lacks_right(error: BaseException) -> bool:
     """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
     return type(error).__name__ == "NoPermissionError"
-
-
-def _ms_since(started: float) -> str:
-    return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
 # ---------------------------------------------------------------------------
@@ -9917,8 +9901,6 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# (session id, paths): the transcripts of a session and its subagents; or exports, with session id "".
-ImportSource = tuple[str, tuple[str, ...]]
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
@@ -9956,8 +9938,8 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
     return list(filter(is_new, events))
 
 
-def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
-    """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
+def import_sources(paths: Sequence[str], skipped: list[str]) -> list[tuple[str, list[str]]]:
+    """Return (session id, its transcripts), oldest first, and ("", exports); add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
     exports: list[str] = []
     for given in paths:
@@ -9976,10 +9958,9 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 transcripts.setdefault(session_id, []).append(path)
             elif path == given or is_export or _NODE_FILE.fullmatch(path):
                 exports.append(path)  # other files of a directory are ignored
-    sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
-    sources.sort(key=lambda source: min(map(os.path.getmtime, source[1])))
+    sources = sorted(transcripts.items(), key=lambda source: min(map(os.path.getmtime, source[1])))
     exports.sort(key=lambda path: path.endswith("/meta.json"))  # sums of tokens after the events
-    return [*sources, ("", tuple(exports))]
+    return [*sources, ("", exports)]
 
 
 def _json_files(folder: str, skipped: list[str]) -> list[str]:
@@ -10013,7 +9994,7 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
+    sources: list[tuple[str, list[str]]], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
@@ -10320,7 +10301,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the monitor until a signal ends it."""
+    """Run the monitor until a signal ends it; log to monitor.log, in the foreground to stderr, too."""
     os.umask(0o077)
     if args.detached:
         os.chdir("/")  # so that any directory can be removed or unmounted
@@ -10331,7 +10312,13 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     try:
-        set_up_log(settings, to_stderr=not args.detached)
+        log_file = PrivateLog(settings.path("monitor.log"), maxBytes=2 << 20, backupCount=3)
+        for handler in (log_file, *(() if args.detached else (logging.StreamHandler(),))):
+            handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+            log.addHandler(handler)
+        log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
+        logging.raiseExceptions = False  # no traceback on a full disk
+        sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
         if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
             record_publisher_python(settings.home)
         monitor = Monitor(settings)
@@ -10357,8 +10344,8 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     """A log that rotates, readable by this user only, and never written through a link."""
 
     def _open(self) -> Any:
-        opener = emit_event.open_for_append
-        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
+        opener, errors = emit_event.open_for_append, "backslashreplace"
+        return open(self.baseFilename, "a", encoding="utf-8", errors=errors, opener=opener)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -10366,18 +10353,6 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return emit_event.redact_text(super().format(record))
-
-
-def set_up_log(settings: Settings, to_stderr: bool) -> None:
-    """Log to monitor.log, which rotates, and in the foreground to standard error too."""
-    path, replacing = settings.path("monitor.log"), "backslashreplace"
-    log_file = PrivateLog(path, maxBytes=2 << 20, backupCount=3, encoding="utf-8", errors=replacing)
-    for handler in (log_file, *([logging.StreamHandler()] if to_stderr else ())):
-        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
-    logging.raiseExceptions = False  # no traceback on a full disk
-    sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
 
 
 def command_stop(args: argparse.Namespace) -> int:
@@ -10440,7 +10415,6 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
         is_running = is_installed and trouble_of(service.check) is None
         print("running" if is_running else "installed, not running" if is_installed else "not installed")
         return 0 if is_running else 1
-    about = running_monitor(settings)
     if is_installed:
         run_steps([service.stop])
     if args.action == "remove":
@@ -10448,7 +10422,8 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
             os.unlink(service.path)
         print(f"{service.path} removed" if is_installed else "not installed")
         return 0
-    if about is not None and running_monitor(settings) is not None:
+    about = running_monitor(settings)
+    if about is not None:
         stop_monitor(settings, about)
     command, folder = program_command()
     command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
@@ -10904,10 +10879,8 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
     session_id = whole_session_id(settings, args.session)
     wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
     colour = "0" if sys.stdout.isatty() else ""
-    if args.limit < 1:
-        raise SearchError("--limit", "an integer of at least 1")
-    left, cursor, page = args.limit, None, {}
-    while left > 0:
+    left, cursor = args.limit, None
+    while True:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
         page = ask_monitor(settings, f"/api/search?{given}")
@@ -10915,7 +10888,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
             line = json.dumps(result) if args.json else event_line(result, "%Y-%m-%d %H:%M:%S", colour)
             print(line, flush=True)
         left, cursor = left - len(page["results"]), page["next"]
-        if cursor is None:
+        if cursor is None or not left:
             break
     if left == args.limit and not args.json:
         print_status("no results")

@@ -15182,7 +15182,7 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
     ("quokka --to 2020-01-01", 1, [], "no results"),
     ("wombat", 1, [], "no results"),
     ("--from soon", 2, [], "expected a time such as"),
-    ("--limit 0", 2, [], "at least 1"),
+    ("--limit 0", 1, [], "limit: expected an integer from 1 to 200"),
     ("--limt 1", 2, [], "search --help"),
     ("--from 2026-10-25 --time-zone Mars/Dome", 2, [], "timeZone"),
 ]
