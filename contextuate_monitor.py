@@ -8619,10 +8619,7 @@ class CommandError(Exception):
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
-
-    "pid" is the result of `listening_pid`, "process" describes it as text.
-    """
+    """Return {"pid" (of `listening_pid`), "process" (as text), "host", "port", …} of our monitor, or None."""
     pid, about = lock_holder(settings.path("monitor.pid")), read_state(settings.path("monitor.run.json"))
     if pid is None or about.get("pid") != pid:
         return None
@@ -8826,6 +8823,8 @@ def plan_install(
         raise CommandError(f"{project}: no such directory; name the project's top directory")
     if line and project is not None:
         raise CommandError("the status line is registered for the user: run install without --project too")
+    if project is not None and program != CLAUDE:
+        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
     about, is_claude = PROGRAMS[program], program == CLAUDE
     directory = "" if is_claude else emit_event.agent_directory(program)
     path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
@@ -8838,7 +8837,7 @@ def plan_install(
         hooks = {name: [{**about.fields, "bash": command}] for name in names}
         text = render_settings({"version": 1, "hooks": hooks}, "") if home else ""
         return InstallPlan(path, read_text(path), text, names)
-    old_text, settings = read_settings(path)
+    old, settings = read_settings(path)
     if is_claude and home:
         names = event_names(version)
         if not names:
@@ -8848,9 +8847,8 @@ def plan_install(
     changed = merge_hooks(settings, command, names, wait_s, about.fields)
     if is_claude and (line or status_line_in(settings)):
         changed = merge_status_line(changed, home)
-    new_text = render_settings(changed, old_text) if changed or is_claude else ""
-    new_text = old_text if changed == settings else new_text
-    return InstallPlan(path, old_text, new_text, names, status_line_in(changed))
+    new = render_settings(changed, old) if changed or is_claude else ""
+    return InstallPlan(path, old, old if changed == settings else new, names, status_line_in(changed))
 
 
 def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
@@ -8972,10 +8970,7 @@ def _quoted(path: str) -> str:
 
 
 def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
-    """Return the command for /bin/sh that runs `script` as the status line around another one.
-
-    The other one runs alone if the script or every interpreter is gone. Raises CommandError.
-    """
+    """Return the command of /bin/sh for `script` around another line, which runs alone if that cannot run."""
     python, path = _quoted(interpreter), _quoted(script)
     first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
     return (
@@ -9142,10 +9137,7 @@ def read_text(path: str) -> str:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
-
-    Raises CommandError for anything but one JSON object whose hooks are {event: [{"hooks": [{…}]}]}.
-    """
+    """Return a settings file's text and its object, {} if missing or blank; raise CommandError."""
     text, trouble = read_text(path), "expected one JSON object"
     bare, settings = text.removeprefix("\ufeff"), None
     try:
@@ -9194,8 +9186,7 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 def write_settings(path: str, text: str, old_text: str) -> str | None:
     """Replace the settings at `path`, read as `old_text`, in one step, through links; raise CommandError.
 
-    Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
-    save. Mode and owner stay.
+    Returns the backup beside it (with mode 0600, since settings contain keys), if any. Mode and owner stay.
     """
     if read_text(path) != old_text:
         raise CommandError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -9522,12 +9513,12 @@ class Doctor:
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
         size = sum(size for _, size in segments)
-        if not size:
+        if size:
+            oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+            words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
+            yield _warn("spool", words, "they are delivered once the checks below pass")
+        else:
             yield _ok("spool", "empty: no event waits on this machine")
-            return
-        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
-        yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about, facts = self._settings["mode"], self._about, []
@@ -10446,26 +10437,19 @@ def command_status(settings: Settings, args: argparse.Namespace) -> int:
     about = running_monitor(settings)
     if about is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
-        if args.json:
-            print(json.dumps({"running": False, "spoolBytes": waiting}))
-        else:
-            print("not running; start it with: python3 contextuate_monitor.py start")
-            if waiting:
-                print(f"spool    {human_size(waiting)} of events wait for it")
-        return 1
-    status = ask_monitor(settings, "/api/status")
-    if args.json:
-        print(json.dumps({"running": True, **status}))
-        return 0
-    since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  {about['process']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about)[0]}   {status['clients']} open")
-    print(f"hooks    {about['socketPath']}")
-    for fact in status["facts"]:
-        print(f"{fact['name']:<8} {safe_line(fact['words'])}")
-    for problem in status["problems"]:
-        print(f"{problem['level']:<8} {safe_line(problem['words'])}: {problem['advice']}")
-    return 0
+        status: JsonObject = {"running": False, "spoolBytes": waiting}
+        lines = ["not running; start it with: python3 contextuate_monitor.py start"]
+        lines += [f"spool    {human_size(waiting)} of events wait for it"] if waiting else []
+    else:
+        status = {"running": True, **ask_monitor(settings, "/api/status")}
+        since = human_duration(now_ms() - status["startedAt"])
+        what = f"version {status['version']}, for {since}, mode {status['mode']}"
+        lines = [f"running  {about['process']}, {what}", f"hooks    {about['socketPath']}"]
+        lines.append(f"page     {page_links(settings, about)[0]}   {status['clients']} open")
+        lines += [f"{it['name']:<8} {safe_line(it['words'])}" for it in status["facts"]]
+        lines += [f"{it['level']:<8} {safe_line(it['words'])}: {it['advice']}" for it in status["problems"]]
+    print(json.dumps(status) if args.json else "\n".join(lines))
+    return 0 if status["running"] else 1
 
 
 def command_url(settings: Settings, args: argparse.Namespace) -> int:
@@ -10689,9 +10673,7 @@ def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None
 
 
 def programs_of(args: argparse.Namespace) -> list[str]:
-    """Return the programs that `--agent` names; raise CommandError."""
-    if args.agent and args.project is not None:
-        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
+    """Return the programs that `--agent` names."""
     return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
@@ -10947,8 +10929,7 @@ def command_demo(settings: Settings, args: argparse.Namespace) -> int:
         sessions = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"]
         demo = [session["sessionId"] for session in sessions if session["demo"]]
         for session_id in demo:
-            given = {"type": "delete_session", "sessionId": session_id}
-            ask_monitor(settings, "/api/message", given)
+            ask_monitor(settings, "/api/message", {"type": "delete_session", "sessionId": session_id})
         print(f"{len(demo)} demo sessions removed")
     if args.remove:
         return 0
