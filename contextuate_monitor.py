@@ -8767,7 +8767,6 @@ PROGRAMS = {
         {"timeout": HOOK_TIMEOUT_S},
     ),
 }
-_TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
 # The words of our command, with zero bytes between them.
 _OUR_WORDS = r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?"
 _OUR_COMMAND = re.compile(rf"{_OUR_WORDS}(\0\|\|\0{_OUR_WORDS})*(\0\|\|\0:)?")
@@ -8853,7 +8852,7 @@ def plan_install(
 
 def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
     """Return the text of a TOML file with our hook for each of `names` in a block of its own."""
-    others = _TOML_BLOCK.sub("", text)
+    others = re.sub(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", "", text, flags=re.S)
     if not names:
         return others
     if re.search(r"^\s*hooks\s*=", others, re.M):
@@ -9891,7 +9890,6 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
-IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
@@ -9922,7 +9920,8 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
             return False
         if first_hook_ms < math.inf:
             is_known = text_of(event["data"].get("toolUseId")) in calls - {""} or hook == "SessionEnd"
-            if is_known or time_ms >= first_hook_ms - IMPORT_MARGIN_MS:
+            # A hook's event and the transcript's line about the same thing are at most 2 s apart.
+            if is_known or time_ms >= first_hook_ms - 2000:
                 return False
         return hook != "UserPromptSubmit" or time_ms not in said_ms
 
@@ -10202,8 +10201,8 @@ def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
 # ---------------------------------------------------------------------------
 # Command line
 #
-# Every command is a function that takes the parsed arguments and returns the exit status; a failure is raised
-# as one of OUR_ERRORS and printed by `main` in one line.
+# Every command is a function of the settings and the parsed arguments that returns the exit status. `main`
+# prints the error of a failure in one line.
 # ---------------------------------------------------------------------------
 
 START_DEADLINE_S = 60.0
@@ -10214,8 +10213,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
     options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
     given = {key: getattr(args, name, None) for key, name in options.items()}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    settings, warnings = load_settings(args.config, overrides)
+    settings, warnings = load_settings(args.config, {key: it for key, it in given.items() if it is not None})
     for warning in warnings:
         print_status(f"warning: {warning}")
     return settings
@@ -10741,9 +10739,8 @@ def command_sessions(settings: Settings, args: argparse.Namespace) -> int:
         elif session["stuck"] and session["state"] == "working":
             detail = session["stuck"][0]["detail"] or detail
         since = human_duration(now_ms() - session["stateSince"])
-        label, machine = session["label"], session["machineId"]
-        text = f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"
-        print(safe_line(without_colours(text)))
+        text = f"{session['state']:<8} {since:>7}  {session['label']:<40.40} {session['machineId']:<14.14} "
+        print(safe_line(without_colours(text + detail)))
     return 0
 
 
@@ -11061,9 +11058,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUR_ERRORS = (ConfigError, StartError, CommandError, SearchError, ConnectionError, TimeoutError)
-
-
 def prepare_output() -> None:
     """Prepare standard output for any text, and for being closed."""
     for name in ("stdout", "stderr"):
@@ -11091,7 +11085,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except OUR_ERRORS as error:
+    except (ConfigError, StartError, CommandError, SearchError) as error:
         print_status(f"error: {error}")
         return 2 if isinstance(error, (ConfigError, SearchError)) else 1
     except OSError as error:  # an unusable file or directory
