@@ -9123,6 +9123,13 @@ def _is_ours(entry: JsonObject) -> bool:
     return False
 
 
+def open_regular(path: str) -> io.BufferedReader:
+    """Open a regular file to read; raise OSError for anything else: a FIFO would block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+
+
 def read_text(path: str) -> str:
     """Return the text of a settings file, "" if it is missing; raise CommandError."""
     try:
@@ -9958,13 +9965,6 @@ def _json_files(folder: str, skipped: list[str]) -> list[str]:
     paths = (os.path.join(directory, name) for directory, _, names in walk for name in names)
     named = (path for path in paths if re.search(r"/[^./][^/]*\.json[^/]*$", path))
     return sorted(path for path in named if not path.endswith(".meta.json"))
-
-
-def open_regular(path: str) -> io.BufferedReader:
-    """Open a regular file to read; raise OSError for anything else: a FIFO would block."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", path)
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
 
 
 def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
@@ -10979,9 +10979,7 @@ OPTIONS = {  # what `add_argument` takes
     "--detached": _switch(argparse.SUPPRESS),
     "--short": _switch("one line, for a prompt; `python3 -m` is faster"),
     "--token": _switch("with the token, for another user or another machine"),
-    "what": _option(
-        "pair: print a code for a browser; key: print the key for Redis", choices=("pair", "key")
-    ),
+    "what": _option("pair: a code for a browser; key: the one for Redis", choices=("pair", "key")),
     "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
     "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
     "--markdown": _switch("as a table in Markdown, with defaults only"),
