@@ -9420,9 +9420,7 @@ class Doctor:
         home = self._settings.home
         about = os.stat(home) if os.path.isdir(home) else None
         if about is None or about.st_uid != os.getuid() or not os.access(home, os.W_OK):
-            advice = (
-                f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME; `start` makes a missing one"
-            )
+            advice = f"run `start`, or chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
             yield _fail("files", f"{home} is missing, cannot be written, or is another user's", advice)
         elif about.st_mode & 0o077:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
@@ -9461,8 +9459,8 @@ class Doctor:
             yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
-            words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
-            yield _warn("registered", words + " and ".join(paths), "keep one of them")
+            words = f"{', '.join(names)} would come twice: hooks in {' and '.join(paths)}"
+            yield _warn("registered", words, "keep one of them")
 
     def _program(self, program: str) -> Findings:
         """Compare a program's registration with what `install` would write, with the same options."""
