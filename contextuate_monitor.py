@@ -9552,7 +9552,7 @@ class Doctor:
             yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
         for problem in problems:
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
-        good = {"store", "index", "notify"} - {problem["kind"] for problem in problems}
+        good = {"store", "index", "notify", "stream"} - {problem["kind"] for problem in problems}
         yield from (_ok(fact["name"], fact["words"]) for fact in facts if fact["name"] in good)
 
     def _redis_py(self) -> Findings:
@@ -9565,16 +9565,16 @@ class Doctor:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
     def _redis(self) -> Findings:
-        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
-        values, channel = self._settings.values, self._settings["redis.channel"]
-        client, off_s = None, 0.0
+        """Connect as hooks do. The probe tests a hook's rights; a monitor's status has its own."""
+        values, client, off_s = self._settings.values, None, 0.0
         try:
             client = _in_time(lambda: emit_event.redis_client(values))
             before = time.time()
             seconds, micros = _in_time(client.time)
             off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         except Exception as error:
-            if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
+            # A user without the right to TIME is connected, too.
+            if client is None or type(error).__name__ != "NoPermissionError":
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         yield _ok("redis", f"{emit_event.redis_place(values)} answers")
@@ -9582,27 +9582,8 @@ class Doctor:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-
-        def subscribe() -> None:
-            with client.pubsub() as pubsub:
-                pubsub.subscribe(channel)
-                if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-                    raise TimeoutError("no whole answer")
-
-        attempts = {channel: subscribe}
-        if self._settings["redis.streamMaxLength"]:
-            attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
-        else:
+        if not values["redis.streamMaxLength"]:
             yield _warn("stream", "off: a monitor misses events sent while it does not run")
-        for check, (name, attempt) in zip(("channel", "stream"), attempts.items()):
-            try:
-                _in_time(attempt)
-                yield _ok(check, name)
-            except Exception as error:
-                if self._about is None and lacks_right(error):
-                    yield _ok(check, "this user may not read it, which only a monitor needs")
-                else:
-                    yield _fail(check, emit_event.redis_trouble(error, values))
 
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
@@ -9643,11 +9624,6 @@ class Doctor:
         else:
             advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
-
-
-def lacks_right(error: BaseException) -> bool:
-    """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
-    return type(error).__name__ == "NoPermissionError"
 
 
 # ---------------------------------------------------------------------------
