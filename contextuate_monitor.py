@@ -8653,13 +8653,12 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
     method, body = ("GET", None) if message is None else ("POST", encode_json(message))
     try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        answer = emit_event.parse_event_line(response.read())
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
         raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
-    finally:
-        connection.close()
     if response.status != 200:
         raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
     return answer
@@ -8667,18 +8666,14 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
 
 def send_events(settings: Settings, events: Sequence[JsonObject]) -> None:
     """Send events to the running monitor as hooks do, until they are stored; raise CommandError, OSError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, sock.makefile("rb") as answers:
         sock.settimeout(60)
         sock.connect(needed_monitor(settings)["socketPath"])
         for start in range(0, len(events), 200):
             batch = events[start : start + 200]
             sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            left = len(batch)
-            while left:
-                taken = len(sock.recv(left))
-                if not taken:
-                    raise CommandError("the monitor could not store an event; run `status` for the reason")
-                left -= taken
+            if len(answers.read(len(batch))) < len(batch):
+                raise CommandError("the monitor could not store an event; run `status` for the reason")
 
 
 # ---------------------------------------------------------------------------
@@ -9084,10 +9079,7 @@ def record_publisher_python(home: str) -> bool:
 def merge_hooks(
     settings: JsonObject, command: str, names: list[str], wait_s: int = 0, fields: JsonObject | None = None
 ) -> JsonObject:
-    """Return `settings` with our handler once for each of `names` and no other event; raise CommandError.
-
-    Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
-    """
+    """Return `settings` with our handler once for each of `names`, where it was; the rest is unchanged."""
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
@@ -11013,13 +11005,10 @@ COMMANDS: dict[Callable[..., int], str] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = CommandParser(
-        prog="contextuate_monitor.py",
-        description="A live monitor for coding agents.",
-        epilog="`COMMAND --help` shows its options; see README.md.",
-    )
+    parser = CommandParser(prog="contextuate_monitor.py", description="A live monitor for coding agents.")
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    title = "commands (`COMMAND --help` shows the options of each)"
+    commands = parser.add_subparsers(title=title, metavar="COMMAND", required=True)
     for function, options in COMMANDS.items():
         name = function.__name__.removeprefix("command_").replace("_", "-")
         words = str(function.__doc__).splitlines()[0]
