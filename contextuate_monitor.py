@@ -10408,8 +10408,9 @@ def command_status(settings: Settings, args: argparse.Namespace) -> int:
         status = {"running": True, **ask_monitor(settings, "/api/status")}
         since = human_duration(now_ms() - status["startedAt"])
         what = f"version {status['version']}, for {since}, mode {status['mode']}"
-        lines = [f"running  {about['process']}, {what}", f"hooks    {about['socketPath']}"]
+        lines = [f"running  {about['process']}, {what}"]
         lines.append(f"page     {page_links(settings, about)[0]}   {status['clients']} open")
+        lines.append(f"hooks    {about['socketPath']}")
         lines += [f"{it['name']:<8} {safe_line(it['words'])}" for it in status["facts"]]
         lines += [f"{it['level']:<8} {safe_line(it['words'])}: {it['advice']}" for it in status["problems"]]
     print(json.dumps(status) if args.json else "\n".join(lines))
