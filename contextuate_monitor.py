@@ -8941,13 +8941,10 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
 
 
 def base_interpreter() -> str:
-    """Return the interpreter outside any virtual environment, which may be deleted; raise CommandError."""
-    path = os.path.abspath(sys.executable or "")
-    if sys.prefix != sys.base_prefix:
-        path = os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
-    if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise CommandError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
-    return path
+    """Return the interpreter outside any virtual environment, which may be deleted."""
+    if sys.prefix == sys.base_prefix:
+        return os.path.abspath(sys.executable or "python3")
+    return os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
 
 
 def hook_script(home: str) -> str:
