@@ -9885,15 +9885,15 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
             first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
     def is_new(event: JsonObject) -> bool:
-        hook, time_ms = event["hookType"], event["timestamp"]
+        hook, time_ms, use_id = event["hookType"], event["timestamp"], text_of(event["data"].get("toolUseId"))
         if event["id"] in ids or (was_edited and hook == "Monitor"):
             return False
-        if first_hook_ms < math.inf:
-            is_known = text_of(event["data"].get("toolUseId")) in calls - {""} or hook == "SessionEnd"
-            # A hook's event and the transcript's line about the same thing are at most 2 s apart.
-            if is_known or time_ms >= first_hook_ms - 2000:
-                return False
-        return hook != "UserPromptSubmit" or time_ms not in said_ms
+        # A hook's event and the transcript's line about the same thing are at most 2 s apart.
+        is_early = (
+            time_ms < first_hook_ms - 2000 and hook != "SessionEnd" and not (use_id and use_id in calls)
+        )
+        is_said = hook == "UserPromptSubmit" and time_ms in said_ms
+        return (is_early or first_hook_ms == math.inf) and not is_said
 
     return list(filter(is_new, events))
 
