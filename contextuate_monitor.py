@@ -9888,12 +9888,11 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
         hook, time_ms, use_id = event["hookType"], event["timestamp"], text_of(event["data"].get("toolUseId"))
         if event["id"] in ids or (was_edited and hook == "Monitor"):
             return False
+        is_known = hook == "SessionEnd" or (use_id != "" and use_id in calls)
         # A hook's event and the transcript's line about the same thing are at most 2 s apart.
-        is_early = (
-            time_ms < first_hook_ms - 2000 and hook != "SessionEnd" and not (use_id and use_id in calls)
-        )
+        is_early = time_ms < first_hook_ms - 2000 and not is_known
         is_said = hook == "UserPromptSubmit" and time_ms in said_ms
-        return (is_early or first_hook_ms == math.inf) and not is_said
+        return not is_said and (is_early or first_hook_ms == math.inf)
 
     return list(filter(is_new, events))
 
