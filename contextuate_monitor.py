@@ -9000,12 +9000,11 @@ def hook_command(interpreter: str, script: str, program: str = CLAUDE) -> str:
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
     """
-    quoted = [_quoted(path) for path in (interpreter, script)]
-    default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
-    is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
-    second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
+    python, first = _quoted(interpreter), _quoted(script)
+    is_default = os.path.abspath(script) == hook_script(os.path.expanduser("~/.contextuate"))
+    second = '"$HOME/.contextuate/hooks/emit_event.py"' if is_default else first
     option = f" --agent {program}" if program != CLAUDE else ""
-    return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
+    return f"{python} -I -S {first}{option} || python3 -I -S {second}{option} || :"
 
 
 # What Claude Code runs once it is installed; any failure is silent, as in run_hook.
