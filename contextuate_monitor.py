@@ -123,7 +123,6 @@ import operator
 import pickle
 import plistlib
 import pwd
-import py_compile
 import random
 import re
 import resource
@@ -8620,15 +8619,9 @@ class CommandError(Exception):
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
-
-    "pid" is the result of `listening_pid`, "process" describes it as text.
-    """
-    pid = lock_holder(settings.path("monitor.pid"))
-    if pid is None:
-        return None
-    about = read_state(settings.path("monitor.run.json"))
-    if about.get("pid") != pid:
+    """Return {"pid" (of `listening_pid`), "process" (as text), "host", "port", …} of our monitor, or None."""
+    pid, about = lock_holder(settings.path("monitor.pid")), read_state(settings.path("monitor.run.json"))
+    if pid is None or about.get("pid") != pid:
         return None
     about["pid"] = pid = listening_pid(about["socketPath"])
     where = "in another container" if pid == 0 else "its socket does not answer"
@@ -8643,7 +8636,7 @@ def needed_monitor(settings: Settings) -> JsonObject:
     return about
 
 
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[str]:
+def page_links(settings: Settings, about: JsonObject, with_token: bool = False) -> list[str]:
     """Return the addresses of the page, with the token where one is needed."""
     auth = settings["server.auth"]
     needs_token = with_token or auth == "token" or not is_loopback(about["host"])
@@ -8652,41 +8645,35 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
     return [f"http://{f'[{name}]' if ':' in name else name}:{about['port']}/{token}" for name in names]
 
 
-def ask_monitor(
-    settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
-) -> JsonObject:
+def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None) -> JsonObject:
     """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
+    about = needed_monitor(settings)
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
     method, body = ("GET", None) if message is None else ("POST", encode_json(message))
     try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        answer = emit_event.parse_event_line(response.read())
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
         raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
-    finally:
-        connection.close()
     if response.status != 200:
         raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
     return answer
 
 
-def send_events(socket_path: str, events: Sequence[JsonObject]) -> None:
-    """Send events to the running monitor as hooks do, until they are stored; raise CommandError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+def send_events(settings: Settings, events: Sequence[JsonObject]) -> None:
+    """Send events to the running monitor as hooks do, until they are stored; raise CommandError, OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, sock.makefile("rb") as answers:
         sock.settimeout(60)
-        sock.connect(socket_path)
+        sock.connect(needed_monitor(settings)["socketPath"])
         for start in range(0, len(events), 200):
             batch = events[start : start + 200]
             sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            left = len(batch)
-            while left:
-                taken = len(sock.recv(left))
-                if not taken:
-                    raise CommandError("the monitor could not store an event; run `status` for the reason")
-                left -= taken
+            if len(answers.read(len(batch))) < len(batch):
+                raise CommandError("the monitor could not store an event; run `status` for the reason")
 
 
 # ---------------------------------------------------------------------------
@@ -8701,7 +8688,6 @@ Version = tuple[int, int, int]
 
 CLAUDE = "claude"
 HOOK_TIMEOUT_S = 10
-CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -8776,15 +8762,9 @@ PROGRAMS = {
         {"timeout": HOOK_TIMEOUT_S},
     ),
 }
-_TOML_BLOCK = re.compile(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", re.S)
-
-
 # The words of our command, with zero bytes between them.
-_OUR_WORDS = re.compile(r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?")
-
-
-class InstallError(Exception):
-    """An installation that is refused; the message is one line and says what to do."""
+_OUR_WORDS = r"[^\0]+\0-I\0-S\0[^\0]*/hooks/emit_event\.py(\0--(answer|agent)(\0\w+)?)?"
+_OUR_COMMAND = re.compile(rf"{_OUR_WORDS}(\0\|\|\0{_OUR_WORDS})*(\0\|\|\0:)?")
 
 
 class ClientFile(NamedTuple):
@@ -8792,7 +8772,8 @@ class ClientFile(NamedTuple):
 
     path: str
     settings: JsonObject
-    trouble: str = ""
+    is_managed: bool
+    trouble: str
 
 
 class StatusLine(NamedTuple):
@@ -8827,16 +8808,17 @@ def plan_install(
     line: bool = False,
     wait_s: int = 0,
 ) -> InstallPlan:
-    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise InstallError.
+    """Plan to register the hook of `home` with a program; `home` "": to remove it; raise CommandError.
 
-    For Claude Code: in a project's or the user's settings, the events that a client of `version` knows
-    `without` some. `line`: the status line too; a registered one stays. `wait_s`: how long hooks wait for an
-    answer; 0: they do not.
+    `version`, `without`: of which client the events are registered, and which are not. `line`: the status
+    line, too; a registered one stays. `wait_s`: how long hooks wait for an answer; 0: they do not.
     """
     if project is not None and not os.path.isdir(project):
-        raise InstallError(f"{project}: no such directory; name the project's top directory")
+        raise CommandError(f"{project}: no such directory; name the project's top directory")
     if line and project is not None:
-        raise InstallError("the status line is registered for the user: run install without --project too")
+        raise CommandError("the status line is registered for the user: run install without --project too")
+    if project is not None and program != CLAUDE:
+        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
     about, is_claude = PROGRAMS[program], program == CLAUDE
     directory = "" if is_claude else emit_event.agent_directory(program)
     path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
@@ -8845,44 +8827,37 @@ def plan_install(
     if program == "kimi":
         text = read_text(path)
         return InstallPlan(path, text, merge_toml(path, text, command, names, about.fields), names)
-    old_text, settings = read_settings(path)
-    try:
-        if is_claude and home:
-            names = event_names(version)
-            if not names:
-                raise InstallError("this version of Claude Code has no hooks; update it, then try again")
-            names += [] if version else sorted(our_hooks(settings).keys() - names)
-            names = [name for name in names if name not in without]
-        if program == "copilot":  # a file of our own
-            hooks = {name: [{**about.fields, "bash": command}] for name in names}
-            changed: JsonObject = {"version": 1, "hooks": hooks} if home else {}
-        else:
-            changed = merge_hooks(settings, command, names, wait_s, about.fields)
-        if is_claude and (line or status_line_in(settings)):
-            changed = merge_status_line(changed, home)
-        new_text = render_settings(changed, old_text) if changed or is_claude else ""
-    except InstallError as error:
-        raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(
-        path, old_text, old_text if changed == settings else new_text, names, status_line_in(changed)
-    )
+    if program == "copilot":  # a file of our own
+        hooks = {name: [{**about.fields, "bash": command}] for name in names}
+        text = render_settings({"version": 1, "hooks": hooks}, "") if home else ""
+        return InstallPlan(path, read_text(path), text, names)
+    old, settings = read_settings(path)
+    if is_claude and home:
+        names = event_names(version)
+        if not names:
+            raise CommandError("this version of Claude Code has no hooks; update it, then try again")
+        names += [] if version else sorted(our_hooks(settings).keys() - names)
+        names = [name for name in names if name not in without]
+    changed = merge_hooks(settings, command, names, wait_s, about.fields)
+    if is_claude and (line or status_line_in(settings)):
+        changed = merge_status_line(changed, home)
+    new = render_settings(changed, old) if changed or is_claude else ""
+    return InstallPlan(path, old, old if changed == settings else new, names, status_line_in(changed))
 
 
 def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields: JsonObject) -> str:
     """Return the text of a TOML file with our hook for each of `names` in a block of its own."""
-    others = _TOML_BLOCK.sub("", text)
+    others = re.sub(r"\n?# contextuate: our hooks\n.*?# contextuate: end\n", "", text, flags=re.S)
     if not names:
         return others
     if re.search(r"^\s*hooks\s*=", others, re.M):
-        raise InstallError(f"{path}: hooks are one list there; write each as [[hooks]] first")
-    entries = (
-        f"[[hooks]]\nevent = {json.dumps(name)}\ncommand = {json.dumps(command)}\n"
-        + "".join(f"{key} = {value}\n" for key, value in fields.items())
-        for name in names
-    )
-    before = others + "\n" * (others != "" and not others.endswith("\n"))
-    block = "# contextuate: our hooks\n" + "".join(entries) + "# contextuate: end\n"
-    return before + ("\n" if before else "") + block
+        raise CommandError(f"{path}: hooks are one list there; write each as [[hooks]] first")
+    block = others + "\n" * (2 - others.endswith("\n")) if others else ""
+    block += "# contextuate: our hooks\n"
+    for name in names:
+        values = {"event": json.dumps(name), "command": json.dumps(command), **fields}
+        block += "[[hooks]]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
+    return block + "# contextuate: end\n"
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8893,10 +8868,11 @@ def event_names(version: Version | None) -> list[str]:
 
 def claude_version() -> Version | None:
     """Return the version of `claude` on the PATH or where its installers put it; None if it prints none."""
-    program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
-    command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
+    places = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
+    program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in places)), "")
+    null, timeout_s = subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
     try:
-        answer = subprocess.check_output(command, stdin=null, stderr=null, timeout=timeout_s)
+        answer = subprocess.check_output([program, "--version"], stdin=null, stderr=null, timeout=timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(rb"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", answer)
@@ -8904,40 +8880,33 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`, None: of the user; raise InstallError."""
+    """Return the absolute path of a settings file of `project`, None: of the user; raise CommandError."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
-        raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
+        raise CommandError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
     directory = os.path.join(project, ".claude") if project is not None else directory
     return os.path.abspath(os.path.join(directory, name))
 
 
 def client_files(project: str) -> list[ClientFile]:
     """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
-    managed = os.path.join(_managed_directory(), "managed-settings")
+    managed = f"{MANAGED_DIRECTORIES.get(sys.platform, '')}/managed-settings"
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
     paths += [settings_path(project, "settings.local.json"), settings_path(project), settings_path(None)]
-    return [_client_file(path) for path in dict.fromkeys(paths)]
-
-
-def _managed_directory() -> str:
-    return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
-
-
-def _client_file(path: str) -> ClientFile:
-    try:
-        settings = read_settings(path)[1]
-        _checked_hooks(settings)
-        return ClientFile(path, settings)
-    except InstallError as error:
-        words = str(error).rpartition(";")[0]
-        return ClientFile(path, {}, words if words.startswith(path) else f"{path}: {words}")
+    files = []
+    for path in dict.fromkeys(paths):
+        settings, trouble = {}, ""
+        try:
+            settings = read_settings(path)[1]
+        except CommandError as error:
+            trouble = str(error).rpartition(";")[0]
+        files.append(ClientFile(path, settings, path.startswith(managed), trouble))
+    return files
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
     """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
-    managed = [file for file in files if file.path.startswith(_managed_directory() + os.sep)]
-    others = [file for file in files if file not in managed]
+    managed, others = ([file for file in files if file.is_managed is wanted] for wanted in (True, False))
     for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
@@ -8950,9 +8919,8 @@ def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
 
 
 def _handlers(settings: JsonObject) -> Iterator[tuple[str, JsonObject]]:
-    for name, groups in _checked_hooks(settings).items():
-        for group in groups:
-            yield from ((name, entry) for entry in group["hooks"])
+    for name, groups in settings.get("hooks", {}).items():
+        yield from ((name, entry) for group in groups for entry in group["hooks"])
 
 
 def our_hooks(settings: JsonObject) -> dict[str, str]:
@@ -8973,16 +8941,10 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
 
 
 def base_interpreter() -> str:
-    """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
-    path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
-    if sys.prefix != sys.base_prefix:
-        # Up to Python 3.10 the base executable of an environment is the environment's own link. Links outside
-        # stay: an upgrade keeps /usr/bin/python3, but not its target.
-        while path.startswith(sys.prefix + os.sep) and os.path.islink(path):
-            path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
-    if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise InstallError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
-    return path
+    """Return the interpreter outside any virtual environment, which may be deleted."""
+    if sys.prefix == sys.base_prefix:
+        return os.path.abspath(sys.executable or "python3")
+    return os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))
 
 
 def hook_script(home: str) -> str:
@@ -8991,18 +8953,15 @@ def hook_script(home: str) -> str:
 
 
 def _quoted(path: str) -> str:
-    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    """Return the absolute path for /bin/sh; raise CommandError if it is not UTF-8."""
     path = os.path.abspath(path)
     if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+        raise CommandError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
     return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
 
 
 def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
-    """Return the command for /bin/sh that runs `script` as the status line around another one.
-
-    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
-    """
+    """Return the command of /bin/sh for `script` around another line, which runs alone if that cannot run."""
     python, path = _quoted(interpreter), _quoted(script)
     first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
     return (
@@ -9028,7 +8987,7 @@ def merge_status_line(settings: JsonObject, home: str) -> JsonObject:
     given = ours.wrapped if ours else object_of(entry).get("command")
     is_usable = isinstance(given, str) and object_of(entry).get("type") == "command"
     if not (ours or is_usable or "statusLine" not in settings):
-        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+        raise CommandError("statusLine: expected a command in your settings; nothing was changed")
     if not home and given is None:
         return {key: value for key, value in settings.items() if key != "statusLine"}
     command = status_line_command(base_interpreter(), hook_script(home), given) if home else given
@@ -9040,14 +8999,12 @@ def hook_command(interpreter: str, script: str, program: str = CLAUDE) -> str:
 
     It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
-    Raises InstallError for a path that is not UTF-8.
     """
-    quoted = [_quoted(path) for path in (interpreter, script)]
-    default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
-    is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
-    second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
+    python, first = _quoted(interpreter), _quoted(script)
+    is_default = os.path.abspath(script) == hook_script(os.path.expanduser("~/.contextuate"))
+    second = '"$HOME/.contextuate/hooks/emit_event.py"' if is_default else first
     option = f" --agent {program}" if program != CLAUDE else ""
-    return f"{quoted[0]} -I -S {quoted[1]}{option} || python3 -I -S {second}{option} || :"
+    return f"{python} -I -S {first}{option} || python3 -I -S {second}{option} || :"
 
 
 # What Claude Code runs once it is installed; any failure is silent, as in run_hook.
@@ -9072,37 +9029,31 @@ except BaseException:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
+    """Copy the hook below `home`, return the script that Claude Code runs; raise CommandError.
 
-    hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
-    the rare paths.
+    hooks/emit_event.py is the launcher; in hooks/lib/ is what it imports from bytecode at every call, what
+    the status line needs besides, and the whole module for the rare paths.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    names = ("emit_event.py", "hot_path.py", "status_line.py")
-    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
         hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
         status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
-            raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
+            raise CommandError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(
-            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
-        ):
-            emit_event.write_atomically(path, text)
+        emit_event.write_atomically(f"{library}/emit_event.py", content)
+        emit_event.write_atomically(f"{library}/hot_path.py", hot_path + b"\n")
+        emit_event.write_atomically(f"{library}/status_line.py", b"from hot_path import *\n" + status_line)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
-        _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
-    # Saves the first calls from compiling; if it fails, they compile.
-    for path in modules:
-        with contextlib.suppress(OSError, py_compile.PyCompileError):
-            py_compile.compile(path, doraise=True)
+        words = f"the hook could not be copied from {source} to {library}: {error.strerror or error}"
+        raise CommandError(f"{words}; correct this, then try again") from error
+    compileall.compile_dir(library, force=True, quiet=2)  # else the first calls compile
     return script
 
 
@@ -9113,8 +9064,7 @@ def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
 
 def record_publisher_python(home: str) -> bool:
     """Record this interpreter as the one that runs publishers; return False if it has no redis-py."""
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
-    if run_in_python(sys.executable, look).returncode:
+    if run_in_python(sys.executable, "import redis").returncode:
         return False
     hooks = os.path.join(home, "hooks")
     emit_event.make_private_directory(hooks)
@@ -9122,129 +9072,93 @@ def record_publisher_python(home: str) -> bool:
     return True
 
 
-def _raise_install_error(what: str, error: OSError) -> NoReturn:
-    raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
-
-
 def merge_hooks(
     settings: JsonObject, command: str, names: list[str], wait_s: int = 0, fields: JsonObject | None = None
 ) -> JsonObject:
-    """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
-
-    Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
-    With `wait_s`, the hooks of questions wait so long for an answer.
-    """
+    """Return `settings` with our handler once for each of `names`, where it was; the rest is unchanged."""
     recording = {**(fields or {"type": "command", "timeout": HOOK_TIMEOUT_S}), "command": command}
     command = re.sub(r'(/hooks/emit_event\.py")(?: --agent)?', r"\1 --answer", command)
     answering = {"type": "command", "command": command, "timeout": wait_s + HOOK_TIMEOUT_S}
-    hooks = _checked_hooks(settings)
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     changed: JsonObject = {}
     for name in {**hooks, **dict.fromkeys(names)}:
-        groups = hooks.get(name, [])
         handler = answering if wait_s and name in emit_event.ANSWERED_HOOKS else recording
-        kept = _groups_with(groups, handler if name in names else None)
-        if kept or not groups:  # a list that was empty before is not ours
-            changed[name] = kept
+        missing, groups = handler if name in names else None, []  # until a group has it
+        for group in hooks.get(name, ()):
+            entries = []
+            for entry in group["hooks"]:
+                if not _is_ours(entry):
+                    entries.append(entry)
+                elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
+                    entries.append({**entry, **missing})
+                    missing = None
+            if entries or not group["hooks"]:
+                groups.append({**group, "hooks": entries})
+        groups += [] if missing is None else [{"hooks": [missing]}]
+        if groups or hooks.get(name) == []:  # a list that was empty before is not ours
+            changed[name] = groups
     if changed:
         return {**settings, "hooks": changed}
     return {key: value for key, value in settings.items() if key != "hooks" or not hooks}
 
 
-def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
-    """Return one event's groups with `handler` as our only one; None: without any of ours."""
-    result = []
-    missing = handler  # until a group has it
-    for group in groups:
-        kept = []
-        for entry in group["hooks"]:
-            if not _is_ours(entry):
-                kept.append(entry)
-            elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
-                kept.append({**entry, **missing})
-                missing = None
-        if kept or not group["hooks"]:
-            result.append({**group, "hooks": kept})
-    return [*result, {"hooks": [missing]}] if missing is not None else result
-
-
 def _is_ours(entry: JsonObject) -> bool:
     """True for a handler that `install` wrote; one whose command a person has extended is theirs."""
-    command = entry.get("command")
-    if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
-        return False
-    try:
-        choices = "\0".join(shlex.split(command)).split("\0||\0")
-    except ValueError:  # a quote is open
-        return False
-    choices = choices[:-1] if choices[1:] and choices[-1] == ":" else choices
-    return all(_OUR_WORDS.fullmatch(choice) for choice in choices)
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = "\0".join(shlex.split(text_of(entry.get("command"))))
+        is_command = entry.get("type") == "command" and "args" not in entry
+        return is_command and _OUR_COMMAND.fullmatch(words) is not None
+    return False
 
 
-def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
-    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
-    for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-        lists = [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
-        if not all(
-            isinstance(entries, list) and all(isinstance(it, dict) for it in entries) for entries in lists
-        ):
-            words = "expected {event: [{hooks: [{…}]}]}; correct it by hand first, nothing was changed"
-            raise InstallError(f"hooks.{one_line(name)}: {words}")
-    return hooks
+def open_regular(path: str) -> io.BufferedReader:
+    """Open a regular file to read; raise OSError for anything else: a FIFO would block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
 
 
 def read_text(path: str) -> str:
-    """Return the text of a settings file, "" if it is missing; raise InstallError."""
-    content = b""
+    """Return the text of a settings file, "" if it is missing; raise CommandError."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
-            with open(path, "rb") as file:
-                content = file.read()
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        trouble = f"line {line_number} is not UTF-8"
-    except OSError as error:
-        _raise_install_error(f"{path} cannot be read", error)
-    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
+        with open_regular(path) as file:
+            return file.read().decode()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        trouble = getattr(error, "strerror", None) or str(error)
+    raise CommandError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
-
-    Raises InstallError for anything but one JSON object without duplicate keys.
-    """
-    text = read_text(path)
+    """Return a settings file's text and its object, {} if missing or blank; raise CommandError."""
+    text, trouble = read_text(path), "expected one JSON object"
+    bare, settings = text.removeprefix("\ufeff"), None
     try:
-        bare = text.removeprefix("\ufeff")
-        settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
-        if isinstance(settings, dict):
-            return text, settings
-        trouble = "expected one JSON object"
-    except json.JSONDecodeError as error:
-        trouble = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        settings = json.loads(bare) if bare.strip() else {}
     except (ValueError, RecursionError) as error:
-        trouble = str(error)
-    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
-    for key, count in collections.Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the key {json.dumps(key)} stands twice in one object")
-    return dict(pairs)
+        trouble = f"not valid JSON: {error}"
+    if isinstance(settings, dict):
+        hooks, trouble = settings.get("hooks", {}), ""
+        for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
+            lists = (
+                [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
+            )
+            if not all(isinstance(it, list) and all(isinstance(hook, dict) for hook in it) for it in lists):
+                trouble = f"hooks.{one_line(name)}: expected {{event: [{{hooks: [{{…}}]}}]}}"
+        if not trouble:
+            return text, settings
+    raise CommandError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def render_settings(settings: JsonObject, like: str) -> str:
-    """Return `settings` as JSON, indented and ended as in `like`; raise InstallError."""
+    """Return `settings` as JSON, indented and ended as in `like`; raise CommandError."""
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
     except (RecursionError, ValueError):
         why = "a number or the depth of its objects is no valid JSON"
-        raise InstallError(f"{why}, so it cannot be written back; nothing was changed") from None
+        raise CommandError(f"{why}, so it cannot be written back; nothing was changed") from None
     # UTF-8 cannot encode a lone surrogate, so it stays escaped.
     text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
@@ -9264,31 +9178,30 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
-    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise InstallError.
+    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise CommandError.
 
-    Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
-    save. Mode and owner stay.
+    Returns the backup beside it (with mode 0600, since settings contain keys), if any. Mode and owner stay.
     """
     if read_text(path) != old_text:
-        raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
+        raise CommandError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
-    target, new = os.path.realpath(path), text.encode("utf-8")
+    target, backup = os.path.realpath(path), None
     try:
-        if not os.path.exists(path):
+        if os.path.exists(path):
+            about, stamp = os.stat(target), time.strftime("%Y%m%d-%H%M%S")
+            backup = f"{path}.contextuate-backup-{stamp}-{time.time_ns() % 10**9:09}"
+            emit_event.write_atomically(backup, old_text.encode())
+            emit_event.write_atomically(target, text.encode(), stat.S_IMODE(about.st_mode))
+            with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
+                os.chmod(target, stat.S_IMODE(about.st_mode))  # as it was: the umask has changed it
+                os.chown(target, about.st_uid, about.st_gid)
+        else:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            emit_event.write_atomically(target, new)
-            return None
-        about = os.stat(target)
-        mode = stat.S_IMODE(about.st_mode)
-        backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
-        emit_event.write_atomically(backup, old_text.encode("utf-8"))
-        emit_event.write_atomically(target, new, mode)
+            emit_event.write_atomically(target, text.encode())
     except OSError as error:
-        _raise_install_error(f"{path} cannot be written, nothing was changed", error)
-    with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
-        os.chmod(target, mode)  # as it was: the umask has changed it
-        os.chown(target, about.st_uid, about.st_gid)
+        words = f"{path} cannot be written, nothing was changed: {error.strerror or error}"
+        raise CommandError(f"{words}; correct this, then try again") from error
     return backup
 
 
@@ -9330,22 +9243,16 @@ SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACH
 
 
 def program_command() -> tuple[list[str], str]:
-    """Return the command that runs this program from its bytecode, without arguments, and its directory.
-
-    Compiling this file takes a moment, and 30 MB that stay in use.
-    """
+    """Return the command that runs this program from its bytecode (30 MB less in use), and its directory."""
     folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
-    return [sys.executable, *program], folder
+    return [sys.executable, "-m", name.removesuffix(".py")], folder
 
 
 def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
     """Return a systemd user unit that keeps a command running."""
 
     def quoted(text: str) -> str:
-        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-        return f'"{escaped}"'
+        return '"' + re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%") + '"'
 
     lines = [
         "[Unit]", "Description=Contextuate Monitor", "", "[Service]",
@@ -9419,9 +9326,6 @@ def run_steps(commands: Iterable[str]) -> None:
 # and problems in its status. Doctor sends a test event and changes nothing else.
 # ---------------------------------------------------------------------------
 
-PROBE_DEADLINE_S = 15.0
-LOW_DISK_BYTES = 200 << 20
-RECENT_FAILURE_S = 24 * 3600
 _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
@@ -9476,25 +9380,22 @@ class Doctor:
         self._is_redis = settings["mode"] == "redis"
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
         """Yield the findings of every check, in the order of an event's way."""
         has_hook = os.path.exists(hook_script(self._settings.home)) or shutil.which(CLAUDE)
         only_receives = self._is_redis and not has_hook  # a monitor for other machines
-        checks = [self._config, self._files]
-        checks += [] if only_receives else [self._hook, self._registered, self._status_line]
-        checks += [self._spool, self._monitor]
-        checks += [self._redis_py, self._redis, self._publisher] if self._is_redis else []
-        checks += [] if only_receives else [self._probe]
-        for check in checks:
+        if only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
+        hook = () if only_receives else (self._hook, self._registered, self._status_line)
+        redis = (self._redis_py, self._redis, self._publisher) if self._is_redis else ()
+        probe = () if only_receives else (self._probe,)
+        for check in (self._config, self._files, *hook, self._spool, self._monitor, *redis, *probe):
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
-        if only_receives:
-            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -9505,23 +9406,14 @@ class Doctor:
 
     def _files(self) -> Findings:
         home = self._settings.home
-        if not os.path.isdir(home):
-            yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
-            return
-        about = os.stat(home)
-        if about.st_uid != os.getuid() or not os.access(home, os.W_OK):
-            advice = f"run: chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
-            yield _fail("files", f"{home} cannot be written, or is another user's", advice)
+        about = os.stat(home) if os.path.isdir(home) else None
+        if about is None or about.st_uid != os.getuid() or not os.access(home, os.W_OK):
+            advice = f"run `start`, or chmod u+rwx {shlex.quote(home)}, or set CONTEXTUATE_HOME"
+            yield _fail("files", f"{home} is missing, cannot be written, or is another user's", advice)
         elif about.st_mode & 0o077:
             yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
             yield _ok("files", f"{home} is for this user only")
-        free = shutil.disk_usage(home).free
-        if free < LOW_DISK_BYTES:
-            yield _warn("files", f"only {human_size(free)} are free on its disk", "free some space")
-        if self._about is None:  # else the monitor's status has them
-            for problem in foreign_problems(foreign_files(home)):
-                yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
     def _hook(self) -> Findings:
         version = claude_version()
@@ -9538,11 +9430,6 @@ class Doctor:
             yield _ok("hook", script)
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
-        path = self._settings.path("emit.log")
-        with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-            if last and time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
-                yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
         for file in self._client_files:
@@ -9553,16 +9440,15 @@ class Doctor:
         ours = [file.path for file in self._client_files if our_hooks(file.settings)]
         if off and not any(our_hooks(file.settings) for file in running):
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
-        if ours and settings_path(None) not in ours:
+        is_local = ours and settings_path(None) not in ours
+        if is_local:
             yield _ok("registered", f"in {ours[0]}, for this directory")
-        else:
-            yield from self._program(CLAUDE)
-        for program in agents_here():
+        for program in agents_here() if is_local else (CLAUDE, *agents_here()):
             yield from self._program(program)
         names, paths = registered_twice(running)
         if names:
-            words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
-            yield _warn("registered", words + " and ".join(paths), "keep one of them")
+            words = f"{', '.join(names)} would come twice: hooks in {' and '.join(paths)}"
+            yield _warn("registered", words, "keep one of them")
 
     def _program(self, program: str) -> Findings:
         """Compare a program's registration with what `install` would write, with the same options."""
@@ -9576,7 +9462,7 @@ class Doctor:
             answers = any("--answer" in command for command in commands.values())
             wait_s = self._settings[key] if answers else 0
             plan = plan_install(self._settings.home, program, None, version, without, wait_s=wait_s)
-        except InstallError as error:
+        except CommandError as error:
             yield _warn(check, str(error), "correct it")
             return
         if removed.new_text == removed.old_text:
@@ -9592,17 +9478,13 @@ class Doctor:
             level = "warn" if trust not in ("", "trusted") else "ok"
             words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
             yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
-        if answers and self._is_redis and program == CLAUDE:
-            if not emit_event.read_answer_key(self._settings.home):
-                yield _warn(
-                    "answers", "there is no key, so no answer comes through Redis", "run: answers key"
-                )
-            elif not self._settings["answers.remote"]:
-                words = "answers.remote is off, so this machine takes no answer from Redis"
-                yield _warn("answers", words, "set it to true where questions may be answered from elsewhere")
+        has_remote = self._settings["answers.remote"] and emit_event.read_answer_key(self._settings.home)
+        if answers and self._is_redis and program == CLAUDE and not has_remote:
+            words = "no answer comes through Redis: that takes answers.remote and a key"
+            yield _warn("answers", words, "set answers.remote to true, and run: answers key")
 
     def _status_line(self) -> Findings:
-        """Run the status line, also without the one that it wraps, with an object that is not handed on."""
+        """Run our status line, without the one that it wraps, with an object that is not handed on."""
         user, check = settings_path(None), "statusline"
         shown = next((file for file in self._client_files if "statusLine" in file.settings), None)
         ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
@@ -9612,35 +9494,30 @@ class Doctor:
         if shown.path != user:
             yield _warn(check, f"Claude Code shows the one of {shown.path} instead", "remove that one")
         about = {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
-
-        def output_of(command: str) -> str:
-            shell, given = ["/bin/sh", "-c", command], encode_json(about) + b"\n"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(shell, input=given, capture_output=True, timeout=10)
-                return repr(one_line(done.stdout.decode("utf-8", "replace"), 60))
-            return "nothing within 10 s"
-
         wrapped = "" if ours.wrapped is None else f"{shlex.quote(ours.wrapped)} "
-        works = output_of(ours.command.replace(f"set -- {wrapped}", "set -- ", 1)) == "'Test'"
-        words = f"prints {output_of(ours.command)}" + ("" if works else ", but hands on no figures")
-        yield Finding("ok" if works else "fail", check, words, f"{_RUN_INSTALL} --status-line")
+        command = ["/bin/sh", "-c", ours.command.replace(f"set -- {wrapped}", "set -- ", 1)]
+        done = subprocess.run(command, input=encode_json(about) + b"\n", capture_output=True, timeout=10)
+        said = one_line(done.stdout.decode("utf-8", "replace"), 60)
+        words = f"prints {said!r}" + ("" if said == "Test" else ", so it hands on no figures")
+        words += f"; it runs {ours.wrapped}" if ours.wrapped else ""
+        yield Finding("ok" if said == "Test" else "fail", check, words, f"{_RUN_INSTALL} --status-line")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
         size = sum(size for _, size in segments)
-        if not size:
+        if size:
+            oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+            words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
+            yield _warn("spool", words, "they are delivered once the checks below pass")
+        else:
             yield _ok("spool", "empty: no event waits on this machine")
-            return
-        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
-        yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
-        mode, about = self._settings["mode"], self._about
+        mode, about, facts = self._settings["mode"], self._about, []
+        problems = foreign_problems(foreign_files(self._settings.home))  # as the status of a monitor has them
         if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
-            return
-        if about is None:
+        elif about is None:
             advice = "run: python3 contextuate_monitor.py start"
             yield _fail("monitor", "not running: events wait in the spool", advice)
             for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
@@ -9648,22 +9525,23 @@ class Doctor:
                     bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
                 except StartError as error:
                     yield _fail("ports", str(error))
-            return
-        status = ask_monitor(self._settings, about, "/api/status")
-        words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
-        if (status["version"], status["mode"]) == (__version__, mode):
-            yield _ok("monitor", f"{words}, {page_links(self._settings, about, False)[0]}")
         else:
-            advice = "run: python3 contextuate_monitor.py restart"
-            yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
-        path = about["socketPath"]
-        is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
-        advice = "set socketPath to a place of your own"
-        yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
-        for problem in status["problems"]:
+            status = ask_monitor(self._settings, "/api/status")
+            problems, facts = status["problems"], status["facts"]
+            words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
+            if (status["version"], status["mode"]) == (__version__, mode):
+                yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
+            else:
+                advice = "run: python3 contextuate_monitor.py restart"
+                yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
+            path = about["socketPath"]
+            is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
+            advice = "set socketPath to a place of your own"
+            yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
+        for problem in problems:
             yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
-        good = {"store", "index", "notify"} - {problem["kind"] for problem in status["problems"]}
-        yield from (_ok(fact["name"], fact["words"]) for fact in status["facts"] if fact["name"] in good)
+        good = {"store", "index", "notify", "stream"} - {problem["kind"] for problem in problems}
+        yield from (_ok(fact["name"], fact["words"]) for fact in facts if fact["name"] in good)
 
     def _redis_py(self) -> Findings:
         python = emit_event.publisher_python(self._settings.home)
@@ -9675,57 +9553,40 @@ class Doctor:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
     def _redis(self) -> Findings:
-        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
-        values, channel, started = self._settings.values, self._settings["redis.channel"], time.monotonic()
-        client, off_s = None, 0.0
+        """Connect as hooks do. The probe tests a hook's rights; a monitor's status has its own."""
+        values, client, off_s = self._settings.values, None, 0.0
         try:
             client = _in_time(lambda: emit_event.redis_client(values))
             before = time.time()
             seconds, micros = _in_time(client.time)
             off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         except Exception as error:
-            if client is None or not lacks_right(error):  # a user without the right to TIME is connected, too
+            # A user without the right to TIME is connected, too.
+            if client is None or type(error).__name__ != "NoPermissionError":
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
-        self._client = client
-        yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+        yield _ok("redis", f"{emit_event.redis_place(values)} answers")
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
             yield _warn("clock", words, "set both clocks by a time service")
-        attempts = {channel: lambda: _subscribe(client, channel).close()}
-        if self._settings["redis.streamMaxLength"]:
-            attempts[f"{channel}:stream"] = lambda: client.xrevrange(f"{channel}:stream", "+", "-", 1)
-        else:
+        if not values["redis.streamMaxLength"]:
             yield _warn("stream", "off: a monitor misses events sent while it does not run")
-        for check, (name, attempt) in zip(("channel", "stream"), attempts.items()):
-            try:
-                _in_time(attempt)
-                yield _ok(check, name)
-            except Exception as error:
-                if self._about is None and lacks_right(error):
-                    yield _ok(check, "this user may not read it, which only a monitor needs")
-                else:
-                    yield _fail(check, emit_event.redis_trouble(error, values))
 
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
         reasons = [state[it] for it in ("reason", "channelReason", "streamReason") if state.get(it)]
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
-        elif reasons:
-            yield Finding("fail" if state.get("reason") else "warn", "publisher", "; ".join(reasons))
-        else:
-            reached = f"the last to {state['subscribers']} subscribers"
-            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
+            return
+        words = f"pid {state['pid']}, {state['published']} events published"
+        words = "; ".join(reasons) or f"{words}, the last to {state['subscribers']} subscribers"
+        level = "fail" if state.get("reason") else "warn" if reasons else "ok"
+        yield Finding(level, "publisher", words)
 
     def _probe(self) -> Findings:
         """Run the hook as Claude Code does, and look for its event where it should arrive."""
-        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
-        about, pubsub, path = self._about, None, self._settings.config_path
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # `_redis` has reported the cause
-                pubsub = _subscribe(self._client, self._settings["redis.channel"])
+        token, about, path = f"doctor {uuid.uuid4()}", self._about, self._settings.config_path
         done = send_through_hook(self._settings, token)
         lines = done.stderr.strip().splitlines()
         foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
@@ -9741,42 +9602,16 @@ class Doctor:
             return
         if foreign:
             yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
-        if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
-            yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
-        where = "in Redis" if self._is_redis else "stored"
-        if about is None:
-            yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
-        elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
-            yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
+        where, is_shown = "in Redis" if self._is_redis else "stored", about is None
+        deadline = time.monotonic() + 15
+        while not is_shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+            is_shown = token in str(ask_monitor(self._settings, "/api/events?limit=200"))
+        if is_shown:
+            yield _ok("probe", f"an event {f'is {where}' if about is None else 'has reached the monitor'}")
         else:
             advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
-
-
-def _subscribe(client: Any, channel: str) -> Any:
-    pubsub = client.pubsub()
-    pubsub.subscribe(channel)
-    if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-        raise TimeoutError("no whole answer")
-    return pubsub
-
-
-def _is_soon(check: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PROBE_DEADLINE_S
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def lacks_right(error: BaseException) -> bool:
-    """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
-    return type(error).__name__ == "NoPermissionError"
-
-
-def _ms_since(started: float) -> str:
-    return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
 # ---------------------------------------------------------------------------
@@ -9878,7 +9713,8 @@ _DEMO_INPUTS = {
 class _DemoAgent:
     """A session's main agent or a subagent, with a clock of its own: `at`, in ms."""
 
-    def __init__(self, header: str, key: str, now: int, end: int) -> None:
+    def __init__(self, header: str, key: str, now: int, end: int, steps: dict[str, list[str]]) -> None:
+        self.steps = steps
         self.machine, self.cwd, self.mode, *self.ending = header.split()
         self.rng, self.now, self.end, self.at = random.Random(key), now, end, now
         self.session_id = self.new_id()
@@ -9914,25 +9750,20 @@ class _DemoAgent:
                 if verb == ">":
                     self.hook("UserPromptSubmit", prompt=words)
                 elif verb == "=":
-                    self.work(words.split())
+                    for letter in words.split():
+                        self.run(letter)
                 elif verb == "until":
-                    self.work(itertools.cycle(rest.split()), self.moment(first) - 5000)
+                    letters = itertools.cycle(rest.split())
+                    while self.at <= self.moment(first) - 5000:
+                        self.run(next(letters))
                 elif verb == "<":
                     self.answer(words)
                 elif verb in ("open", "ask"):
-                    self.pause()
                     self.run(first, self.moment(rest) if rest else math.inf, verb == "ask")
                 elif verb in ("agent", "background"):
                     self.start_agent(first, rest, inner, verb == "background")
                 else:
                     self.hook(verb, **json.loads(words))
-
-    def work(self, letters: Iterable[str], until: float = math.inf) -> None:
-        for letter in letters:
-            if self.at > until:
-                return
-            self.pause()
-            self.run(letter)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
         emit_event.add_counts(self.usage["models"].setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
@@ -9943,7 +9774,8 @@ class _DemoAgent:
 
     def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
         """Do one step, which ends by itself, at a time, or never (infinity)."""
-        tool, texts = _demo_steps()[letter]
+        self.pause()
+        tool, *texts = self.steps[letter]
         name = tool.rstrip("!")
         fields = _DEMO_INPUTS.get(name, "").split()
         given = dict(zip(fields, texts)) if fields else json.loads(texts[0], strict=False)
@@ -9995,21 +9827,17 @@ class _DemoAgent:
         self.hook("PostToolUse", **call, tool_response=result)
 
 
-@functools.cache
-def _demo_steps() -> dict[str, tuple[str, list[str]]]:
-    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
-    steps = (line.split(" ", 2) for line in re.split(r"\n(?=\w \w+!? )", text))
-    return {letter: (tool, rest.split(" | ")) for letter, tool, rest in steps}
-
-
 def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
     """Yield (timestamp_ms, event to send) in order of time: 8 hours before now_ms, then live_s seconds."""
     end_ms = now_ms + int(max(live_s, 300) * 1000)  # of the story; what comes after live_s is left out
+    text = re.sub(r"<(\d+)>", "\x1b[\\1m", _DEMO_STEPS.strip().replace("\\n", "\n"))
+    lines = (re.sub(r"^(\S+ \S+) ", r"\1 | ", line) for line in re.split(r"\n(?=\w \w+!? )", text))
+    steps = {line[0]: line[2:].split(" | ") for line in lines}
     events: list[JsonObject] = []
     cleared_at = 0
     for number, block in enumerate(re.split(r"\n(?=\S)", _DEMO_STORY.strip())):
         header, story = block.replace("\n  ", "\n").split("\n", 1)
-        session = _DemoAgent(header, f"{now_ms}/{number}", now_ms, end_ms)
+        session = _DemoAgent(header, f"{now_ms}/{number}", now_ms, end_ms, steps)
         session.at = cleared_at or session.moment(story.split()[0]) - 9000
         session.hook("SessionStart", source="clear" if cleared_at else "startup", model=_DEMO_MODEL)
         session.play(story)
@@ -10031,9 +9859,6 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
-IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# (session id, paths): the transcripts of a session and its subagents; or exports, with session id "".
-ImportSource = tuple[str, tuple[str, ...]]
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 # In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
@@ -10046,32 +9871,33 @@ _NODE_ACTIONS = (
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
-    ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
-    said_ms = set()  # times of what was said, as read before hooks reported it
-    was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
+    ids, calls, said_ms = set(), set(), set()  # of stored events; when words were said that were read
+    first_hook_ms, was_edited = math.inf, False  # a person's label, pin or the like here must last
     for stored in map(parse_stored, store.lines(session_id)):
-        was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
+        is_action, is_own = stored["hookType"] == "Monitor", not stored.get("imported")
+        was_edited = was_edited or (is_action and is_own)
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if stored["eventType"] == emit_event.WORDS:
             said_ms.add(stored["timestamp"])
-        elif not stored.get("imported") and stored["hookType"] != "Monitor":
+        elif is_own and not is_action:
             first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
-    def is_before_hooks(event: JsonObject) -> bool:
-        use_id = text_of(event["data"].get("toolUseId")) if isinstance(event.get("data"), dict) else ""
-        is_known = use_id != "" and use_id in calls
-        is_early = event.get("timestamp", 0) < first_hook_ms - IMPORT_MARGIN_MS
-        return is_early and not is_known and event.get("hookType") != "SessionEnd"
+    def is_new(event: JsonObject) -> bool:
+        hook, time_ms, use_id = event["hookType"], event["timestamp"], text_of(event["data"].get("toolUseId"))
+        if event["id"] in ids or (was_edited and hook == "Monitor"):
+            return False
+        is_known = hook == "SessionEnd" or (use_id != "" and use_id in calls)
+        # A hook's event and the transcript's line about the same thing are at most 2 s apart.
+        is_early = time_ms < first_hook_ms - 2000 and not is_known
+        is_said = hook == "UserPromptSubmit" and time_ms in said_ms
+        return not is_said and (is_early or first_hook_ms == math.inf)
 
-    new = [event for event in events if event["id"] not in ids]
-    new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
-    new = [it for it in new if it.get("hookType") != "UserPromptSubmit" or it["timestamp"] not in said_ms]
-    return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
+    return list(filter(is_new, events))
 
 
-def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
-    """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
+def import_sources(paths: Sequence[str], skipped: list[str]) -> list[tuple[str, list[str]]]:
+    """Return (session id, its transcripts), oldest first, and ("", exports); add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
     exports: list[str] = []
     for given in paths:
@@ -10080,10 +9906,9 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 with open_regular(path) as file:
                     lines = list(itertools.islice(iter(functools.partial(file.readline, 1 << 20), b""), 50))
             except OSError as error:
-                why = f"{path}: {error.strerror or error}"
+                skipped.append(f"{path}: {error.strerror or error}")
                 if path == given:
-                    raise CommandError(why) from None
-                skipped.append(why)
+                    raise CommandError(skipped[-1]) from None
                 continue
             session_id = _transcript_session(path, lines)
             is_export = path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path
@@ -10091,27 +9916,16 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 transcripts.setdefault(session_id, []).append(path)
             elif path == given or is_export or _NODE_FILE.fullmatch(path):
                 exports.append(path)  # other files of a directory are ignored
-    sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
-    sources.sort(key=lambda source: min(map(os.path.getmtime, source[1])))
+    sources = sorted(transcripts.items(), key=lambda source: min(map(os.path.getmtime, source[1])))
     exports.sort(key=lambda path: path.endswith("/meta.json"))  # sums of tokens after the events
-    return [*sources, ("", tuple(exports))]
+    return [*sources, ("", exports)]
 
 
-def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    errors: list[OSError] = []
-    for directory, folders, names in os.walk(folder, onerror=errors.append):
-        folders.sort()
-        for name in sorted(names):
-            if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
-                yield os.path.join(directory, name)
-    skipped += [f"{error.filename}: {error.strerror}" for error in errors]
-
-
-def open_regular(path: str) -> io.BufferedReader:
-    """Open a regular file to read; raise OSError for anything else: a FIFO would block."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", path)
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+def _json_files(folder: str, skipped: list[str]) -> list[str]:
+    walk = os.walk(folder, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
+    paths = (os.path.join(directory, name) for directory, _, names in walk for name in names)
+    named = (path for path in paths if re.search(r"/[^./][^/]*\.json[^/]*$", path))
+    return sorted(path for path in named if not path.endswith(".meta.json"))
 
 
 def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
@@ -10131,7 +9945,7 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
+    sources: list[tuple[str, list[str]]], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
@@ -10180,15 +9994,15 @@ class TranscriptReader:
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
+        self.usage.count(self.session_id, self._sums)  # they have no time
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
-        kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
-        titles = dict(kept)
-        self.usage.count(self.session_id, self._sums)  # they have no time
-        title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
+        kept = [it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own]
+        titles = {kind: line[_TITLES[kind]] for kind, line in kept}
         usage = list(self._usage_event(end, "end"))
         model = usage[0]["data"]["usage"].get("model") if usage else None
-        about = {"source": "import", "model": model, "session_title": title}
+        about = {"source": "import", "model": model}
+        about["session_title"] = next((titles[kind] for kind in _TITLES if kind in titles), None)
         begin = self._event(start, "SessionStart", "start", about)
         return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
 
@@ -10272,19 +10086,13 @@ class TranscriptReader:
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
-        agent_id, directory = entry.get("agentId"), entry.get("cwd")
-        return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}")),
-            "timestamp": entry["timestamp_ms"],
-            "sessionId": self.session_id,
-            "machineId": self.machine_id,
-            "workingDirectory": directory if isinstance(directory, str) else "",
-            "hookType": hook,
-            "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage",
-            "imported": True,
-            **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
-            "data": {name: value for name, value in data.items() if value is not None},
-        }
+        place = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.session_id} {entry['uuid']} {place}"))
+        kind = {"hookType": hook, "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage"}
+        kind |= {"agentId": entry["agentId"], "agentType": ""} if entry["agentId"] else {}
+        where = {"machineId": self.machine_id, "workingDirectory": text_of(entry.get("cwd"))}
+        data = {name: value for name, value in data.items() if value is not None}
+        event = {"id": place, "timestamp": entry["timestamp_ms"], "sessionId": self.session_id}
+        return {**event, **where, **kind, "imported": True, "data": data}
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
@@ -10354,16 +10162,11 @@ def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
 # ---------------------------------------------------------------------------
 # Command line
 #
-# Every command is a function that takes the parsed arguments and returns the exit status; a failure is raised
-# as one of OUR_ERRORS and printed by `main` in one line.
+# Every command is a function of the settings and the parsed arguments that returns the exit status. `main`
+# prints the error of a failure in one line.
 # ---------------------------------------------------------------------------
 
-LOG_LIMIT_BYTES = 2 << 20
-LOG_FILES = 3
 START_DEADLINE_S = 60.0
-SUBSCRIPTION_WAIT_S = 2.0
-STOP_DEADLINE_S = 15.0
-TAIL_INTERVAL_S = 0.25
 TAIL_COLOURS = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
 
 
@@ -10371,58 +10174,52 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
     options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
     given = {key: getattr(args, name, None) for key, name in options.items()}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    settings, warnings = load_settings(args.config, overrides)
+    settings, warnings = load_settings(args.config, {key: it for key, it in given.items() if it is not None})
     for warning in warnings:
         print_status(f"warning: {warning}")
     return settings
 
 
-def command_start(args: argparse.Namespace) -> int:
+def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
-    settings = settings_of(args)
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and not args.detached:
-        print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
-        if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
+        print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
+        if not args.host is args.port is args.ws_port is None:
             print_status("the options have no effect; `restart` with the same options applies them")
         return 0
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
+    deadline = time.monotonic() + 2
+    while True:  # Redis gets a moment
+        status = ask_monitor(settings, "/api/status")
+        redis = status["redis"] or {"state": "off"}
+        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    lines = [f"Contextuate Monitor runs ({about['process']}). Open:"]
+    lines += [f"  {link}" for link in page_links(settings, about)]
+    if status["loading"]:
+        lines.append(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
+    if redis["state"] == "connected":
+        lines.append(f"Connected to Redis at {redis['server']}.")
+    elif redis["state"] != "off":
+        reason = redis["reason"] or "Redis does not answer"
+        lines.append(f"Not connected yet, the monitor keeps trying: {reason}")
+    if not os.path.exists(hook_script(settings.home)):
+        lines.append("Next: python3 contextuate_monitor.py install   (then start Claude Code)")
     try:
-        print_started(settings, about)
-        sys.stdout.flush()
+        print(*lines, sep="\n", flush=True)
     except OSError:  # it runs, whether that can be printed or not
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # A browser is opened only on this machine's own screen.
     has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
-        webbrowser.open(page_links(settings, about, False)[0])
+        webbrowser.open(page_links(settings, about)[0])
     return 0
-
-
-def print_started(settings: Settings, about: JsonObject) -> None:
-    """Print where the page is, what is not ready yet (Redis gets a moment), and what to do next."""
-    links = page_links(settings, about, False)
-    print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
-    deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
-    while True:
-        status = ask_monitor(settings, about, "/api/status")
-        redis = status["redis"] or {"state": "off"}
-        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    if status.get("loading"):
-        print(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
-    if redis["state"] == "connected":
-        print(f"Connected to Redis at {redis['server']}.")
-    elif redis["state"] != "off":
-        print(f"Not connected yet, the monitor keeps trying: {redis['reason'] or 'Redis does not answer'}")
-    if not os.path.exists(hook_script(settings.home)):
-        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
@@ -10454,7 +10251,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the monitor until a signal ends it."""
+    """Run the monitor until a signal ends it; log to monitor.log, in the foreground to stderr, too."""
     os.umask(0o077)
     if args.detached:
         os.chdir("/")  # so that any directory can be removed or unmounted
@@ -10462,31 +10259,32 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     # For a thousand hooks at once.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     try:
-        set_up_log(settings, to_stderr=not args.detached)
+        log_file = PrivateLog(settings.path("monitor.log"), maxBytes=2 << 20, backupCount=3)
+        for handler in (log_file, *(() if args.detached else (logging.StreamHandler(),))):
+            handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+            log.addHandler(handler)
+        log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
+        logging.raiseExceptions = False  # no traceback on a full disk
+        sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
         if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
             record_publisher_python(settings.home)
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        words = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            words = f"{error.filename or settings.home}: {error.strerror}"
-        log.error("cannot start: %s", words)
-        raise StartError(words) from None
+        log.error("cannot start: %s", error)
+        raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
-    host = settings["server.host"]
-    place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
+    place = f"{settings['server.host']}, port {monitor.port}"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
     if args.detached:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     else:
-        print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
+        print(*page_links(settings, monitor.about), sep="\n", flush=True)
     monitor.run()
     log.info("stopped")
     return 0
@@ -10496,8 +10294,8 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     """A log that rotates, readable by this user only, and never written through a link."""
 
     def _open(self) -> Any:
-        opener = emit_event.open_for_append
-        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
+        opener, errors = emit_event.open_for_append, "backslashreplace"
+        return open(self.baseFilename, "a", encoding="utf-8", errors=errors, opener=opener)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -10505,21 +10303,6 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return emit_event.redact_text(super().format(record))
-
-
-def set_up_log(settings: Settings, to_stderr: bool) -> None:
-    """Log to monitor.log, which rotates, and in the foreground to standard error too."""
-    path, replacing = settings.path("monitor.log"), "backslashreplace"
-    try:
-        log_file = PrivateLog(path, "a", LOG_LIMIT_BYTES, LOG_FILES, encoding="utf-8", errors=replacing)
-    except OSError as error:
-        raise StartError(f"{path} cannot be written: {error.strerror}") from None
-    for handler in (log_file, *([logging.StreamHandler()] if to_stderr else ())):
-        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
-    logging.raiseExceptions = False  # no traceback on a full disk
-    sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
 
 
 def command_stop(args: argparse.Namespace) -> int:
@@ -10534,35 +10317,33 @@ def command_stop(args: argparse.Namespace) -> int:
     if about is not None:
         stop_monitor(settings, about)
         print(f"stopped ({about['process']})")
-        return 0
-    path = settings["socketPath"]
-    if lock_holder(path + ".lock") is not None:
-        words = f"no monitor runs for {settings.home}, but another one uses {path}"
-        raise CommandError(words + stop_advice(path))
-    print("not running")
+    elif lock_holder(settings["socketPath"] + ".lock") is not None:
+        words = f"no monitor runs for {settings.home}, but another one uses {settings['socketPath']}"
+        raise CommandError(words + stop_advice(settings["socketPath"]))
+    else:
+        print("not running")
     return 0
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
     """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
-        ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
+        ask_monitor(settings, "/api/stop", {"startedAt": about["startedAt"]})
     except CommandError as error:
         if not about["pid"]:
             raise CommandError(f"{error}; run `stop` where it runs") from None
         os.kill(about["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + STOP_DEADLINE_S
+    deadline = time.monotonic() + 15
     while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
-            words = f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s"
             way = f"; `kill -9 {about['pid']}` loses nothing" if about["pid"] else ""
-            raise CommandError(words + way)
+            raise CommandError(f"the monitor ({about['process']}) has not ended in 15 s{way}")
         time.sleep(0.05)
 
 
-def command_restart(args: argparse.Namespace) -> int:
+def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    settings, service = settings_of(args), this_service()
+    service = this_service()
     has_options = not args.host is args.port is args.ws_port is args.config is None
     if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
         run_steps([service.restart])
@@ -10570,12 +10351,12 @@ def command_restart(args: argparse.Namespace) -> int:
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
-    return command_start(args)
+    return command_start(settings, args)
 
 
-def command_service(args: argparse.Namespace) -> int:
+def command_service(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor at login and after a crash, by systemd or launchd."""
-    settings, service = settings_of(args), this_service()
+    service = this_service()
     trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
     if trouble is not None:
         words = f"neither systemd nor launchd runs services of this user here ({trouble})"
@@ -10584,7 +10365,6 @@ def command_service(args: argparse.Namespace) -> int:
         is_running = is_installed and trouble_of(service.check) is None
         print("running" if is_running else "installed, not running" if is_installed else "not installed")
         return 0 if is_running else 1
-    about = running_monitor(settings)
     if is_installed:
         run_steps([service.stop])
     if args.action == "remove":
@@ -10592,7 +10372,8 @@ def command_service(args: argparse.Namespace) -> int:
             os.unlink(service.path)
         print(f"{service.path} removed" if is_installed else "not installed")
         return 0
-    if about is not None and running_monitor(settings) is not None:
+    about = running_monitor(settings)
+    if about is not None:
         stop_monitor(settings, about)
     command, folder = program_command()
     command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
@@ -10604,44 +10385,35 @@ def command_service(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_status(args: argparse.Namespace) -> int:
+def command_status(settings: Settings, args: argparse.Namespace) -> int:
     """Print the monitor's state, with exit status 1 when it does not run."""
-    settings = settings_of(args)
     if args.short:
-        runs = lock_holder(settings.path("monitor.pid")) is not None
+        line, runs = "", lock_holder(settings.path("monitor.pid")) is not None
         with contextlib.suppress(OSError), open(settings.path("short"), encoding="utf-8") as file:
-            print(file.read().strip() if runs else "not running")
-            return 0 if runs else 1
-        print("starting" if runs else "not running")
-        return 1
+            line = file.read().strip()
+        print((line or "starting") if runs else "not running")
+        return 0 if runs and line else 1
     about = running_monitor(settings)
     if about is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
-        if args.json:
-            print(json.dumps({"running": False, "spoolBytes": waiting}))
-        else:
-            print("not running; start it with: python3 contextuate_monitor.py start")
-            if waiting:
-                print(f"spool    {human_size(waiting)} of events wait for it")
-        return 1
-    status = ask_monitor(settings, about, "/api/status")
-    if args.json:
-        print(json.dumps({"running": True, **status}))
-        return 0
-    since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  {about['process']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
-    print(f"hooks    {about['socketPath']}")
-    for fact in status.get("facts") or status_facts(status):
-        print(f"{fact['name']:<8} {safe_line(fact['words'])}")
-    for problem in status.get("problems", ()):
-        print(f"{problem['level']:<8} {safe_line(problem['words'])}: {problem['advice']}")
-    return 0
+        status: JsonObject = {"running": False, "spoolBytes": waiting}
+        lines = ["not running; start it with: python3 contextuate_monitor.py start"]
+        lines += [f"spool    {human_size(waiting)} of events wait for it"] if waiting else []
+    else:
+        status = {"running": True, **ask_monitor(settings, "/api/status")}
+        since = human_duration(now_ms() - status["startedAt"])
+        what = f"version {status['version']}, for {since}, mode {status['mode']}"
+        lines = [f"running  {about['process']}, {what}"]
+        lines.append(f"page     {page_links(settings, about)[0]}   {status['clients']} open")
+        lines.append(f"hooks    {about['socketPath']}")
+        lines += [f"{it['name']:<8} {safe_line(it['words'])}" for it in status["facts"]]
+        lines += [f"{it['level']:<8} {safe_line(it['words'])}: {it['advice']}" for it in status["problems"]]
+    print(json.dumps(status) if args.json else "\n".join(lines))
+    return 0 if status["running"] else 1
 
 
-def command_url(args: argparse.Namespace) -> int:
+def command_url(settings: Settings, args: argparse.Namespace) -> int:
     """Print the page's address."""
-    settings = settings_of(args)
     print(*page_links(settings, needed_monitor(settings), args.token), sep="\n")
     return 0
 
@@ -10692,10 +10464,9 @@ prices                   prices of models, in place of the built-in ones
 """
 
 
-def command_config(args: argparse.Namespace) -> int:
+def command_config(settings: Settings, args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
-    lines = (line.partition(" ") for line in KEY_MEANINGS.strip().splitlines())
-    meanings = {key: words.strip() for key, _, words in lines}
+    meanings = dict(re.findall(r"(\S+) +(.+)", KEY_MEANINGS))
     keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
     targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
@@ -10704,23 +10475,19 @@ def command_config(args: argparse.Namespace) -> int:
             for name, (default, words, expected) in rows.items():
                 print(f"| `{name}` | `{json.dumps(default)}` | {words} | {expected} |")
         return 0
-    settings = settings_of(args)
     found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
     print(f"{settings.config_path}{found}")
     for name, (default, words, expected) in keys.items():
         is_hidden = name in emit_event.SECRET_KEYS and settings[name]
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
-        shown = f"{name} = {value}" + (
-            f" (default {json.dumps(default)})" if settings[name] != default else ""
-        )
-        print(f"\n{shown}\n    {words}\n    {expected}")
+        value += f" (default {json.dumps(default)})" if settings[name] != default else ""
+        print(f"\n{name} = {value}\n    {words}\n    {expected}")
     print("\nA target of notify has:", *(f"{name}: {row[1]}" for name, row in targets.items()), sep="\n    ")
     return 0
 
 
-def command_answers(args: argparse.Namespace) -> int:
+def command_answers(settings: Settings, args: argparse.Namespace) -> int:
     """Print a code that pairs a browser, so that it may answer, or the key for answers through Redis."""
-    settings = settings_of(args)
     if args.what == "pair":
         code = ask_to_answer(settings, {"do": "code"})["code"]
         print(f"{code}   type it on the page within {CODE_LIFE_S // 60} minutes; it works once")
@@ -10741,19 +10508,17 @@ def ask_to_answer(settings: Settings, request: JsonObject) -> JsonObject:
         refused = refused or "a command that answers needs a terminal"
     terminal = os.ttyname(0) if sys.stdin.isatty() else ""
     about = {"refused": refused, "terminal": terminal}  # the monitor logs it, and looks for itself
-    return ask_monitor(settings, needed_monitor(settings), "/api/answer", {**request, **about})
+    return ask_monitor(settings, "/api/answer", {**request, **about})
 
 
-def command_answer(args: argparse.Namespace) -> int:
+def command_answer(settings: Settings, args: argparse.Namespace) -> int:
     """Print what a session asks, and answer it."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     session_id = whole_session_id(settings, args.session) or ""
-    session = ask_monitor(settings, about, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
+    session = ask_monitor(settings, f"/api/sessions/{urllib.parse.quote(session_id, safe='')}")
     if not session["asks"]:
         raise CommandError("this session asks nothing now")
     asked = next((it for it in session["asks"] if it["answerable"]), session["asks"][0])
-    event = ask_monitor(settings, about, f"/api/events/{asked['eventId']}?session={session_id}")
+    event = ask_monitor(settings, f"/api/events/{asked['eventId']}?session={session_id}")
     if not args.answer:
         print(*map(safe_line, question_lines(event)), sep="\n")
         if not asked["answerable"]:
@@ -10816,26 +10581,24 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
     raise CommandError(f"{do}: no answer; without one, this command prints how to answer")
 
 
-def command_install(args: argparse.Namespace) -> int:
+def command_install(settings: Settings, args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
-    settings = settings_of(args)
     for program in programs_of(args):
         key = PROGRAMS[program].answers if args.answers else ""
         if args.answers and not key:
             print_status(f"{program} takes no answers from the page: its hook only records")
         version = claude_version() if program == CLAUDE else None
-        wait_s = settings[key] if key else 0
-        given = (args.project, version, args.without or (), args.status_line, wait_s)
+        given = (args.project, version, args.without or (), args.status_line, settings[key] if key else 0)
         plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
             print_status(f"{words}; put it on the PATH and run install again")
         if not args.dry_run:
             install_hook_files(settings.home)
-        line = (
-            f", and the status line, around {plan.status_line.wrapped or 'none'}" if plan.status_line else ""
-        )
-        carry_out(plan, program, f"{len(plan.names)} events registered{line}", args.dry_run)
+        words = f"{len(plan.names)} events registered"
+        if plan.status_line:
+            words += f", and the status line, around {plan.status_line.wrapped or 'none'}"
+        carry_out(plan, program, words, args.dry_run)
     if args.dry_run:
         return 0
     running, off = files_that_run(client_files(args.project or os.getcwd()))
@@ -10848,13 +10611,11 @@ def command_install(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_uninstall(args: argparse.Namespace) -> int:
+def command_uninstall(settings: Settings, args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
-    settings = settings_of(args)
     for program in programs_of(args):
         plan = plan_install("", program, args.project)
-        is_registered = plan.new_text != plan.old_text
-        words = "hook removed" if is_registered else "the hook is not registered"
+        words = "hook removed" if plan.new_text != plan.old_text else "the hook is not registered"
         carry_out(plan, program, words, args.dry_run)
     print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
     return 0
@@ -10872,26 +10633,21 @@ def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None
 
 
 def programs_of(args: argparse.Namespace) -> list[str]:
-    """Return the programs that `--agent` names; raise InstallError."""
-    if args.agent and args.project is not None:
-        raise InstallError("--project is for Claude Code only; leave out --agent or --project")
+    """Return the programs that `--agent` names."""
     return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
 
 
-def command_notify_test(args: argparse.Namespace) -> int:
+def command_notify_test(settings: Settings, args: argparse.Namespace) -> int:
     """Send a notification to every target now and print the outcome."""
-    settings = settings_of(args)
-    answer = ask_monitor(settings, needed_monitor(settings), "/api/message", {"type": "notify_test"})
+    answer = ask_monitor(settings, "/api/message", {"type": "notify_test"})
     for result in answer["results"]:
         print(f"{'ok' if result['ok'] else 'fail':5}{result['name']}: {safe_line(result['words'])}")
     return 0 if all(result["ok"] for result in answer["results"]) else 1
 
 
-def command_test_event(args: argparse.Namespace) -> int:
+def command_test_event(settings: Settings, args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
-    settings = settings_of(args)
-    data = test_event(settings)["data"]
-    words = send_through_hook(settings, data["message"]).stderr
+    words = send_through_hook(settings, test_event(settings)["data"]["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):
         return 0
@@ -10922,15 +10678,15 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
     """Return the running monitor's sessions; print a warning while it is still reading stored ones."""
-    answer = ask_monitor(settings, needed_monitor(settings), f"/api/sessions?hidden={int(with_hidden)}")
+    answer = ask_monitor(settings, f"/api/sessions?hidden={int(with_hidden)}")
     if answer.get("loading"):
         print_status(f"{loading_words(answer['loading'])}; the list is not complete yet")
     return list(answer["sessions"])
 
 
-def command_sessions(args: argparse.Namespace) -> int:
+def command_sessions(settings: Settings, args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    known = known_sessions(settings_of(args), args.all)
+    known = known_sessions(settings, args.all)
     sessions = [session for session in known if args.all or session["state"] != "ended"]
     sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
@@ -10945,21 +10701,17 @@ def command_sessions(args: argparse.Namespace) -> int:
         elif session["stuck"] and session["state"] == "working":
             detail = session["stuck"][0]["detail"] or detail
         since = human_duration(now_ms() - session["stateSince"])
-        label, machine = session["label"], session["machineId"]
-        text = f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"
-        print(safe_line(without_colours(text)))
+        text = f"{session['state']:<8} {since:>7}  {session['label']:<40.40} {session['machineId']:<14.14} "
+        print(safe_line(without_colours(text + detail)))
     return 0
 
 
-def command_go(args: argparse.Namespace) -> int:
+def command_go(settings: Settings, args: argparse.Namespace) -> int:
     """Bring the terminal of a session to the front."""
-    settings, wanted = settings_of(args), args.session.lower()
-    found = [
-        session
-        for session in known_sessions(settings, with_hidden=True)
-        if session["sessionId"].startswith(args.session) or session["label"].lower().startswith(wanted)
-    ]
-    found = [session for session in found if session["state"] != "ended"] or found
+    known, wanted = known_sessions(settings, with_hidden=True), args.session.lower()
+    found = [it for it in known if it["sessionId"].startswith(args.session)]
+    found = found or [it for it in known if it["label"].lower().startswith(wanted)]
+    found = [it for it in found if it["state"] != "ended"] or found
     if len(found) != 1:
         names = "".join(f"; {it['sessionId'][:8]} {safe_line(it['label'])}" for it in found[:5])
         raise CommandError(f"{len(found) or 'no'} sessions begin with {args.session!r}{names}")
@@ -10979,30 +10731,25 @@ def command_go(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_tail(args: argparse.Namespace) -> int:
+def command_tail(settings: Settings, args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    last_seq: int | None = None
-    is_waiting = False
+    status, is_waiting = ask_monitor(settings, "/api/status"), False
+    if status["loading"]:
+        print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
+    last_seq = status["seq"]
     while True:
         try:
-            if last_seq is None or is_waiting:
-                status = ask_monitor(settings, about, "/api/status")
-                if status.get("loading"):
-                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
-                # In memory only, the numbers begin again with each start.
-                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
-                is_waiting = False
-            page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
+            if is_waiting:  # in memory only, the numbers begin again with each start
+                last_seq = min(last_seq, ask_monitor(settings, "/api/status")["seq"])
+            page = ask_monitor(settings, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
             if not is_waiting:
                 print_status(f"{error}; waiting for the monitor")
             is_waiting = True
             time.sleep(1)  # before the next attempt
-            about = running_monitor(settings) or about
             continue
+        is_waiting = False
         for event in page["events"]:
             last_seq = event["seq"]
             is_of_session = event["sessionId"].startswith(args.session or "")
@@ -11013,7 +10760,7 @@ def command_tail(args: argparse.Namespace) -> int:
                 line = encode_json(event).decode() if args.json else event_line(row, "%H:%M:%S", colour)
                 print(line, flush=True)
         if not page["more"]:
-            time.sleep(TAIL_INTERVAL_S)
+            time.sleep(0.25)
 
 
 def event_line(event: JsonObject, form: str, colour: str = "") -> str:
@@ -11031,11 +10778,9 @@ def event_line(event: JsonObject, form: str, colour: str = "") -> str:
     return line.rstrip() + ("\x1b[0m" if colour else "")
 
 
-def command_prune(args: argparse.Namespace) -> int:
+def command_prune(settings: Settings, args: argparse.Namespace) -> int:
     """Delete events that are too old or too much for the configuration."""
-    settings = settings_of(args)
-    message = {"type": "prune", "dryRun": args.dry_run}
-    pruned = ask_monitor(settings, needed_monitor(settings), "/api/message", message)
+    pruned = ask_monitor(settings, "/api/message", {"type": "prune", "dryRun": args.dry_run})
     if not pruned["files"]:
         print("nothing is too old or too much")
         return 0
@@ -11045,23 +10790,21 @@ def command_prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_import(args: argparse.Namespace) -> int:
+def command_import(settings: Settings, args: argparse.Namespace) -> int:
     """Import transcripts of Claude Code and exports of monitors."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
+    needed_monitor(settings)
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
-    store = Journal(settings.path("events"))
-    known = 0
+    store, known = Journal(settings.path("events")), 0
     machine, names = settings.machine_id, {file.name for file in store.files()}
     batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
     for session_id, events, size in batches:
         wanted = new_events(store, session_id, events)
         known += len(events) - len(wanted)
-        send_events(about["socketPath"], wanted)
+        send_events(settings, wanted)
         progress.add(len(wanted), size)
     for words in skipped[:10]:
         print_status(f"skipped {words}")
@@ -11071,24 +10814,22 @@ def command_import(args: argparse.Namespace) -> int:
     return 1 if skipped else 0
 
 
-def command_search(args: argparse.Namespace) -> int:
+def command_search(settings: Settings, args: argparse.Namespace) -> int:
     """Find stored events, newest first."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
     session_id = whole_session_id(settings, args.session)
     wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
     colour = "0" if sys.stdout.isatty() else ""
-    left, cursor, page = args.limit, None, {}
-    while left > 0:
+    left, cursor = args.limit, None
+    while True:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
-        page = ask_monitor(settings, about, f"/api/search?{given}")
+        page = ask_monitor(settings, f"/api/search?{given}")
         for result in page["results"]:
             line = json.dumps(result) if args.json else event_line(result, "%Y-%m-%d %H:%M:%S", colour)
             print(line, flush=True)
         left, cursor = left - len(page["results"]), page["next"]
-        if cursor is None:
+        if cursor is None or not left:
             break
     if left == args.limit and not args.json:
         print_status("no results")
@@ -11099,9 +10840,8 @@ def command_search(args: argparse.Namespace) -> int:
     return 0 if left < args.limit else 1
 
 
-def command_export(args: argparse.Namespace) -> int:
+def command_export(settings: Settings, args: argparse.Namespace) -> int:
     """Write stored events as NDJSON, or tool calls as CSV, without a running monitor but for --state."""
-    settings = settings_of(args)
     store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
     wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
@@ -11141,17 +10881,14 @@ def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
     return found[0] if len(found) == 1 else beginning
 
 
-def command_demo(args: argparse.Namespace) -> int:
+def command_demo(settings: Settings, args: argparse.Namespace) -> int:
     """Send a fictitious working day to the running monitor, or remove it again."""
-    settings = settings_of(args)
-    about = needed_monitor(settings)
-    if args.remove or ask_monitor(settings, about, "/api/status")["demo"]:
+    if args.remove or ask_monitor(settings, "/api/status")["demo"]:
         # Two demos at once would look like one that repeats itself.
-        sessions = ask_monitor(settings, about, "/api/sessions?hidden=1")["sessions"]
+        sessions = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"]
         demo = [session["sessionId"] for session in sessions if session["demo"]]
         for session_id in demo:
-            given = {"type": "delete_session", "sessionId": session_id}
-            ask_monitor(settings, about, "/api/message", given)
+            ask_monitor(settings, "/api/message", {"type": "delete_session", "sessionId": session_id})
         print(f"{len(demo)} demo sessions removed")
     if args.remove:
         return 0
@@ -11162,7 +10899,7 @@ def command_demo(args: argparse.Namespace) -> int:
         time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
         for left in reversed(range(60)):  # the monitor may restart meanwhile
             try:
-                send_events(about["socketPath"], [event])
+                send_events(settings, [event])
                 break
             except (OSError, CommandError):
                 if not left:
@@ -11180,136 +10917,102 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"contextuate: error: {message}; see `{self.prog} --help`\n")
 
 
-def _moment(text: str) -> str:
-    try:
-        moment_ms(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected {error}, got {text!r}") from None
-    return text
-
-
 def times_of(args: argparse.Namespace) -> JsonObject:
     """Return `from` and `to` of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
+    times = dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
-    return dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
+    return times
 
 
-def _number(pattern: str, kind: type[float], words: str, text: str) -> float:
-    if not re.fullmatch(pattern, text):
-        raise argparse.ArgumentTypeError(f"expected {words}, got {text}")
-    return kind(text)
-
-
-_seconds = functools.partial(_number, r"\d{1,9}(\.\d*)?", float, "a number of seconds")
-_at_least_one = functools.partial(_number, r"0*[1-9]\d{0,8}", int, "an integer of at least 1")
-Option = tuple[str, dict[str, Any]]  # a name, and what `add_argument` takes for it
-
-
-def _option(name: str, words: str, **about: Any) -> Option:
-    return name, {"help": words, **about}
+def _option(words: str, **about: Any) -> JsonObject:
+    return {"help": words, **about}
 
 
 _switch = functools.partial(_option, action="store_true")
-_time = functools.partial(_option, type=_moment, metavar="TIME")
-_words = functools.partial(_option, "words", nargs="*")
-# fmt: off
-_CONFIG = _option("--config", "configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE")
-_SERVING = (
-    _option("--port", "port of the page (default 3847, 0: any free one)", type=int),
-    _option("--ws-port", "port of the live connection (default 3848, 0: any free one)", type=int),
-    _option("--host", "address to listen on (default 127.0.0.1)"),
-    _switch("--foreground", "stay in the foreground and log to the terminal"),
-    _switch("--no-open", "do not open a browser"),
-    _switch("--detached", argparse.SUPPRESS),
-)
-_INSTALLING = (
-    _option("--agent", "in this program's settings, or in those of all that are here (default: Claude Code)",
-            choices=(*PROGRAMS, "all")),
-    _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
-           metavar="DIR"),
-    _switch("--dry-run", "print what would change, and change nothing"),
-)
-_SESSION = _option("--session", "only this session (the id's beginning is enough)", metavar="ID")
-_MACHINE = _option("--machine", "only this machine")
-_TYPE = _option("--type", "only this hook or event type, such as PreToolUse or tool_error")
-_FILTERS = (
-    _SESSION, _MACHINE, _TYPE,
-    _option("--tool", "only this tool, such as Bash"),
-    _option("--state", "only sessions in this state now", choices=SESSION_STATES),
-    _time("--from", "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", dest="start"),
-    _time("--to", "before that time; from a day to the same day is that day", dest="end"),
-    _option("--time-zone", "zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
-)
-_JSON = _switch("--json", "for programs: as JSON")
-_JSON_LINES = _switch("--json", "for programs: one JSON object a line")
-
-# In the order of `--help`, which takes the name from the function and the text from its docstring.
-COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
-    command_start: _SERVING,
-    command_stop: (),
-    command_restart: _SERVING,
-    command_status: (_JSON, _switch("--short", "one line, for a prompt; `python3 -m` is faster")),
-    command_url: (_switch("--token", "with the token, for another user or another machine"),),
-    command_answers: (_option("what", "pair: print a code for a browser; key: print the key for Redis",
-                             choices=("pair", "key")),),
-    command_answer: (
-        _option("session", "the session (the id's beginning is enough)", metavar="SESSION"),
-        _option("answer", "allow, always, deny …; without it, print what is asked", nargs="*",
-               metavar="ANSWER")),
-    command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
-    command_install: (
-        *_INSTALLING,
-        _switch("--answers", "let questions be answered on the page: their hooks wait for a decision"),
-        _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
-        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
-    ),
-    command_uninstall: _INSTALLING,
-    command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
-    command_go: (_option("session", "beginning of its id or label", metavar="SESSION"),),
-    command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
-    command_search: (
-        _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,
-        _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
-    command_export: (
-        _words("only events with these words, as in `search`"), *_FILTERS,
-        _option("--format", "csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
-        _option("--output", "file to write to (default: standard output)", metavar="FILE")),
-    command_import: (
-        _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
-    command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
-    command_service: (_option("action", "what to do", choices=("install", "remove", "status")),),
-    command_doctor: (_JSON,),
-    command_test_event: (),
-    command_notify_test: (),
-    command_demo: (
-        _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
-        _switch("--remove", "delete the demo's sessions")),
+OPTIONS = {  # what `add_argument` takes
+    "--config": _option("configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE"),
+    "--port": _option("port of the page (default 3847, 0: any free one)", type=int),
+    "--ws-port": _option("port of the live connection (default 3848, 0: any free one)", type=int),
+    "--host": _option("address to listen on (default 127.0.0.1)"),
+    "--foreground": _switch("stay in the foreground and log to the terminal"),
+    "--no-open": _switch("do not open a browser"),
+    "--detached": _switch(argparse.SUPPRESS),
+    "--short": _switch("one line, for a prompt; `python3 -m` is faster"),
+    "--token": _switch("with the token, for another user or another machine"),
+    "what": _option("pair: a code for a browser; key: the one for Redis", choices=("pair", "key")),
+    "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
+    "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
+    "--markdown": _switch("as a table in Markdown, with defaults only"),
+    "--agent": _option("for this program, or all here (default: Claude Code)", choices=(*PROGRAMS, "all")),
+    "--project": _option("in this project's settings, not the user's", nargs="?", const=".", metavar="DIR"),
+    "--dry-run": _switch("print what would change, and change nothing"),
+    "--answers": _switch("let questions be answered on the page: their hooks wait for a decision"),
+    "--without": _option("omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+    "--status-line": _switch("also show context, exact cost and limits, by Claude Code's status line"),
+    "--all": _switch("also ended and hidden ones"),
+    "words": _option('words, begin* or "words in a row" that must all occur', nargs="*"),
+    "--session": _option("only this session (the id's beginning is enough)", metavar="ID"),
+    "--machine": _option("only this machine"),
+    "--type": _option("only this hook or event type, such as PreToolUse or tool_error"),
+    "--tool": _option("only this tool, such as Bash"),
+    "--state": _option("only sessions in this state now", choices=SESSION_STATES),
+    "--from": _option("2026-11-24, 2026-11-24T14:30 or ms since the epoch", metavar="TIME", dest="start"),
+    "--to": _option("before then; from a day to the same day is that day", metavar="TIME", dest="end"),
+    "--time-zone": _option("zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
+    "--limit": _option("most results (default 50)", type=int, default=50),
+    "--json": _switch("for programs: as JSON; events and results as one object a line"),
+    "--format": _option("csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
+    "--output": _option("file to write to (default: standard output)", metavar="FILE"),
+    "paths": _option("files or directories (default: all transcripts)", nargs="*", metavar="PATH"),
+    "action": _option("what to do", choices=("install", "remove", "status")),
+    "--live": _option("live events (default 300 s)", type=int, default=300, metavar="SECONDS"),
+    "--remove": _switch("delete the demo's sessions"),
 }
-# fmt: on
+_SERVING = "--port --ws-port --host --foreground --no-open --detached"
+_FILTERS = "words --session --machine --type --tool --state --from --to --time-zone"
+# In the order of `--help`, which takes the name from the function and the text from its docstring.
+COMMANDS: dict[Callable[..., int], str] = {
+    command_start: _SERVING,
+    command_stop: "",
+    command_restart: _SERVING,
+    command_status: "--json --short",
+    command_url: "--token",
+    command_answers: "what",
+    command_answer: "session answer",
+    command_config: "--markdown",
+    command_install: "--agent --project --dry-run --answers --without --status-line",
+    command_uninstall: "--agent --project --dry-run",
+    command_sessions: "--all --json",
+    command_go: "session",
+    command_tail: "--session --machine --type --json",
+    command_search: f"{_FILTERS} --limit --json",
+    command_export: f"{_FILTERS} --format --output",
+    command_import: "paths",
+    command_prune: "--dry-run",
+    command_service: "action",
+    command_doctor: "--json",
+    command_test_event: "",
+    command_notify_test: "",
+    command_demo: "--live --remove",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = CommandParser(
-        prog="contextuate_monitor.py",
-        description="A live monitor for coding agents.",
-        epilog="`COMMAND --help` shows its options; see README.md.",
-    )
+    parser = CommandParser(prog="contextuate_monitor.py", description="A live monitor for coding agents.")
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    title = "commands (`COMMAND --help` shows the options of each)"
+    commands = parser.add_subparsers(title=title, metavar="COMMAND", required=True)
     for function, options in COMMANDS.items():
         name = function.__name__.removeprefix("command_").replace("_", "-")
         words = str(function.__doc__).splitlines()[0]
         command = commands.add_parser(name, help=f"{words[0].lower()}{words[1:-1]}", description=words)
         command.set_defaults(function=function, parser=command)
-        for option_name, about in (_CONFIG, *options):
-            command.add_argument(option_name, **about)
+        for option in ("--config", *options.split()):
+            command.add_argument(option, **OPTIONS[option])
     return parser
-
-
-OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, ConnectionError, TimeoutError)
 
 
 def prepare_output() -> None:
@@ -11318,10 +11021,9 @@ def prepare_output() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
-        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
-            stream.reconfigure(encoding="ascii", errors="backslashreplace")
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for any file name
+            is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            stream.reconfigure(encoding="utf-8" if is_utf8 else "ascii", errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -11331,16 +11033,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return int(args.function(args))
+        if args.function in (command_stop, command_doctor):  # work without a usable configuration, too
+            return int(args.function(args))
+        return int(args.function(settings_of(args), args))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of the output has exited; be silent at exit
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except OUR_ERRORS as error:
+    except (ConfigError, StartError, CommandError, SearchError) as error:
         print_status(f"error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, (ConfigError, SearchError)) else 1
     except OSError as error:  # an unusable file or directory
         print_status(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return 1
