@@ -32,7 +32,7 @@ Rooms, in the order of this file; each uses only those above it:
     Journal                  events on disk, one file per day and session
     Sessions                 the state machine: who works, who waits and who has ended
     Index                    search and statistics over everything stored, in index.db
-    Export                   stored events as lines, tool calls as a table
+    Export                   stored events as lines
     Retention                which days are deleted because they are too old or take too much space
     Metrics                  what /metrics returns, in the text format of Prometheus
     Event loop               ingest, WebSocket clients, timers
@@ -87,7 +87,6 @@ if is_short_status and (short_status := print_short_status()) is not None:
 
 import argparse
 import base64
-import bisect
 import calendar
 import codecs
 import collections
@@ -95,7 +94,6 @@ import compileall
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import difflib
@@ -3295,6 +3293,7 @@ SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making m
 INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
 INDEX_WAIT_S = 2.0  # statistics wait this long for the events that were stored before
 INDEX_CHECK_S = 5.0  # between two checks that the file still exists
+INDEX_WAITS = "full|readonly|unable to open|locked"  # errors of SQLite after which the file is kept
 INDEX_RETRY_S = 10.0
 LIVE_S = 0.1  # events are arriving if the last one is younger than this
 LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
@@ -3321,6 +3320,7 @@ _TOOL_FIGURES = {
     "unfinished": f"sum(outcome = {Outcome.OPEN:d})",
     "timed": "count(duration)",
     "totalMs": "ifnull(sum(duration), 0)",
+    "maxMs": "max(duration)",
 }
 _VERSION = "PRAGMA user_version"
 _INDEX_SCHEMA = f"""
@@ -3353,7 +3353,7 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-TimeZone = Union[datetime.tzinfo, None]  # None: this machine's, or a fixed offset
+TimeZone = Union[datetime.tzinfo, None]  # None: this machine's
 _WORD = re.compile(r"[^\W_]+")
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
@@ -3366,6 +3366,7 @@ _MARK = "\ue000"  # begins a word for an attribute of an event (its session, too
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
     *("usage", "truncated", "effort", "type", "signature", "messageId"),
+    "tool_calls",  # of a PostToolBatch: they have events of their own
 }
 
 
@@ -3543,15 +3544,14 @@ def time_zone(name: str) -> TimeZone:
         raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
 
-def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
-    """Return how many minutes a zone's clock is east of UTC at a time; without a zone, `minutes`."""
-    if zone is None:
-        return minutes
+def zone_offset(time_ms: int, zone: TimeZone) -> int:
+    """Return how many minutes a zone's clock is east of UTC at a time."""
     try:
-        offset = datetime.datetime.fromtimestamp(time_ms / 1000, zone).utcoffset()
+        utc = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.timezone.utc)
+        offset = utc.astimezone(zone).utcoffset() or datetime.timedelta()
     except (OverflowError, ValueError, OSError):  # a year that no calendar has
         return 0
-    return int((offset or datetime.timedelta()).total_seconds()) // 60
+    return int(offset.total_seconds()) // 60
 
 
 class SearchError(Exception):
@@ -3630,7 +3630,6 @@ class IndexFile:
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
-        self._closed_calls = SeenIds()
         self._unnamed = UnnamedCalls()
         self._inodes = self._find_inodes()
 
@@ -3713,8 +3712,11 @@ class IndexFile:
         if kind in FIGURE_KINDS:
             return
         if self.full_text:
-            words = (seq, self._words(event, kind))
-            rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
+            marks = zip("smkkt", (*about[:2], kind, event["hookType"], event["data"].get("toolName")))
+            marked = (f"{_MARK}{letter}{self._name_id(it)}" for letter, it in marks if isinstance(it, str))
+            text = fold("\n".join(text for _, text in event_texts(event["data"]))).replace(_MARK, " ")
+            row = (seq, "\n".join((text, *marked)))
+            rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(row)
         if kind not in ("session_meta", emit_event.WORDS):  # no events of their session
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
@@ -3725,22 +3727,6 @@ class IndexFile:
             place = (key, file_id, session, self._name_id(call.tool), target)
             times = (begun, call.begun_ms // QUARTER_MS, call.finish_ms, call.duration_ms)
             rows[self._ADD_CALL].append((*place, *times, call.outcome, seq))
-
-    def _words(self, event: JsonObject, kind: str) -> str:
-        """Return the words by which an event is found, and the marks for its session, tool, and so on."""
-        data = event["data"]
-        if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
-            calls, closed = _batch_calls(event), self._closed_calls
-            calls = [call for call in calls if call["tool_use_id"] not in closed]
-            data = {**data, "tool_calls": calls}
-        texts = [text for _, text in event_texts(data)]
-        if kind in ("tool_result", "tool_error"):
-            self._closed_calls.add(text_of(data.get("toolUseId")))
-        marks = [("s", event["sessionId"]), ("m", event["machineId"]), ("k", kind), ("k", event["hookType"])]
-        if isinstance(data.get("toolName"), str):
-            marks.append(("t", data["toolName"]))
-        marked = " ".join(f"{_MARK}{letter}{self._name_id(name)}" for letter, name in marks)
-        return fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked
 
     def flush(self, seq: int) -> None:
         """Write the collected rows, and up to which seq events are indexed; inside a transaction."""
@@ -3901,14 +3887,13 @@ def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
 
 
 class Cell(NamedTuple):
-    """Counts of a session in an hour of the viewer's clock; names are numbers."""
+    """Counts of a session in an hour of the viewer's clock, or its tokens of one model there."""
 
     session: int
     hour: int  # the quarter that it begins with
     counts: tuple[int, ...] = (0,) * len(_COUNTED)
-    model: int | None = None  # of the tokens
+    model: str | None = None  # of the tokens
     tokens: Tokens = Tokens()
-    client_cost: int | None = None  # from the client itself, in millionths of a USD
 
 
 class Statistics:
@@ -3924,8 +3909,8 @@ class Statistics:
         session = next((number for number, name in self._names.items() if name == session_id), -1)
         self._bounds = {"session": session}
 
-    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int, zone: TimeZone = None) -> JsonObject:
-        """Return the answer of /api/stats; days are those of `zone`, else of a clock so far east of UTC."""
+    def to_json(self, from_ms: int, to_ms: int, zone: TimeZone) -> JsonObject:
+        """Return the answer of /api/stats; days and hours are those of the zone."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
         shown_from = max(self._bounds["from"], first or 0)
@@ -3933,33 +3918,35 @@ class Statistics:
         return {
             "from": shown_from * QUARTER_MS,
             "to": shown_to * QUARTER_MS,
-            **({"utcOffset": offset_minutes} if zone is None else {"timeZone": str(zone)}),
+            "timeZone": zone and str(zone),
             "session": self._session_id,
-            **self._groups(lambda quarter: zone_offset(quarter * QUARTER_MS, zone, offset_minutes)),
+            **self._groups(zone),
             **self._tools(),
             "failing": self._failing(),
         }
 
-    def _groups(self, offset_at: Callable[[int], int]) -> JsonObject:
-        """Add up each session's counts in each hour of a clock that is `offset_at(quarter)` east of UTC."""
-        names = self._names
-        offset_of = functools.lru_cache(None)(offset_at)
+    def _groups(self, zone: TimeZone) -> JsonObject:
+        """Add up each session's counts in each hour of the zone's clock."""
+        names, table = self._names, self._table
 
-        def begin_of(quarter: int) -> int:
-            return quarter - (quarter * 15 + offset_of(quarter)) % 60 // 15
+        @functools.lru_cache(None)
+        def minutes(quarter: int) -> int:  # that the zone's clock shows then
+            return quarter * 15 + zone_offset(quarter * QUARTER_MS, zone)
 
-        def local_hour(cell: Cell) -> int:
-            return (cell.hour * 15 + offset_of(cell.hour)) // 60
-
-        self._db.create_function("hour_of", 1, begin_of, deterministic=True)
-        self._cells, table = list(self._read_cells()), self._table
-        self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
-        latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
-        places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
-        programs = dict(self._db.execute("SELECT session, ifnull(max(agent), 0) FROM files GROUP BY session"))
+        self._db.create_function("hour_of", 1, lambda it: it - minutes(it) % 60 // 15, deterministic=True)
+        self._cells = list(self._read_cells())
+        self._exact = {cell.session for cell in self._cells if cell.model == _CLIENT_COST}
+        agent = "ifnull(max(agent) OVER (PARTITION BY session), 0)"
+        latest = f"SELECT session, machine, project, {agent} FROM files JOIN days ON days.id = day"
+        places = {row[0]: row for row in self._db.execute(f"{latest} ORDER BY days.name")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
         spans += f"WHERE {self._where} GROUP BY session"
         span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
+
+        def by_place(at: int, field: str) -> list[JsonObject]:
+            rows = table(every, lambda cell: places[cell.session][at], lambda it: {field: names.get(it, "")})
+            return sorted(rows, key=lambda row: (-row["events"], row[field]))
 
         def about_session(session: int) -> JsonObject:
             _, machine, project, _ = places[session]
@@ -3967,22 +3954,21 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
-        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
-        projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
-        machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        agents = table(every, lambda cell: programs[cell.session], lambda it: {"agent": names.get(it, "")})
+        def model_of(cell: Cell) -> str | None:
+            return None if cell.model == _CLIENT_COST else cell.model
+
+        models = table(_TOKENS, model_of, lambda it: {"model": it})
         sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
+        hours, days = (lambda cell: minutes(cell.hour) // 60 % 24), (lambda cell: minutes(cell.hour) // 1440)
         return {
-            "totals": table(every, lambda _: 0, keys=(0,))[0],
+            "totals": table(every, lambda _: 0, lambda _: {}, keys=(0,))[0],
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
-            "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
-            "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
-            "programs": sorted(agents, key=lambda row: -row["events"]),
-            "days": days,
-            "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
+            "projects": by_place(2, "project"),
+            "machines": by_place(1, "machineId"),
+            "programs": by_place(3, "agent"),
+            "days": table(every, days, lambda it: {"day": day_of(it * _DAY_MS)}),
+            "hours": table(of_hour, hours, lambda it: {"hour": it}, range(24)),
             "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
             "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
         }
@@ -3990,33 +3976,33 @@ class Statistics:
     def _table(
         self,
         fields: Iterable[str],
-        key_of: Callable[[Cell], int | None],
-        about: Callable[[int], JsonObject] = lambda _: {},
-        keys: Iterable[int] = (),
+        key_of: Callable[[Cell], Any],
+        about: Callable[[Any], JsonObject],
+        keys: Iterable[Any] = (),
     ) -> list[JsonObject]:
-        """Return a row of `about(key)` and `fields` for each key of the cells, and for `keys`."""
-        groups: dict[int, list[Cell]] = {key: [] for key in keys}
+        """Return a row of `about(key)` and `fields` for each key of the cells but None, and for `keys`."""
+        groups: dict[Any, list[Cell]] = {key: [] for key in keys}
         for cell in self._cells:
-            key = key_of(cell)
-            if key is not None:
+            if (key := key_of(cell)) is not None:
                 groups.setdefault(key, []).append(cell)
         rows = ((key, self._row(groups[key])) for key in sorted(groups))
         return [{**about(key), **{name: row[name] for name in fields}} for key, row in rows]
 
     def _row(self, cells: Sequence[Cell]) -> JsonObject:
         """Return what some cells add up to."""
-        used: dict[str, Tokens] = {}
-        rest: dict[str, Tokens] = {}  # of sessions whose client reported no cost
+        used: dict[str, Tokens] = collections.defaultdict(Tokens)
+        rest: dict[str, Tokens] = collections.defaultdict(Tokens)  # of sessions without the client's own cost
         for cell in cells:
-            for by in () if cell.model is None else (used,) if cell.session in self._exact else (used, rest):
-                by[self._names[cell.model]] = by.get(self._names[cell.model], Tokens()) + cell.tokens
+            if cell.model is not None:
+                used[cell.model] += cell.tokens
+                if cell.session not in self._exact:
+                    rest[cell.model] += cell.tokens
+        exact = used.pop(_CLIENT_COST, Tokens()).input
         usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
-        exact = sum(cell.client_cost or 0 for cell in cells)
         is_known = part is not None and bool(used or exact)
-        counts = [sum(column) for column in zip(*(cell.counts for cell in cells))]
         return {
             "sessions": len({cell.session for cell in cells}),
-            **dict(zip(_COUNTED, counts or [0] * len(_COUNTED))),
+            **{name: sum(cell.counts[at] for cell in cells) for at, name in enumerate(_COUNTED)},
             "tokenUsage": usage.total.to_json() if used else None,
             "estimatedCostUsd": self._prices.estimate(usage) if used else None,
             "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
@@ -4025,7 +4011,7 @@ class Statistics:
 
     def _read_cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
-        for row in self._db.execute(
+        for session, hour, *counts in self._db.execute(
             f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
@@ -4035,47 +4021,44 @@ class Statistics:
               GROUP BY 1, 2""",
             self._bounds,
         ):
-            yield Cell(row[0], row[1], row[2:])
-        known: dict[tuple[int, int], Tokens] = {}
+            yield Cell(session, hour, tuple(counts))
+        known: dict[tuple[int, int], Tokens] = collections.defaultdict(Tokens)
         totals = ", ".join(f"max({name})" for name in _COUNTS)
-        for session, model, quarter, at, *used in self._db.execute(
+        for session, model, quarter, hour, *used in self._db.execute(
             f"SELECT session, model, quarter, hour_of(quarter), {totals} FROM usage JOIN files "
             f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
             self._bounds,
         ):
             # Events carry totals: each counts by its increase.
-            before = known.get((session, model), Tokens())
+            before = known[session, model]
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
-                grown = Tokens(*map(operator.sub, after, before))
-                if self._names[model] == _CLIENT_COST:
-                    yield Cell(session, at, client_cost=grown.input)
-                else:
-                    yield Cell(session, at, model=model, tokens=grown)
+                increase = Tokens(*map(operator.sub, after, before))
+                yield Cell(session, hour, model=self._names[model], tokens=increase)
 
     def _tools(self) -> JsonObject:
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
-        durations = f"{chosen} AND tool = :tool AND duration IS NOT NULL ORDER BY duration"
+        timed = f"{chosen} AND duration IS NOT NULL"
         tools: list[JsonObject] = []
-        slowest: list[tuple[int, int, int]] = []
         sums = ", ".join(_TOOL_FIGURES.values())
         for tool, *counts in self._db.execute(f"SELECT tool, {sums} {chosen} GROUP BY tool", self._bounds):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
-            asked = {**self._bounds, "tool": tool}
             for percent in (50, 95):  # the nearest rank
                 rank = -(-figures["timed"] * percent // 100) - 1
-                row = self._db.execute(f"SELECT duration {durations} LIMIT 1 OFFSET {rank}", asked).fetchone()
+                one = f"SELECT duration {timed} AND tool = {tool} ORDER BY duration LIMIT 1 OFFSET {rank}"
+                row = self._db.execute(one, self._bounds).fetchone()
                 figures[f"p{percent}Ms"] = row and row[0]
-            last = f"SELECT duration, outcome, event {durations} DESC LIMIT {EXTREMES}"
-            longest = self._db.execute(last, asked).fetchall()
-            figures["maxMs"] = longest[0][0] if longest else None
             tools.append(figures)
-            slowest += longest
+        slowest = self._db.execute(
+            "SELECT duration, outcome, event FROM calls WHERE key IN "
+            f"(SELECT key {timed} ORDER BY duration DESC LIMIT {EXTREMES}) ORDER BY duration DESC",
+            self._bounds,
+        ).fetchall()
         return {
             "tools": sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"])),
             "slowest": [
                 {"durationMs": duration, "failed": outcome in FAILED, **example}
-                for duration, outcome, seq in heapq.nlargest(EXTREMES, slowest)
+                for duration, outcome, seq in slowest
                 for example, _ in self._examples(seq)
             ],
         }
@@ -4133,8 +4116,8 @@ class History:
             self._error = "events are kept in memory only"
         self._is_used = self._full_text = not self._error
         self._state = "building" if self._is_used else "off"
-        self._lock, self._counting = threading.Lock(), threading.Lock()
-        self._jobs: list[Callable[[IndexFile], None]] = []  # other operations on the file, in order
+        self._counting = threading.Lock()
+        self._jobs: collections.deque[Callable[[IndexFile], None]] = collections.deque()  # on the file
         self._written = self._indexed = 0  # seq
         self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
@@ -4156,13 +4139,8 @@ class History:
 
     def add(self, stored: Sequence[StoredEvent]) -> None:
         """Index events that were just stored; for the thread that appends to the journal."""
-        if self._thread.ident is None or not stored:
-            return
-        with self._lock:
-            self._written = stored[-1].seq
-            self._total += sum(len(entry.line) + 1 for entry in stored)
-        self._last_live = time.monotonic()
-        if not self._wake.is_set():
+        if self._thread.ident is not None and stored:
+            self._written, self._last_live = stored[-1].seq, time.monotonic()
             self._wake.set()
 
     def rescan(self) -> None:
@@ -4206,8 +4184,7 @@ class History:
 
     def _queue(self, job: Callable[[IndexFile], None]) -> None:
         if self._state != "off":  # a new file has nothing to forget, and is compared with the files on disk
-            with self._lock:
-                self._jobs.append(job)
+            self._jobs.append(job)
             self._wake.set()
 
     def status(self) -> JsonObject:
@@ -4215,7 +4192,7 @@ class History:
         return {
             "state": self._state,
             "done": self._done,
-            "total": max(self._done, self._total),
+            "total": self._done if self._state == "ready" else max(self._done, self._total),
             "lagEvents": max(0, self._written - self._indexed),
             "bytes": index_bytes(self._path),
             "fullText": self._full_text,
@@ -4250,7 +4227,7 @@ class History:
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
-        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
+        self, from_ms: int, to_ms: int, session_id: str | None = None, zone: TimeZone = None
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
         wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
@@ -4264,7 +4241,7 @@ class History:
         try:
             with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
                 counted = Statistics(db, self._journal, self._prices, session_id)
-                return {**counted.to_json(from_ms, to_ms, offset_minutes, zone), "index": status}
+                return {**counted.to_json(from_ms, to_ms, zone), "index": status}
         except sqlite3.Error as error:
             self._read_failed(error)
             raise NoStatistics(f"the index cannot be read now: {error}") from None
@@ -4295,56 +4272,43 @@ class History:
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
             except Exception as error:  # searching the files still works
-                pause_s = self._write_failed(error)
+                words = str(error)
+                if isinstance(error, sqlite3.Error) and not re.search(INDEX_WAITS, words):
+                    self._remove(words)
+                    pause_s = 0.5
+                else:
+                    if words != self._error:
+                        trace = not isinstance(error, (sqlite3.Error, OSError))
+                        log.warning(
+                            "the index is not written, searches read files: %s", words, exc_info=trace
+                        )
+                    self._state, self._error, pause_s = "off", words, INDEX_RETRY_S
             was_open = True
-            with self._lock:
-                self._jobs.clear()
-
-    def _write_failed(self, error: Exception) -> float:
-        """Remove a damaged file, or wait; return the seconds until the next attempt."""
-        words = str(error)
-        if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
-            self._remove(words)
-            return 0.5
-        if not isinstance(error, (sqlite3.Error, OSError)):
-            log.exception("the index ended unexpectedly")
-            words = "it ended unexpectedly, see monitor.log"
-        elif words != self._error:
-            log.warning("the index cannot be written, searches read the files: %s", words)
-        self._state, self._error = "off", words
-        return INDEX_RETRY_S
+            self._jobs.clear()
 
     def _fill(self, file: IndexFile) -> None:
         self._compare(file)
         while not file.is_removed():
             self._wake.clear()
-            with self._lock:
-                jobs, self._jobs = self._jobs, []
-            for job in jobs:
-                job(file)
+            while self._jobs:
+                self._jobs.popleft()(file)
             if self._stopping.is_set():
                 return
-            if file.indexed < self._written:
-                self._catch_up(file)
-            else:
-                if self._state != "ready":
-                    log.info("the index is complete: %d bytes of events", self._done)
-                with self._lock:
-                    if file.indexed == self._written:
-                        # Lines that are no events, or were added by hand, count in neither.
-                        self._total = self._done
-                self._state, self._error = "ready", ""
-                if self._wake.wait(INDEX_CHECK_S):
-                    self._stopping.wait(INDEX_GATHER_S)
-
-    def _catch_up(self, file: IndexFile) -> None:
-        until = self._written
-        entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
-        while self._batch(file, entries):
-            if self._jobs or self._stopping.is_set() or file.is_removed():
-                return
-        file.flush(until)
-        self._indexed = until
+            until = self._written
+            if file.indexed < until:
+                entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
+                while self._batch(file, entries):
+                    if self._jobs or self._stopping.is_set() or file.is_removed():
+                        break
+                else:
+                    file.flush(until)
+                    self._indexed = until
+                continue
+            if self._state != "ready":
+                log.info("the index is complete: %d bytes of events", self._done)
+            self._state, self._error = "ready", ""
+            if self._wake.wait(INDEX_CHECK_S):
+                self._stopping.wait(INDEX_GATHER_S)
 
     def _compare(self, file: IndexFile) -> None:
         """Delete rows of files that were removed, and read files that were added by hand."""
@@ -4391,21 +4355,12 @@ class History:
 
 
 # ---------------------------------------------------------------------------
-# Export: stored lines by session, time and words, tool calls as a table
+# Export: stored lines by session, time and words
 #
 # Stored lines in, lines out. Does not know: HTTP, the command line.
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_LINES = 100
-EXPORT_FORMATS = {
-    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
-    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
-    "html": ("text/html; charset=utf-8", "contextuate-session.html"),
-}
-CALL_COLUMNS = (
-    "time,sessionId,machineId,workingDirectory,agentId,toolName,target,outcome,durationMs,error,toolUseId"
-)
-_OUTCOME_WORDS = dict(zip(Outcome, ("unfinished", "failed", "ok", "failed", "interrupted")))
 _TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
@@ -4428,54 +4383,6 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
     rest = iter(lines)
     while chunk := b"".join(line + b"\n" for line in itertools.islice(rest, EXPORT_CHUNK_LINES)):
         yield chunk
-
-
-def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in stored lines as CSV: a row when a call ends, unfinished calls last."""
-    yield CALL_COLUMNS.encode()
-    unnamed = UnnamedCalls()
-    begun: dict[int, tuple[CallFact, JsonObject]] = {}  # with the event of the highest outcome
-    ended: set[int] = set()
-    for _, event, _ in readable(lines):
-        for fact in unnamed.paired(event, call_facts(event)):
-            key = stable_hash(event["sessionId"], fact.use_id)
-            if key in ended:
-                continue
-            if key in begun:
-                start, duration = begun[key][0].begun_ms, fact.duration_ms
-                if duration is None and fact.finish_ms is not None:
-                    duration = max(0, fact.finish_ms - start)
-                fact = fact._replace(begun_ms=start, duration_ms=duration)
-            if fact.outcome >= Outcome.OK:
-                ended.add(key)
-                begun.pop(key, None)
-                yield _call_row(fact, event)
-            elif key not in begun or fact.outcome > begun[key][0].outcome:
-                begun[key] = (fact, event)
-    for fact, event in begun.values():
-        yield _call_row(fact, event)
-
-
-def _call_row(fact: CallFact, event: JsonObject) -> bytes:
-    """Return one row; text that a spreadsheet would read as a formula gets an apostrophe in front."""
-    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(fact.begun_ms / 1000))
-    values = (
-        f"{moment}.{fact.begun_ms % 1000:03d}Z",
-        event["sessionId"],
-        event["machineId"],
-        event["workingDirectory"],
-        event.get("agentId", ""),
-        fact.tool,
-        tool_target(fact.tool_input, event["workingDirectory"]),
-        _OUTCOME_WORDS[fact.outcome],
-        "" if fact.duration_ms is None else str(fact.duration_ms),
-        "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
-        "" if fact.use_id.startswith(UNNAMED) else fact.use_id,
-    )
-    row = io.StringIO()
-    writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
-    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in values])
-    return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------
@@ -4655,79 +4562,31 @@ def bytes_below(path: str) -> int:
 # ---------------------------------------------------------------------------
 # Metrics: what /metrics returns, in the text format of Prometheus
 #
-# Owns: counts since the start. Knows: events; all other figures are arguments.
+# Knows: the status.
 # ---------------------------------------------------------------------------
 
-DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-LABELS_LIMIT = 500  # of one metric; further values, from foreign events, count as "other"
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class EventCounts:
-    """Counts of events, failures and durations since the start; for the loop thread."""
+def metrics_text(status: JsonObject, states: Mapping[str, int]) -> bytes:
+    """Return all metrics; `states` are sessions by state."""
+    events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"] or {}
 
-    def __init__(self) -> None:
-        self.events: collections.Counter[tuple[str, str]] = collections.Counter()  # by (machine, our type)
-        self.failures: collections.Counter[str] = collections.Counter()  # by tool
-        self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last is +Inf
-        self.duration_sums_ms: collections.Counter[str] = collections.Counter()
-
-    def add(self, event: JsonObject) -> None:
-        """Count one event, unless it only has figures."""
-        kind, data = effective_type(event), event["data"]
-        if kind in FIGURE_KINDS:
-            return
-        key = (event["machineId"], kind)
-        self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
-        if kind not in ("tool_result", "tool_error"):
-            return
-        tool = one_line(text_of(data.get("toolName"))) or "?"
-        tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
-        buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
-        if kind == "tool_error":
-            self.failures[tool] += 1
-        duration = data.get("durationMs")
-        if is_duration(duration):
-            buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
-            self.duration_sums_ms[tool] += duration
-
-    def histogram(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield the durations of tool calls as (suffix, labels, value), in seconds."""
-        for tool, buckets in sorted(self.durations.items()):
-            for limit, count in zip((*DURATION_BUCKETS_S, "+Inf"), itertools.accumulate(buckets)):
-                yield "_bucket", {"tool": tool, "le": str(limit)}, count
-            yield "_sum", {"tool": tool}, self.duration_sums_ms[tool] / 1000
-            yield "_count", {"tool": tool}, sum(buckets)
-
-
-def metrics_text(
-    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: Mapping[str, int]
-) -> bytes:
-    """Return all metrics; `states` are sessions by state, `queues` bytes queued for clients and Redis."""
-    events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"]
-
-    def by(label: str, values: Iterable[tuple[str, float]]) -> list[tuple[str, dict[str, str], float]]:
-        return [("", {label: name}, value) for name, value in values]
-
-    def of_machines(field: str) -> list[tuple[str, dict[str, str], float]]:
+    def of_machines(field: str, divisor: int = 1) -> list[tuple[JsonObject, float]]:
         known = [machine for machine in status["machines"] if machine[field] is not None]
-        return by("machine", [(machine["label"], machine[field] / 1000) for machine in known])
+        return [({"machine": machine["label"]}, machine[field] / divisor) for machine in known]
 
     build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
-    by_type = [("", {"machine": it[0], "type": it[1]}, count) for it, count in sorted(counts.events.items())]
-    by_state = by("state", [(state, states.get(state, 0)) for state in SESSION_STATES])
-    connected = by("state", [(redis["state"], int(redis["state"] == "connected"))]) if redis else None
-    lines: list[str] = []
-    # (name, help, values); values are a number, a list of (suffix, labels, value), or None: omitted
+    connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))] if redis else None
+    # (name, help, values); values are a number, a list of (labels, number), or None: omitted
     rows: tuple[tuple[str, str, Any], ...] = (
-        ("build_info", "Version, mode and Python of the monitor.", [("", build, 1)]),
+        ("build_info", "Version, mode and Python of the monitor.", [(build, 1)]),
         ("start_time_seconds", "When the monitor started.", status["startedAt"] / 1000),
         ("received_total", "Lines received.", events["received"]),
         ("duplicates_total", "Events that were delivered twice.", events["duplicates"]),
         ("quarantined_total", "Lines that were not events.", events["quarantined"]),
+        ("events_total", "Events of a machine since the start.", of_machines("events")),
         ("clients", "Subscribed WebSocket clients.", status["clients"]),
-        ("client_queue_bytes", "Bytes queued for WebSocket clients.", queues["client"]),
-        ("clients_closed_slow_total", "Clients closed because they read too slowly.", queues["closed"]),
         ("store_ok", "1 when events can be written.", int(status["store"]["ok"])),
         ("spool_bytes", "Bytes that wait in the spool.", spool["bytes"]),
         ("spool_segments", "Files that wait in the spool.", spool["segments"]),
@@ -4736,24 +4595,21 @@ def metrics_text(
         ("index_lag_events", "Events that are not yet in the index.", index["lagEvents"]),
         ("index_bytes", "Size of the index.", index["bytes"]),
         ("disk_bytes", "Size of all our files.", (status["disk"] or {}).get("bytes")),
-        ("events_total", "Events stored since the start.", by_type),
-        ("sessions", "Sessions by state.", by_state),
-        ("tool_failures_total", "Tool calls that failed.", by("tool", sorted(counts.failures.items()))),
-        ("tool_duration_seconds", "Durations of tool calls.", list(counts.histogram())),
-        ("machine_last_seen_seconds", "When a machine last sent an event.", of_machines("lastSeen")),
-        ("machine_clock_skew_seconds", "How far a machine's clock is behind.", of_machines("clockSkewMs")),
+        ("sessions", "Sessions by state.", [({"state": it}, states.get(it, 0)) for it in SESSION_STATES]),
+        ("machine_last_seen_seconds", "When a machine last sent an event.", of_machines("lastSeen", 1000)),
+        ("machine_clock_skew_seconds", "How far its clock is behind.", of_machines("clockSkewMs", 1000)),
         ("redis_connected", "1 when Redis is connected.", connected),
-        ("redis_inbox_bytes", "Bytes from Redis that are not stored yet.", redis and queues["redis"]),
-        ("redis_gaps_total", "Gaps: times that events may have been missed.", redis and redis["gaps"]),
+        ("redis_gaps_total", "Gaps: times that events may have been missed.", redis.get("gaps")),
     )
+    lines: list[str] = []
     for name, about, values in rows:
-        kind = "histogram" if "duration" in name else "counter" if name.endswith("_total") else "gauge"
-        samples = values if isinstance(values, list) else [] if values is None else [("", {}, values)]
+        samples = values if isinstance(values, list) else [] if values is None else [({}, values)]
         if samples:
+            kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP contextuate_{name} {about}", f"# TYPE contextuate_{name} {kind}"]
-        for suffix, labels, value in samples:
+        for labels, value in samples:
             shown = ",".join(f'{it}="{str(text).translate(LABEL_ESCAPES)}"' for it, text in labels.items())
-            lines.append(f"contextuate_{name}{suffix}{f'{{{shown}}}' if shown else ''} {value}")
+            lines.append(f"contextuate_{name}{f'{{{shown}}}' if shown else ''} {value}")
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -4976,7 +4832,6 @@ class WebSocketServer:
     connection_limit: int
     queue_limit_bytes: int
     clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
-    closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
@@ -4990,7 +4845,6 @@ class WebSocketServer:
         before = client.queued
         waiting = client.reply_bytes if is_reply else before - client.reply_bytes
         if before and waiting + len(frames) > (REPLY_LIMIT_BYTES if is_reply else self.queue_limit_bytes):
-            self.closed_slow += 1
             log.info("a client reads too slowly; it was closed and can reconnect for the missed events")
             self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
             return
@@ -5726,15 +5580,16 @@ class Api:
     def _export(self, query: Query, _body: bytes) -> Response:
         lines = matching_lines(self._monitor.journal, self._search_query(query))
         form = query.get("format") or "ndjson"
-        if form not in EXPORT_FORMATS:
-            raise SearchError("format", " or ".join(EXPORT_FORMATS))
-        content_type, file_name = EXPORT_FORMATS[form]
-        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
-        table = call_table(lines) if form == "csv" else lines
+        if form not in ("ndjson", "html"):
+            raise SearchError("format", "ndjson or html")
+        content_type, name = "application/x-ndjson", "contextuate-events.ndjson"
         if form == "html":
+            content_type, name = "text/html; charset=utf-8", "contextuate-session.html"
             session = self.ask(lambda: self.status.session_json(query.get("session") or ""))
-            table = session_page(self._monitor.page_path, session, lines)
-        return Response(200, in_chunks(table), content_type, (disposition,))
+            lines = session_page(self._monitor.page_path, session, lines)
+        return Response(
+            200, in_chunks(lines), content_type, (("Content-Disposition", f'attachment; filename="{name}"'),)
+        )
 
     def _hooks(self, _query: Query, body: bytes) -> JsonObject:
         emit_event.parse_event_line(body)
@@ -5757,11 +5612,7 @@ class Api:
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
-        offset = query.get("utcOffset") or "0"
-        if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
-            raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        wanted = (start, end, query.get("session"), int(offset), query.zone())
-        figures = self._monitor.history.statistics(*wanted)
+        figures = self._monitor.history.statistics(start, end, query.get("session"), query.zone())
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
@@ -7775,10 +7626,7 @@ class Status:
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
-        server, link = self._monitor.clients, self._monitor.redis
-        queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.inbox.size if link else 0}
-        return metrics_text(self.to_json(), self._monitor.counts, states, queues)
+        return metrics_text(self.to_json(), states)
 
     def config(self) -> JsonObject:
         """Return the configuration in force, without secrets."""
@@ -7829,7 +7677,6 @@ class Monitor:
         self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_key, prices, own_name)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
         self.ingest = Ingest(settings, self.journal, self._take_own)
-        self.counts = EventCounts()
         self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool_dropped = 0  # events that the spool of this machine dropped because it was full
@@ -8149,7 +7996,6 @@ class Monitor:
             return
         changed: list[Session] = []
         for entry in stored:
-            self.counts.add(entry.event)
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
@@ -11100,7 +10946,7 @@ def command_search(args: argparse.Namespace) -> int:
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON, or tool calls as CSV, without a running monitor but for --state."""
+    """Write stored events as NDJSON, or a session as a page; --state and html need a running monitor."""
     settings = settings_of(args)
     store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
@@ -11115,8 +10961,11 @@ def command_export(args: argparse.Namespace) -> int:
     query = search_query(wanted, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
-    if args.format == "csv":
-        lines = call_table(lines)
+    if args.format == "html":
+        about = needed_monitor(settings)
+        place = "/api/sessions/" + urllib.parse.quote(wanted["session"] or "?", "")
+        page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
+        lines = session_page(page, ask_monitor(settings, about, place), lines)
     if not args.output:
         sys.stdout.buffer.writelines(in_chunks(lines))
         sys.stdout.buffer.flush()
@@ -11124,8 +10973,7 @@ def command_export(args: argparse.Namespace) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
         file.writelines(in_chunks(lines))
-    what = "tool calls of " if args.format == "csv" else ""
-    print(f"{what}{counter.count} events written to {args.output}")
+    print(f"{counter.count} events written to {args.output}")
     return 0
 
 
@@ -11274,7 +11122,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
         _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
     command_export: (
         _words("only events with these words, as in `search`"), *_FILTERS,
-        _option("--format", "csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
+        _option("--format", "html: a page with one --session", choices=("ndjson", "html"), default="ndjson"),
         _option("--output", "file to write to (default: standard output)", metavar="FILE")),
     command_import: (
         _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
