@@ -3285,7 +3285,7 @@ def event_row(event: JsonObject) -> JsonObject:
 # which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
 INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
@@ -3327,7 +3327,7 @@ _INDEX_SCHEMA = f"""
 PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN;
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
 INSERT INTO meta VALUES('indexed', 0), ('checkpoint', 0);
-CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
+CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB);
 CREATE TABLE names(id INTEGER PRIMARY KEY, name BLOB UNIQUE);
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, session INTEGER, machine INTEGER,
@@ -3544,16 +3544,6 @@ def time_zone(name: str) -> TimeZone:
         raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
 
-def zone_offset(time_ms: int, zone: TimeZone) -> int:
-    """Return how many minutes a zone's clock is east of UTC at a time."""
-    try:
-        utc = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.timezone.utc)
-        offset = utc.astimezone(zone).utcoffset() or datetime.timedelta()
-    except (OverflowError, ValueError, OSError):  # a year that no calendar has
-        return 0
-    return int(offset.total_seconds()) // 60
-
-
 class SearchError(Exception):
     """A search that cannot be carried out: the parameter and what was expected."""
 
@@ -3643,11 +3633,6 @@ class IndexFile:
             db.execute(f"PRAGMA {pragma}")
         return db
 
-    def close(self) -> None:
-        """Close the connection."""
-        with contextlib.suppress(sqlite3.Error):
-            self.db.close()
-
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
         return self._find_inodes() != self._inodes
@@ -3678,14 +3663,13 @@ class IndexFile:
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
         key = (day_id, session_file_name(session))
         names = map(self._name_id, (session, machine, project))
-        self.db.execute(
+        found = self.db.execute(
             "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent)",
+            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent) RETURNING id, day, session",
             (*key, *names, agent and self._name_id(agent)),
         )
-        found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
-        file: tuple[int, int, int] = found.fetchone()
-        return file
+        ((file_id, day_id, session_id),) = found
+        return file_id, day_id, session_id
 
     def add(self, entry: StoredEvent, day: str | None = None) -> None:
         """Collect what one event contributes; `day`: the folder of its file, where that is known."""
@@ -3759,10 +3743,8 @@ class IndexFile:
     def save(self, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
         """Write snapshots, and up to which seq they are complete, in one transaction."""
         with self.transaction():
-            self.db.executemany(
-                "INSERT OR REPLACE INTO snapshots VALUES(?, ?, ?)",
-                [(name_key(name), state, zlib.crc32(state)) for name, state in rows.items()],
-            )
+            snapshots = [(name_key(name), state) for name, state in rows.items()]
+            self.db.executemany("INSERT OR REPLACE INTO snapshots VALUES(?, ?)", snapshots)
             if checkpoint is not None:
                 self.db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
 
@@ -3900,29 +3882,48 @@ class Statistics:
     """Statistics for a time range, of all sessions or of one, counted in quarters of an hour."""
 
     def __init__(
-        self, db: sqlite3.Connection, journal: Journal, prices: PriceList, session_id: str | None
+        self,
+        db: sqlite3.Connection,
+        journal: Journal,
+        prices: PriceList,
+        session_id: str | None,
+        from_ms: int,
+        to_ms: int,
     ) -> None:
         self._db, self._journal, self._prices, self._session_id = db, journal, prices, session_id
         self._names = {number: key_name(key) for number, key in db.execute("SELECT id, name FROM names")}
         self._until = "quarter < :to" + (" AND session = :session" if session_id is not None else "")
         self._where = f"quarter >= :from AND {self._until}"
         session = next((number for number, name in self._names.items() if name == session_id), -1)
-        self._bounds = {"session": session}
+        self._bounds = {"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS), "session": session}
 
-    def to_json(self, from_ms: int, to_ms: int, zone: TimeZone) -> JsonObject:
+    def _select(self, query: str) -> list[Any]:
+        return self._db.execute(query, self._bounds).fetchall()
+
+    def to_json(self, zone: TimeZone) -> JsonObject:
         """Return the answer of /api/stats; days and hours are those of the zone."""
-        self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
-        first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
-        shown_from = max(self._bounds["from"], first or 0)
-        shown_to = max(shown_from, min(self._bounds["to"], (last or -1) + 1))
+        slowest = self._select(
+            f"""SELECT duration, outcome IN {FAILED}, event FROM calls WHERE key IN (
+                SELECT key FROM calls INDEXED BY calls_by_tool
+                WHERE {self._where} AND duration IS NOT NULL ORDER BY duration DESC LIMIT {EXTREMES})
+              ORDER BY duration DESC"""
+        )
+        failing = self._select(
+            f"""WITH failed AS (
+                SELECT target, count(*) AS failures, max(event) AS example
+                FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
+                GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
+              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
+              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC"""
+        )
         return {
-            "from": shown_from * QUARTER_MS,
-            "to": shown_to * QUARTER_MS,
+            **{name: self._bounds[name] * QUARTER_MS for name in ("from", "to")},
             "timeZone": zone and str(zone),
             "session": self._session_id,
             **self._groups(zone),
-            **self._tools(),
-            "failing": self._failing(),
+            "tools": sorted(self._tools(), key=lambda tool: (-tool["calls"], tool["toolName"])),
+            "slowest": list(self._examples(("durationMs", "failed"), slowest)),
+            "failing": list(self._examples(("failures", "calls"), failing)),
         }
 
     def _groups(self, zone: TimeZone) -> JsonObject:
@@ -3930,18 +3931,22 @@ class Statistics:
         names, table = self._names, self._table
 
         @functools.lru_cache(None)
-        def minutes(quarter: int) -> int:  # that the zone's clock shows then
-            return quarter * 15 + zone_offset(quarter * QUARTER_MS, zone)
+        def minutes(quarter: int) -> int:  # since 1970 by the zone's clock
+            try:
+                utc = datetime.datetime.fromtimestamp(quarter * QUARTER_MS / 1000, datetime.timezone.utc)
+                offset = utc.astimezone(zone).utcoffset() or datetime.timedelta()
+            except (OverflowError, ValueError, OSError):  # a year that no calendar has
+                return quarter * 15
+            return quarter * 15 + int(offset.total_seconds()) // 60
 
         self._db.create_function("hour_of", 1, lambda it: it - minutes(it) % 60 // 15, deterministic=True)
         self._cells = list(self._read_cells())
         self._exact = {cell.session for cell in self._cells if cell.model == _CLIENT_COST}
         agent = "ifnull(max(agent) OVER (PARTITION BY session), 0)"
         latest = f"SELECT session, machine, project, {agent} FROM files JOIN days ON days.id = day"
-        places = {row[0]: row for row in self._db.execute(f"{latest} ORDER BY days.name")}
+        places = {row[0]: row for row in self._select(f"{latest} ORDER BY days.name")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
-        spans += f"WHERE {self._where} GROUP BY session"
-        span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
+        span_of = {row[0]: row for row in self._select(f"{spans} WHERE {self._where} GROUP BY session")}
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
 
         def by_place(at: int, field: str) -> list[JsonObject]:
@@ -3949,8 +3954,7 @@ class Statistics:
             return sorted(rows, key=lambda row: (-row["events"], row[field]))
 
         def about_session(session: int) -> JsonObject:
-            _, machine, project, _ = places[session]
-            start, end = span_of.get(session, (None, 0))
+            (_, machine, project, _), (_, start, end) = places[session], span_of.get(session, (0, None, 0))
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
@@ -3958,8 +3962,8 @@ class Statistics:
             return None if cell.model == _CLIENT_COST else cell.model
 
         models = table(_TOKENS, model_of, lambda it: {"model": it})
-        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
-        sessions.sort(key=lambda row: row["end"])
+        sessions = table(every[1:], lambda cell: cell.session, about_session)
+        sessions.sort(key=lambda row: -row["end"])
         hours, days = (lambda cell: minutes(cell.hour) // 60 % 24), (lambda cell: minutes(cell.hour) // 1440)
         return {
             "totals": table(every, lambda _: 0, lambda _: {}, keys=(0,))[0],
@@ -3970,7 +3974,7 @@ class Statistics:
             "days": table(every, days, lambda it: {"day": day_of(it * _DAY_MS)}),
             "hours": table(of_hour, hours, lambda it: {"hour": it}, range(24)),
             "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
-            "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
+            "sessions": sessions[:COMPARED_SESSIONS],
         }
 
     def _table(
@@ -3978,7 +3982,7 @@ class Statistics:
         fields: Iterable[str],
         key_of: Callable[[Cell], Any],
         about: Callable[[Any], JsonObject],
-        keys: Iterable[Any] = (),
+        keys: Iterable[int] = (),
     ) -> list[JsonObject]:
         """Return a row of `about(key)` and `fields` for each key of the cells but None, and for `keys`."""
         groups: dict[Any, list[Cell]] = {key: [] for key in keys}
@@ -4011,23 +4015,21 @@ class Statistics:
 
     def _read_cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
-        for session, hour, *counts in self._db.execute(
+        for session, hour, *counts in self._select(
             f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
                 UNION ALL
                 SELECT session, quarter, 0, 0, count(*), sum(outcome IN {FAILED})
                 FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
-              GROUP BY 1, 2""",
-            self._bounds,
+              GROUP BY 1, 2"""
         ):
             yield Cell(session, hour, tuple(counts))
         known: dict[tuple[int, int], Tokens] = collections.defaultdict(Tokens)
         totals = ", ".join(f"max({name})" for name in _COUNTS)
-        for session, model, quarter, hour, *used in self._db.execute(
+        for session, model, quarter, hour, *used in self._select(
             f"SELECT session, model, quarter, hour_of(quarter), {totals} FROM usage JOIN files "
-            f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
-            self._bounds,
+            f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3"
         ):
             # Events carry totals: each counts by its increase.
             before = known[session, model]
@@ -4036,61 +4038,35 @@ class Statistics:
                 increase = Tokens(*map(operator.sub, after, before))
                 yield Cell(session, hour, model=self._names[model], tokens=increase)
 
-    def _tools(self) -> JsonObject:
+    def _tools(self) -> Iterator[JsonObject]:
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
-        timed = f"{chosen} AND duration IS NOT NULL"
-        tools: list[JsonObject] = []
-        sums = ", ".join(_TOOL_FIGURES.values())
-        for tool, *counts in self._db.execute(f"SELECT tool, {sums} {chosen} GROUP BY tool", self._bounds):
+        for tool, *counts in self._select(
+            f"SELECT tool, {', '.join(_TOOL_FIGURES.values())} {chosen} GROUP BY tool"
+        ):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
+            durations = (
+                f"SELECT duration {chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
+            )
             for percent in (50, 95):  # the nearest rank
                 rank = -(-figures["timed"] * percent // 100) - 1
-                one = f"SELECT duration {timed} AND tool = {tool} ORDER BY duration LIMIT 1 OFFSET {rank}"
-                row = self._db.execute(one, self._bounds).fetchone()
-                figures[f"p{percent}Ms"] = row and row[0]
-            tools.append(figures)
-        slowest = self._db.execute(
-            "SELECT duration, outcome, event FROM calls WHERE key IN "
-            f"(SELECT key {timed} ORDER BY duration DESC LIMIT {EXTREMES}) ORDER BY duration DESC",
-            self._bounds,
-        ).fetchall()
-        return {
-            "tools": sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"])),
-            "slowest": [
-                {"durationMs": duration, "failed": outcome in FAILED, **example}
-                for duration, outcome, seq in slowest
-                for example, _ in self._examples(seq)
-            ],
-        }
+                found = self._select(f"{durations} LIMIT 1 OFFSET {rank}")
+                figures[f"p{percent}Ms"] = found[0][0] if found else None
+            yield figures
 
-    def _failing(self) -> list[JsonObject]:
-        rows = self._db.execute(
-            f"""WITH failed AS (
-                SELECT target, count(*) AS failures, max(event) AS example
-                FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
-                GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
-              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
-              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC""",
-            self._bounds,
-        ).fetchall()
-        return [
-            {"failures": failures, "calls": calls, "lastError": error, **example}
-            for failures, calls, seq in rows
-            for example, error in self._examples(seq)
-        ]
-
-    def _examples(self, seq: int) -> Iterator[tuple[JsonObject, str]]:
-        """Yield the row of the call that an event ended, and its error, if its line is still stored."""
-        places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
-        for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
-            data = event["data"]
-            example = {
-                "toolName": text_of(data.get("toolName")) or "?",
-                "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
-                **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
-                "eventId": event["id"],
-            }
-            yield example, one_line(without_colours(text_of(data.get("error"))), 300)
+    def _examples(self, names: Iterable[str], rows: Iterable[Sequence[int]]) -> Iterator[JsonObject]:
+        """Yield rows, whose last number is the seq of an event, with its call, if it is still stored."""
+        for *values, seq in rows:
+            places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = {seq}")
+            for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
+                data = event["data"]
+                yield {
+                    **dict(zip(names, values)),
+                    "lastError": one_line(without_colours(text_of(data.get("error"))), 300),
+                    "toolName": text_of(data.get("toolName")) or "?",
+                    "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
+                    **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
+                    "eventId": event["id"],
+                }
 
 
 class NoStatistics(Exception):
@@ -4114,12 +4090,11 @@ class History:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
         elif isinstance(journal, MemoryJournal):
             self._error = "events are kept in memory only"
-        self._is_used = self._full_text = not self._error
+        self._is_used = not self._error
         self._state = "building" if self._is_used else "off"
         self._counting = threading.Lock()
         self._jobs: collections.deque[Callable[[IndexFile], None]] = collections.deque()  # on the file
         self._written = self._indexed = 0  # seq
-        self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
@@ -4159,11 +4134,9 @@ class History:
         try:
             with reading_index(self._path, 60.0) as db:
                 checkpoint = read_meta(db, "checkpoint")
-                rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
-            if any(zlib.crc32(state) != crc for _, state, crc in rows):
-                raise sqlite3.DatabaseError("a snapshot is damaged")
+                rows = db.execute("SELECT session, state FROM snapshots").fetchall()
             names = {session_file_name(""), *(file.name for file in self._journal.files())}
-            found = [(key_name(key), state) for key, state, _ in rows if checkpoint]
+            found = [(key_name(key), state) for key, state in rows if checkpoint]
         except Exception as error:  # the journal has everything
             log.warning("snapshots of sessions cannot be read, so all events are read again: %s", error)
             return 0, []
@@ -4191,28 +4164,26 @@ class History:
         """Return the index's state, progress and size."""
         return {
             "state": self._state,
-            "done": self._done,
-            "total": self._done if self._state == "ready" else max(self._done, self._total),
+            "done": self._indexed,
+            "total": self._written,
             "lagEvents": max(0, self._written - self._indexed),
             "bytes": index_bytes(self._path),
-            "fullText": self._full_text,
             "error": self._error or None,
         }
 
     def search(self, query: SearchQuery) -> JsonObject:
         """Return a page of results, newest arrival first; raise SearchError."""
         page: JsonObject | None = None
-        if self._full_text:
-            before = self._state
-            try:
+        before = self._state
+        try:
+            if self._is_used:
                 with reading_index(self._path, SEARCH_BUDGET_S * 2) as db:
                     page = search_page(query, indexed_lines(db, self._journal, query))
                 page["complete"] = page["complete"] and before == self._state == "ready"
-            except sqlite3.Error as error:
-                if "interrupt" in str(error):
-                    wanted = "longer words: too many words begin like this"
-                    raise SearchError("q", wanted) from None
-                self._read_failed(error)
+        except sqlite3.Error as error:  # also where SQLite has no full-text search
+            if "interrupt" in str(error):
+                raise SearchError("q", "longer words: too many words begin like this") from None
+            self._read_failed(error)
         if page is None:
             lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
             page = search_page(query, lines)
@@ -4231,7 +4202,7 @@ class History:
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
         wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
-        while self._state == "building" or (self._state == "ready" and self._indexed < wanted):
+        while self._state != "off" and (self._state != "ready" or self._indexed < wanted):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
@@ -4240,8 +4211,8 @@ class History:
             raise NoStatistics(f"statistics need the index: {status['error']}")
         try:
             with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
-                counted = Statistics(db, self._journal, self._prices, session_id)
-                return {**counted.to_json(from_ms, to_ms, zone), "index": status}
+                counted = Statistics(db, self._journal, self._prices, session_id, from_ms, to_ms)
+                return {**counted.to_json(zone), "index": status}
         except sqlite3.Error as error:
             self._read_failed(error)
             raise NoStatistics(f"the index cannot be read now: {error}") from None
@@ -4264,10 +4235,11 @@ class History:
         while not self._stopping.wait(pause_s):
             pause_s = 0.0
             try:
-                with contextlib.closing(IndexFile(self._path)) as file:
+                file = IndexFile(self._path)
+                with contextlib.closing(file.db):
                     self._state = "building"  # from here on snapshots are queued, for this generation or none
                     self.generation += file.is_new or was_open
-                    self._full_text, self._indexed = file.full_text, file.indexed
+                    self._indexed = file.indexed
                     self._fill(file)
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
@@ -4305,7 +4277,7 @@ class History:
                     self._indexed = until
                 continue
             if self._state != "ready":
-                log.info("the index is complete: %d bytes of events", self._done)
+                log.info("the index is complete: events up to %d", until)
             self._state, self._error = "ready", ""
             if self._wake.wait(INDEX_CHECK_S):
                 self._stopping.wait(INDEX_GATHER_S)
@@ -4313,16 +4285,11 @@ class History:
     def _compare(self, file: IndexFile) -> None:
         """Delete rows of files that were removed, and read files that were added by hand."""
         on_disk = {(it.day, it.name): it for it in self._journal.files()}
-        known_files = "SELECT files.id, days.name, files.name, bytes FROM files JOIN days ON days.id = day"
+        rows = "SELECT days.name, files.name, files.id, bytes FROM files JOIN days ON days.id = day"
+        known = {(day, name): row for day, name, *row in file.db.execute(rows)}
         # A file shorter than its indexed size was replaced.
-        gone = [
-            str(file_id)
-            for file_id, *key, size in file.db.execute(known_files)
-            if tuple(key) not in on_disk or on_disk[tuple(key)].size < size
-        ]
-        file.forget_files(f"id IN ({','.join(gone)})")
-        known = {(day, name): size for _, day, name, size in file.db.execute(known_files)}
-        self._total, self._done = sum(it.size for it in on_disk.values()), sum(known.values())
+        gone = [key for key, (_, size) in known.items() if key not in on_disk or on_disk[key].size < size]
+        file.forget_files(f"id IN ({','.join(str(known.pop(key)[0]) for key in gone)})")
         for day, name in sorted(on_disk.keys() - known.keys()):
             lines = on_disk[day, name].lines(0, file.indexed + 1, False, 64 << 10)
             self._batch(file, readable(line for _, line in lines if line), day)
@@ -4350,7 +4317,6 @@ class History:
                         break
             file.flush(seq)
         self._indexed = file.indexed
-        self._done += size
         return more
 
 
@@ -5047,10 +5013,9 @@ def refusal(error: RequestError) -> bytes:
 SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given up
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
+STREAM_PAGE_EVENTS = 100
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
-BATCH_LINES = 200  # passed to the loop together, or fewer after a line of
-LONG_LINE_BYTES = 64 << 10
+BATCH_LINES = 200  # passed to the loop together
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
@@ -5123,7 +5088,6 @@ class RedisLink(threading.Thread):
         self._closing = False
         self._client: Any = None  # while connected
         self._last_alive = 0.0  # last reply of Redis or the loop (time.monotonic), whose delay is no silence
-        self._page_events = STREAM_PAGE_EVENTS
         loop.call_every(1.0, self._check)
         self.start()
 
@@ -5170,7 +5134,6 @@ class RedisLink(threading.Thread):
                 failures = 0
                 continue
             failures += 1
-            self._page_events = max(1, self._page_events // 4)  # a page may be too large for the deadline
             delay_s = None if failures == limit else emit_event.backoff_s(failures)
             later = f"next in {delay_s:.1f} s" if delay_s else "given up: SIGHUP or Reconnect tries again"
             log.warning("Redis: attempt %d: %s; %s", failures, reason, later)
@@ -5198,7 +5161,7 @@ class RedisLink(threading.Thread):
             return client, pubsub, pubsub.get_message(timeout=CONNECT_DEADLINE_S)
 
         client, self._pubsub, confirmation = emit_event.within(CONNECT_DEADLINE_S, connect)
-        self._by_channel, self._by_stream = SeenIds(), SeenIds()
+        self._seen = SeenIds()
         self._last_alive, self._client = time.monotonic(), client
         self._receive(confirmation)
 
@@ -5209,8 +5172,7 @@ class RedisLink(threading.Thread):
             if can_read:
                 # Not before: get_message with a short timeout would stop in the middle of a message.
                 self._receive(self._pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S))
-            is_long = bool(self._batch) and len(self._batch[-1].line) > LONG_LINE_BYTES
-            if not can_read or len(self._batch) >= BATCH_LINES or is_long:
+            if not can_read or len(self._batch) >= BATCH_LINES:
                 self._hand_over()
             if time.monotonic() >= next_ping:
                 next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
@@ -5227,8 +5189,8 @@ class RedisLink(threading.Thread):
             self._read_stream(may_have_gap=True)
         elif message and kind == "message":
             key = event_key(message["data"])
-            if key not in self._by_stream:
-                self._by_channel.add(key)
+            if key not in self._seen:
+                self._seen.add(key)
                 self._batch.append(RemoteLine(message["data"], None))
 
     def _is_silent(self) -> bool:
@@ -5247,24 +5209,24 @@ class RedisLink(threading.Thread):
         stream, reason = self._stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
-                self._check_position(stream)
-            while stream and not self._at_once.is_set():
-                count = self._page_events
+                oldest = self._client.xrange(stream, "-", "+", 1)
+                if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
+                    words = "events may be missing; a larger redis.streamMaxLength keeps more"
+                    log.warning("Redis: the stream was trimmed beyond %s: %s", self._position, words)
+                    self._set(gaps=self.state["gaps"] + 1)
+            page: list[Any] = [()] * STREAM_PAGE_EVENTS
+            while stream and len(page) == STREAM_PAGE_EVENTS and not self._at_once.is_set():
                 time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
-                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
-                self._page_events = min(STREAM_PAGE_EVENTS, count * 2)
+                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", STREAM_PAGE_EVENTS)
                 self._last_alive = time.monotonic()
                 batch = []
                 for raw_id, fields in page:
                     line = fields.get(b"event", b"")
-                    key = event_key(line)
-                    if line and key not in self._by_channel:
-                        self._by_stream.add(key)
+                    if line and (key := event_key(line)) not in self._seen:
+                        self._seen.add(key)
                         batch.append(RemoteLine(line, raw_id.decode("ascii")))
                 if page:
                     self._store_page(batch, page[-1][0].decode("ascii"))
-                if len(page) < count:
-                    break
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
@@ -5273,18 +5235,6 @@ class RedisLink(threading.Thread):
             trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
             log.warning("Redis: the stream %s", trouble if reason else "can be read again")
             self._set(streamReason=reason)
-
-    def _check_position(self, stream: str) -> None:
-        newest = self._client.xrevrange(stream, "+", "-", 1)
-        oldest = self._client.xrange(stream, "-", "+", 1)
-        here = position_key(self._position)
-        if newest and position_key(newest[0][0].decode("ascii")) < here:
-            log.warning("Redis: the stream was replaced by a new one; it is read from its start")
-            self._position = STREAM_START
-        elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
-            words = "the stream was trimmed beyond %s: events may be missing; a larger redis.streamMaxLength"
-            log.warning(f"Redis: {words} keeps more", self._position)
-            self._set(gaps=self.state["gaps"] + 1)
 
     def _hand_over(self) -> None:
         """Pass what the channel delivered to the loop; wait while too much is not stored there."""
@@ -8176,7 +8126,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         "store": f"{store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}{kept}",
         "index": {
             "ready": f"{human_size(index['bytes'])}, {index['lagEvents']} events behind",
-            "building": f"being built: {human_size(index['done'])} of {human_size(index['total'])} are read",
+            "building": f"being built: {index['done']} of {index['total']} events are read",
         }.get(index["state"], f"off: {index['error']}"),
         "spool": f"{human_size(spool['bytes'])} waiting",
         "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines repaired",

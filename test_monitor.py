@@ -14616,20 +14616,13 @@ INDEX_DAMAGE = {
     "another file in its place": "yes no database | head -c 80000 >other; mv other index.db",
 }
 # Damage while the index is not open. A closed index has no log and no map.
-SNAPSHOT_DAMAGE = {
-    **INDEX_DAMAGE,
-    "a directory in its place": "rm index.db; mkdir index.db",
-    "a snapshot changed": ":",
-}
+SNAPSHOT_DAMAGE = {**INDEX_DAMAGE, "a directory in its place": "rm index.db; mkdir index.db"}
 SNAPSHOTS = {"": b"machines", "s1": b"\x00\xff" * 3000, "s\ud8001": b""}
 
 
 def damage_index(case: IndexCase, damage: str) -> None:
     shell = ["/bin/sh", "-c", SNAPSHOT_DAMAGE[damage]]
     subprocess.run(shell, cwd=case.home, check=True, stderr=subprocess.DEVNULL)
-    if damage == "a snapshot changed":  # and not its checksum
-        with contextlib.closing(sqlite3.connect(case.path)) as db, db:
-            db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
 
 
 @pytest.fixture
@@ -15042,8 +15035,6 @@ def test_days_and_hours_are_those_of_the_zone_across_a_clock_change(indexed: Ind
     assert [row["time"] for row in figures["timeline"]] == begun
     quarter = indexed.history.statistics(0, 1 << 53, None, cm.time_zone("Asia/Kathmandu"))  # +5:45
     assert quarter["timeline"][0]["time"] == begun[0] + 15 * 60_000
-    for time_ms in (0, 1, 1 << 53, -(1 << 60)):
-        assert abs(cm.zone_offset(time_ms, cm.time_zone(zone))) <= 840, "also where no calendar has the time"
 
 
 def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: IndexCase) -> None:
