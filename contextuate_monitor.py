@@ -3275,23 +3275,19 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread reads the journal and
-# fills the file, at most a tenth of the time while events arrive. Readers have connections of their own, so
-# they never block writes.
-# A search reads events that are not indexed yet from the journal.
-#
-# The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
-# (rowid = seq), whose lines in the journal are then checked. The file also stores the snapshots of sessions,
-# which are opaque bytes here.
+# One thread reads the journal and fills the file, at most a tenth of the time while events arrive. Readers
+# have connections of their own, so they never block writes; what is not indexed yet they read in the journal.
+# The file contains no text. Each day has a table of words (rowid = seq), dropped with its day; the lines that
+# it finds are then checked. Snapshots of sessions are opaque bytes here.
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 6
 INDEX_BATCH_S = 0.5  # in one transaction
-INDEX_SLICE_EVENTS = 50  # after so many, or
-INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
+INDEX_SLICE_BYTES = (
+    64 << 10
+)  # of lines, after which rows are written; while events arrive the thread then pauses
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
 INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
-INDEX_WAIT_S = 2.0  # statistics wait this long for the events that were stored before
 INDEX_CHECK_S = 5.0  # between two checks that the file still exists
 INDEX_WAITS = "full|readonly|unable to open|locked"  # errors of SQLite after which the file is kept
 INDEX_RETRY_S = 10.0
@@ -3310,8 +3306,7 @@ COMPARED_SESSIONS = 200
 # Tokens as emit_event counts them: all, and those of long prompts.
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
-_TOKENS = ("tokenUsage", "estimatedCostUsd")
-_COSTS = ("costUsd", "estimatedPartUsd")
+_USED = ("tokenUsage", "estimatedCostUsd", "costUsd", "estimatedPartUsd")
 _CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
@@ -3362,12 +3357,12 @@ _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
-# Names in data that are not searched, or are the same in every event of a session.
-_NOT_SEARCHED = {
-    *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
-    *("usage", "truncated", "effort", "type", "signature", "messageId"),
-    "tool_calls",  # of a PostToolBatch: they have events of their own
-}
+# Names in data that are not searched, or are the same in every event of a session; the `tool_calls` of a
+# PostToolBatch have events of their own.
+_NOT_SEARCHED = frozenset(
+    "toolUseId tool_use_id transcriptPath agent_transcript_path permissionMode prompt_id usage truncated "
+    "effort type signature messageId tool_calls".split()
+)
 
 
 def fold(text: str) -> str:
@@ -3591,19 +3586,21 @@ class IndexFile:
           first = min(first, excluded.first), last = max(last, excluded.last)"""
     _ADD_CALL = """
         INSERT INTO calls VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(key) DO UPDATE SET
-          file = CASE WHEN excluded.outcome > outcome THEN excluded.file ELSE file END,
+          file = iif(excluded.outcome > outcome, excluded.file, file),
           quarter = min(quarter, excluded.quarter),
-          finish = CASE WHEN excluded.outcome > outcome THEN excluded.finish ELSE finish END,
-          duration = CASE WHEN excluded.outcome > outcome
-            THEN ifnull(excluded.duration, max(0, excluded.finish - begun))
-            ELSE ifnull(duration, max(0, finish - ifnull(begun, excluded.begun))) END,
+          finish = iif(excluded.outcome > outcome, excluded.finish, finish),
+          duration = iif(excluded.outcome > outcome,
+            ifnull(excluded.duration, max(0, excluded.finish - begun)),
+            ifnull(duration, max(0, finish - ifnull(begun, excluded.begun)))),
           begun = ifnull(begun, excluded.begun),
-          event = CASE WHEN excluded.outcome > outcome THEN excluded.event ELSE event END,
+          event = iif(excluded.outcome > outcome, excluded.event, event),
           outcome = max(outcome, excluded.outcome)"""
     _ADD_USAGE = (
         f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT DO UPDATE SET "
         + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
     )
+
+    _FULL_TEXT = ("ENABLE_FTS5",)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3614,14 +3611,14 @@ class IndexFile:
             remove_index(path)
             self.db = self._connect()
             self.db.executescript(_INDEX_SCHEMA)
-        self.full_text = has_full_text(self.db)
-        self.indexed = read_meta(self.db, "indexed")
+        self.full_text = self._FULL_TEXT in self.db.execute("PRAGMA compile_options").fetchall()
+        (self.indexed,) = self.db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
         self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
         self._unnamed = UnnamedCalls()
-        self._inodes = self._find_inodes()
+        self._inodes = [about.st_ino for about in index_files(path).values()]
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3635,10 +3632,7 @@ class IndexFile:
 
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
-        return self._find_inodes() != self._inodes
-
-    def _find_inodes(self) -> list[int]:
-        return [about.st_ino for about in index_files(self.path).values()]
+        return self._inodes != [about.st_ino for about in index_files(self.path).values()]
 
     def transaction(self) -> sqlite3.Connection:
         """Begin a transaction, for `with`: all of it is committed, or nothing."""
@@ -3697,7 +3691,7 @@ class IndexFile:
             return
         if self.full_text:
             marks = zip("smkkt", (*about[:2], kind, event["hookType"], event["data"].get("toolName")))
-            marked = (f"{_MARK}{letter}{self._name_id(it)}" for letter, it in marks if isinstance(it, str))
+            marked = (f"{_MARK}{letter}{stable_hash(it)}" for letter, it in marks if isinstance(it, str))
             text = fold("\n".join(text for _, text in event_texts(event["data"]))).replace(_MARK, " ")
             row = (seq, "\n".join((text, *marked)))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(row)
@@ -3740,14 +3734,6 @@ class IndexFile:
         self.forget_files("name = ?", session_file_name(session_id))
         self.db.execute("DELETE FROM snapshots WHERE session = ?", (name_key(session_id),))
 
-    def save(self, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
-        """Write snapshots, and up to which seq they are complete, in one transaction."""
-        with self.transaction():
-            snapshots = [(name_key(name), state) for name, state in rows.items()]
-            self.db.executemany("INSERT OR REPLACE INTO snapshots VALUES(?, ?)", snapshots)
-            if checkpoint is not None:
-                self.db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
-
 
 def name_key(name: str) -> bytes:
     """Return a name as the index stores it; it may contain lone surrogates."""
@@ -3759,16 +3745,6 @@ def key_name(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
 
 
-def read_meta(db: sqlite3.Connection, name: str) -> int:
-    """Return a number that the index keeps about itself: `indexed` or `checkpoint`."""
-    return int(db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
-
-
-def has_full_text(db: sqlite3.Connection) -> bool:
-    """True if this SQLite was built with FTS5."""
-    return ("ENABLE_FTS5",) in db.execute("PRAGMA compile_options").fetchall()
-
-
 def index_files(path: str) -> dict[str, os.stat_result]:
     """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
@@ -3776,11 +3752,6 @@ def index_files(path: str) -> dict[str, os.stat_result]:
         with contextlib.suppress(FileNotFoundError):
             found[path + suffix] = os.stat(path + suffix)
     return found
-
-
-def index_bytes(path: str) -> int:
-    """Return the size of the index on disk."""
-    return sum(about.st_size for about in index_files(path).values())
 
 
 def remove_index(path: str) -> None:
@@ -3819,10 +3790,10 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
-    indexed = read_meta(db, "indexed")
+    (indexed,) = db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
     if indexed < min(journal.seq, (query.before or 1 << 62) - 1):
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
-    match = match_expression(db, query)
+    match = match_expression(query)
     limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
     bounded = "seq < :before AND timestamp >= :from AND timestamp < :to"
 
@@ -3832,7 +3803,7 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
         chosen = f"{words} MATCH :match AND {words}.rowid < :before AND {bounded}"
         return db.execute(f"SELECT {_PLACE} FROM {tables} WHERE {chosen} ORDER BY {words}.rowid DESC", limits)
 
-    places: Iterable[tuple[int, str, str]] = ()
+    places: Iterable[tuple[int, str, str]]
     if match:
         days = db.execute(
             "SELECT day FROM files JOIN days ON days.id = day GROUP BY day HAVING min(first_seq) < :before "
@@ -3842,29 +3813,25 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
         of_days = (of_day(day_id) for (day_id,) in days)
         in_order = journal.in_order
         places = itertools.chain.from_iterable(of_days) if in_order else heapq.merge(*of_days, reverse=True)
-    elif match is not None:
+    else:
         chosen = f"FROM events {_IN_FILES} WHERE {bounded} ORDER BY seq DESC"
         places = db.execute(f"SELECT {_PLACE} {chosen}", limits)
     yield from filter(None, itertools.starmap(journal.line, places))
 
 
-def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
-    """Return the query in FTS5's language; "" for anything, None when nothing can match."""
+def match_expression(query: SearchQuery) -> str:
+    """Return the query in FTS5's language; "" for anything."""
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
-    marked = [("m", query.machine), ("t", query.tool), ("k", query.kind)]
-    wanted = [(letter, [name_key(name)]) for letter, name in marked if name is not None]
+    named = {"m": query.machine, "t": query.tool, "k": query.kind}
+    wanted: dict[str, Iterable[str]] = {letter: (name,) for letter, name in named.items() if name is not None}
     if query.session_ids is not None and len(query.session_ids) <= SESSIONS_MATCHED:
-        wanted.append(("s", [*map(name_key, query.session_ids)]))
-    for letter, keys in wanted:
-        rows = db.execute(f"SELECT id FROM names WHERE name IN ({','.join('?' * len(keys))})", keys)
-        marks = [f'"{_MARK}{letter}{number}"' for (number,) in rows]
-        if not marks:
-            return None
-        parts.append("(" + " OR ".join(marks) + ")")
+        wanted["s"] = query.session_ids or (_MARK,)  # a name that no session has
+    for letter, names in wanted.items():
+        parts.append("(" + " OR ".join(f'"{_MARK}{letter}{stable_hash(name)}"' for name in names) + ")")
     return " AND ".join(parts)
 
 
@@ -3882,26 +3849,21 @@ class Statistics:
     """Statistics for a time range, of all sessions or of one, counted in quarters of an hour."""
 
     def __init__(
-        self,
-        db: sqlite3.Connection,
-        journal: Journal,
-        prices: PriceList,
-        session_id: str | None,
-        from_ms: int,
-        to_ms: int,
+        self, db: sqlite3.Connection, journal: Journal, prices: PriceList, session_id: str | None
     ) -> None:
         self._db, self._journal, self._prices, self._session_id = db, journal, prices, session_id
         self._names = {number: key_name(key) for number, key in db.execute("SELECT id, name FROM names")}
         self._until = "quarter < :to" + (" AND session = :session" if session_id is not None else "")
         self._where = f"quarter >= :from AND {self._until}"
         session = next((number for number, name in self._names.items() if name == session_id), -1)
-        self._bounds = {"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS), "session": session}
+        self._bounds = {"session": session}
 
     def _select(self, query: str) -> list[Any]:
         return self._db.execute(query, self._bounds).fetchall()
 
-    def to_json(self, zone: TimeZone) -> JsonObject:
+    def to_json(self, from_ms: int, to_ms: int, zone: TimeZone) -> JsonObject:
         """Return the answer of /api/stats; days and hours are those of the zone."""
+        self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         slowest = self._select(
             f"""SELECT duration, outcome IN {FAILED}, event FROM calls WHERE key IN (
                 SELECT key FROM calls INDEXED BY calls_by_tool
@@ -3947,7 +3909,7 @@ class Statistics:
         places = {row[0]: row for row in self._select(f"{latest} ORDER BY days.name")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
         span_of = {row[0]: row for row in self._select(f"{spans} WHERE {self._where} GROUP BY session")}
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
+        every, of_hour = ("sessions", *_COUNTED, *_USED), ("events", "toolCalls", "failures")
 
         def by_place(at: int, field: str) -> list[JsonObject]:
             rows = table(every, lambda cell: places[cell.session][at], lambda it: {field: names.get(it, "")})
@@ -3958,10 +3920,8 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        def model_of(cell: Cell) -> str | None:
-            return None if cell.model == _CLIENT_COST else cell.model
-
-        models = table(_TOKENS, model_of, lambda it: {"model": it})
+        models = table(_USED[:2], lambda cell: cell.model, lambda it: {"model": it})
+        models = [row for row in models if row["model"] != _CLIENT_COST]
         sessions = table(every[1:], lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: -row["end"])
         hours, days = (lambda cell: minutes(cell.hour) // 60 % 24), (lambda cell: minutes(cell.hour) // 1440)
@@ -4069,10 +4029,6 @@ class Statistics:
                 }
 
 
-class NoStatistics(Exception):
-    """Statistics are not available now; the message gives the reason."""
-
-
 class History:
     """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
@@ -4133,14 +4089,14 @@ class History:
             return 0, []
         try:
             with reading_index(self._path, 60.0) as db:
-                checkpoint = read_meta(db, "checkpoint")
+                (checkpoint,) = db.execute("SELECT value FROM meta WHERE name = 'checkpoint'").fetchone()
                 rows = db.execute("SELECT session, state FROM snapshots").fetchall()
             names = {session_file_name(""), *(file.name for file in self._journal.files())}
-            found = [(key_name(key), state) for key, state in rows if checkpoint]
+            found = [(key_name(key), state) for key, state in rows]
         except Exception as error:  # the journal has everything
             log.warning("snapshots of sessions cannot be read, so all events are read again: %s", error)
             return 0, []
-        return checkpoint, [row for row in found if session_file_name(row[0]) in names]
+        return checkpoint, [row for row in found if checkpoint and session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
         """Queue snapshots for the file of `generation`; return whether the queue is long.
@@ -4150,7 +4106,11 @@ class History:
 
         def save(file: IndexFile) -> None:
             if generation == self.generation:
-                file.save(rows, checkpoint)
+                with file.transaction() as db:
+                    snapshots = [(name_key(name), state) for name, state in rows.items()]
+                    db.executemany("INSERT OR REPLACE INTO snapshots VALUES(?, ?)", snapshots)
+                    if checkpoint is not None:
+                        db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
 
         self._queue(save)
         return len(self._jobs) > SNAPSHOTS_WAITING
@@ -4167,7 +4127,7 @@ class History:
             "done": self._indexed,
             "total": self._written,
             "lagEvents": max(0, self._written - self._indexed),
-            "bytes": index_bytes(self._path),
+            "bytes": sum(about.st_size for about in index_files(self._path).values()),
             "error": self._error or None,
         }
 
@@ -4200,22 +4160,22 @@ class History:
     def statistics(
         self, from_ms: int, to_ms: int, session_id: str | None = None, zone: TimeZone = None
     ) -> JsonObject:
-        """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
-        wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
+        """Return the statistics for a time range; raise RequestError(503) without an index."""
+        wanted, deadline = self._written, time.monotonic() + 2.0  # for what was stored before
         while self._state != "off" and (self._state != "ready" or self._indexed < wanted):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         status = self.status()
         if status["state"] == "off":
-            raise NoStatistics(f"statistics need the index: {status['error']}")
+            raise RequestError(503, f"statistics need the index: {status['error']}")
         try:
             with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
-                counted = Statistics(db, self._journal, self._prices, session_id, from_ms, to_ms)
-                return {**counted.to_json(zone), "index": status}
+                counted = Statistics(db, self._journal, self._prices, session_id)
+                return {**counted.to_json(from_ms, to_ms, zone), "index": status}
         except sqlite3.Error as error:
             self._read_failed(error)
-            raise NoStatistics(f"the index cannot be read now: {error}") from None
+            raise RequestError(503, f"the index cannot be read now: {error}") from None
 
     def _read_failed(self, error: sqlite3.Error) -> None:
         if not isinstance(error, sqlite3.OperationalError):  # it is damaged; the thread notices a missing one
@@ -4251,9 +4211,7 @@ class History:
                 else:
                     if words != self._error:
                         trace = not isinstance(error, (sqlite3.Error, OSError))
-                        log.warning(
-                            "the index is not written, searches read files: %s", words, exc_info=trace
-                        )
+                        log.warning("the index cannot be written: %s", words, exc_info=trace)
                     self._state, self._error, pause_s = "off", words, INDEX_RETRY_S
             was_open = True
             self._jobs.clear()
@@ -4300,15 +4258,15 @@ class History:
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
         """Write events in one transaction, all of them for a `day`; return whether there may be more."""
-        count, size, flushed, seq, more = 0, 0, 0, 0, False
+        size, seq, more = 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
             for entry in entries:
                 file.add(entry, day)
-                count, size, seq = count + 1, size + len(entry.line) + 1, entry.seq
-                if count % INDEX_SLICE_EVENTS == 0 or size - flushed > INDEX_SLICE_BYTES:
+                size, seq = size + len(entry.line), entry.seq
+                if size > INDEX_SLICE_BYTES:
                     file.flush(seq)
-                    flushed, now = size, time.monotonic()
+                    size, now = 0, time.monotonic()
                     if now - self._last_live < LIVE_S:
                         self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
                     slice_began = time.monotonic()
@@ -4327,20 +4285,13 @@ class History:
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_LINES = 100
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
 def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that match a query, in order of arrival."""
-    only = query.only_session
-    is_one_of_many = query.session_ids is not None and only is None
-    is_filtered = query.terms or query.machine or query.tool or query.kind or is_one_of_many
-    for line in journal.lines(only):
-        match = _TIMESTAMP.match(line)
-        if match and not query.from_ms <= int(match[1]) < query.to_ms:
-            continue
+    for line in journal.lines(query.only_session):
         with contextlib.suppress(MalformedEvent):
-            if (match and not is_filtered) or query.takes(parse_stored(line)):
+            if query.takes(parse_stored(line)):
                 yield line
 
 
@@ -4362,15 +4313,11 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 RETENTION_INTERVAL_S = 300.0
 CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
-CLOCK_STEPS_LIMIT = 1000
 
 
-class ClockStep(NamedTuple):
-    """The clock was set; events with numbers up to `seq` arrived before."""
-
-    seq: int
-    before_ms: int
-    after_ms: int
+ClockStep = tuple[
+    int, int, int
+]  # the clock was set: (last seq before it, ms that it showed before, and after)
 
 
 def boot_id() -> str:
@@ -4389,8 +4336,8 @@ class ClockMemory:
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
         known = read_state(path)
         with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
-            steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
-            ahead_ms = int(known["ahead"])
+            steps = [(int(seq), int(before), int(after)) for seq, before, after in known["steps"]]
+            time_ms, ahead_ms = int(known["time"]), int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
                 # Only the clock shows how long the machine was off, unless it went back or was not set.
                 is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
@@ -4405,9 +4352,9 @@ class ClockMemory:
         was_set = abs(step_ms) >= CLOCK_SET_MS
         if was_set:
             # Events since the last comparison came before or after the step; they count as the younger.
-            step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
-            self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
-            log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
+            step = (seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
+            self.steps = [*self.steps, step][-1000:]
+            log.warning("the clock was set from %s to %s", day_of(step[1]), day_of(time_ms))
         if was_set or not self._time_ms:
             self._ahead_ms = ahead_ms
         self._time_ms, self._seq = time_ms, seq
@@ -4458,11 +4405,15 @@ def plan_retention(
     files = journal.files()
     events = sum(file.size for file in files)
     # The index shrinks later than the files are deleted, but its part counts with them.
-    index_size = index_bytes(home + "/index.db")
-    total = bytes_below(home)  # measured after its parts, which may grow meanwhile
+    index_size = sum(about.st_size for about in index_files(home + "/index.db").values())
+    total = 0  # measured after its parts, which may grow meanwhile
+    for folder, _, names in os.walk(home):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
     with_index = 1 + index_size / max(1, events)
     today = day_of(time_ms)
-    was_set_today = any(day_of(step.after_ms) == today for step in steps)
+    was_set_today = any(day_of(after_ms) == today for _, _, after_ms in steps)
     first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
     size = 0
@@ -4470,8 +4421,14 @@ def plan_retention(
     def is_over() -> bool:
         return limit_bytes is not None and total - size * with_index > limit_bytes
 
-    by_day = [(day, list(of_day)) for day, of_day in itertools.groupby(files, lambda file: file.day)]
-    for real_day, day, of_day in sorted((real_day_of(*each, steps), *each) for each in by_day):
+    by_day = []
+    for day, group in itertools.groupby(files, lambda file: file.day):
+        of_day = list(group)
+        last = max(file.last_seq for file in of_day) if steps else 0
+        shift_ms = sum(after_ms - before_ms for seq, before_ms, after_ms in steps if last <= seq)
+        real_ms = calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms if shift_ms else 0
+        by_day.append((day_of(real_ms) if shift_ms else day, day, of_day))
+    for real_day, day, of_day in sorted(by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
         if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
@@ -4482,13 +4439,6 @@ def plan_retention(
             size += sum(file.size for file in chosen)
     oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
     return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today, is_over())
-
-
-def real_day_of(day: str, files: Sequence[JournalFile], steps: Sequence[ClockStep]) -> str:
-    """Return the day that it was by the clock as it is now, when the last of a day's events arrived."""
-    last = max(file.last_seq for file in files) if steps else 0
-    shift_ms = sum(step.after_ms - step.before_ms for step in steps if last <= step.seq)
-    return day_of(calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms) if shift_ms else day
 
 
 def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
@@ -4513,16 +4463,6 @@ def save_last_seq(home: str, seq: int) -> None:
         seq = max(seq, int(file.read(20)))
     with contextlib.suppress(OSError):
         emit_event.write_atomically(path, b"%d\n" % seq)
-
-
-def bytes_below(path: str) -> int:
-    """Return the size of every file below a directory."""
-    size = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(folder, name)).st_size
-    return size
 
 
 # ---------------------------------------------------------------------------
@@ -4861,11 +4801,6 @@ class WebSocketServer:
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
         self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
 
-    def close_all(self) -> None:
-        """Close every client's connection."""
-        for client in list(self.clients.values()):
-            self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
-
     def _write(self, client: Client, data: bytes) -> None:
         was_waiting = bool(client.queue)
         try:
@@ -5062,8 +4997,8 @@ class RedisLink(threading.Thread):
         changed: Callable[[], None],
     ) -> None:
         super().__init__(name="redis subscriber", daemon=True)
-        self._loop, self._values, self._take, self._changed = loop, settings.values, take, changed
-        values = settings.values
+        values = self._values = settings.values
+        self._loop, self._take, self._changed = loop, take, changed
         self._stream = emit_event.stream_name(values)
         self.inbox = Turns()  # what the channel delivered
         self.state: JsonObject = {  # for the status; never with a password
@@ -5240,7 +5175,7 @@ class RedisLink(threading.Thread):
         """Pass what the channel delivered to the loop; wait while too much is not stored there."""
         batch, self._batch = self._batch, []
         if batch:
-            self._loop.call_soon(lambda: self._take_in(batch))
+            self._loop.call_soon(lambda: self._store(*batch))
         while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
             self._last_alive = time.monotonic()
@@ -5270,22 +5205,19 @@ class RedisLink(threading.Thread):
         if self._is_silent():
             self._disconnect()
 
-    def _take_in(self, batch: Sequence[RemoteLine]) -> None:
-        """Take what the channel delivered; machines take turns."""
-        is_first = not self.inbox.waiting
+    def _store(self, *batch: RemoteLine) -> None:
+        """Add to the inbox, and store a turn of it; the rest in the next turn of the loop, or later."""
+        is_due = bool(batch and self.inbox.waiting)
         self.inbox.add(*batch)
-        if is_first:
-            self._store_turns()
-
-    def _store_turns(self) -> None:
-        """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
-        batch, is_stored = self.inbox.take(), False
+        if is_due:
+            return
+        turn, is_stored = self.inbox.take(), False
         try:
-            is_stored = self._take(batch)
+            is_stored = self._take(turn)
         finally:
-            self.inbox.add(*(() if is_stored else batch))
+            self.inbox.add(*(() if is_stored else turn))
             if self.inbox.waiting:
-                self._loop.call_later(0 if is_stored else 1.0, self._store_turns)
+                self._loop.call_later(0 if is_stored else 1.0, self._store)
 
     def _save_position(self) -> None:
         if self._position != self._saved_position:
@@ -5797,7 +5729,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = json_response({"error": str(error), "field": error.field}, 400)
         except MalformedEvent as error:
             response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
-        except (NoStatistics, TimeoutError) as error:
+        except TimeoutError as error:
             response = json_response({"error": str(error)}, 503)
         except (ConnectionError, socket.timeout):
             raise
@@ -7725,7 +7657,8 @@ class Monitor:
             return
         self._stopping = True
         self.hooks.stop_listening()
-        self.clients.close_all()
+        for client in list(self.clients.clients.values()):
+            self.clients.close(client, CloseCode.GOING_AWAY, "the monitor stops")
         # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
 
