@@ -3586,18 +3586,18 @@ class IndexFile:
           first = min(first, excluded.first), last = max(last, excluded.last)"""
     _ADD_CALL = """
         INSERT INTO calls VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(key) DO UPDATE SET
-          file = iif(excluded.outcome > outcome, excluded.file, file),
+          file = CASE WHEN excluded.outcome > outcome THEN excluded.file ELSE file END,
           quarter = min(quarter, excluded.quarter),
-          finish = iif(excluded.outcome > outcome, excluded.finish, finish),
-          duration = iif(excluded.outcome > outcome,
-            ifnull(excluded.duration, max(0, excluded.finish - begun)),
-            ifnull(duration, max(0, finish - ifnull(begun, excluded.begun)))),
+          finish = CASE WHEN excluded.outcome > outcome THEN excluded.finish ELSE finish END,
+          duration = CASE WHEN excluded.outcome > outcome
+            THEN ifnull(excluded.duration, max(0, excluded.finish - begun))
+            ELSE ifnull(duration, max(0, finish - ifnull(begun, excluded.begun))) END,
           begun = ifnull(begun, excluded.begun),
-          event = iif(excluded.outcome > outcome, excluded.event, event),
+          event = CASE WHEN excluded.outcome > outcome THEN excluded.event ELSE event END,
           outcome = max(outcome, excluded.outcome)"""
     _ADD_USAGE = (
-        f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT DO UPDATE SET "
-        + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
+        f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT(file, model, quarter) "
+        "DO UPDATE SET " + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
     )
 
     _FULL_TEXT = ("ENABLE_FTS5",)
@@ -3657,13 +3657,14 @@ class IndexFile:
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
         key = (day_id, session_file_name(session))
         names = map(self._name_id, (session, machine, project))
-        found = self.db.execute(
+        self.db.execute(
             "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent) RETURNING id, day, session",
+            "ON CONFLICT(day, name) DO UPDATE SET agent = ifnull(agent, excluded.agent)",
             (*key, *names, agent and self._name_id(agent)),
         )
-        ((file_id, day_id, session_id),) = found
-        return file_id, day_id, session_id
+        found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
+        file: tuple[int, int, int] = found.fetchone()
+        return file
 
     def add(self, entry: StoredEvent, day: str | None = None) -> None:
         """Collect what one event contributes; `day`: the folder of its file, where that is known."""

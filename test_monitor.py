@@ -14793,6 +14793,11 @@ def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, 
     eventually(lambda: snapshots_of(indexed) == (2, {"s1": b"d"}))
 
 
+def test_the_index_needs_no_newer_sqlite_than_systems_with_python_3_9_have() -> None:
+    for module in (cm, ee):  # 3.26 to 3.34
+        assert not re.search(r"ON CONFLICT DO UPDATE|\bRETURNING\b|\biif\(", install_text(module.__file__))
+
+
 # Statistics
 
 
