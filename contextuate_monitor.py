@@ -3416,13 +3416,10 @@ def event_texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
     """Yield (field, text) of everything in an event's data that a person may search for."""
     if isinstance(value, str):
         yield field, without_colours(value)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
+    elif isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else (("", it) for it in value):
             if name not in _NOT_SEARCHED:
                 yield from event_texts(inner, field or name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from event_texts(inner, field)
 
 
 def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
@@ -4691,10 +4688,9 @@ class Turns:
 
 
 class LineSplitter:
-    """Splits a byte stream into lines, without I/O; of a longer line, `limit_bytes` and one byte are kept."""
+    """Splits a byte stream into lines, without I/O; a line is cut after LINE_LIMIT_BYTES and one byte."""
 
-    def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
-        self._kept_bytes = limit_bytes + 1
+    def __init__(self) -> None:
         self._rest = bytearray()  # of the unfinished line
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -4703,8 +4699,9 @@ class LineSplitter:
         ended: list[bytearray] = []
         if b"\n" in data:
             *ended, self._rest = self._rest.split(b"\n")
-        del self._rest[self._kept_bytes :]
-        return [line for it in ended if (line := bytes(it[: self._kept_bytes].strip()))]
+        kept_bytes = emit_event.LINE_LIMIT_BYTES + 1
+        del self._rest[kept_bytes:]
+        return [line for it in ended if (line := bytes(it[:kept_bytes].strip()))]
 
 
 @dataclasses.dataclass(eq=False)
@@ -5039,7 +5036,7 @@ class RedisLink(threading.Thread):
         self.reconnect()
         while self.inbox.waiting and self._take(self.inbox.take()):
             pass
-        self._save_position()
+        self._check()
 
     def status(self) -> JsonObject:
         """Return the state for /api/status."""
@@ -5201,11 +5198,6 @@ class RedisLink(threading.Thread):
 
     # In the loop thread
 
-    def _check(self) -> None:
-        self._save_position()
-        if self._is_silent():
-            self._disconnect()
-
     def _store(self, *batch: RemoteLine) -> None:
         """Add to the inbox, and store a turn of it; the rest in the next turn of the loop, or later."""
         is_due = bool(batch and self.inbox.waiting)
@@ -5220,12 +5212,15 @@ class RedisLink(threading.Thread):
             if self.inbox.waiting:
                 self._loop.call_later(0 if is_stored else 1.0, self._store)
 
-    def _save_position(self) -> None:
+    def _check(self) -> None:
+        """Save the position, and end a silent connection."""
         if self._position != self._saved_position:
             content = {"of": self._stream_name, "position": self._position}
             with contextlib.suppress(OSError):  # with an older position, some events are only read again
                 emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
                 self._saved_position = self._position
+        if self._is_silent():
+            self._disconnect()
 
 
 # ---------------------------------------------------------------------------
