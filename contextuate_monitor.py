@@ -4558,7 +4558,7 @@ class EventLoop:
         self._selector.register(sock, events, callback)
 
     def listen(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
-        """Accept connections and call `accepted` with each; pause while no file descriptor is free."""
+        """Accept connections and call `accepted` with each; pause after an error."""
 
         def accept(_events: int) -> None:
             for _ in range(128):
@@ -4566,9 +4566,7 @@ class EventLoop:
                     connection, _address = sock.accept()
                 except (BlockingIOError, ConnectionAbortedError):
                     return
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
+                except OSError as error:  # too many open files
                     log.warning("a connection cannot be accepted (%s); trying again", error)
                     self.unwatch(sock)
                     self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
