@@ -32,7 +32,7 @@ Rooms, in the order of this file; each uses only those above it:
     Journal                  events on disk, one file per day and session
     Sessions                 the state machine: who works, who waits and who has ended
     Index                    search and statistics over everything stored, in index.db
-    Export                   stored events as lines, tool calls as a table
+    Export                   stored events as lines
     Retention                which days are deleted because they are too old or take too much space
     Metrics                  what /metrics returns, in the text format of Prometheus
     Event loop               ingest, WebSocket clients, timers
@@ -87,7 +87,6 @@ if is_short_status and (short_status := print_short_status()) is not None:
 
 import argparse
 import base64
-import bisect
 import calendar
 import codecs
 import collections
@@ -95,7 +94,6 @@ import compileall
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import difflib
@@ -3276,24 +3274,21 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread reads the journal and
-# fills the file, at most a tenth of the time while events arrive. Readers have connections of their own, so
-# they never block writes.
-# A search reads events that are not indexed yet from the journal.
-#
-# The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
-# (rowid = seq), whose lines in the journal are then checked. The file also stores the snapshots of sessions,
-# which are opaque bytes here.
+# One thread reads the journal and fills the file, at most a tenth of the time while events arrive. Readers
+# have connections of their own, so they never block writes; what is not indexed yet they read in the journal.
+# The file contains no text. Each day has a table of words (rowid = seq), dropped with its day; the lines that
+# it finds are then checked. Snapshots of sessions are opaque bytes here.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 INDEX_BATCH_S = 0.5  # in one transaction
-INDEX_SLICE_EVENTS = 50  # after so many, or
-INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
+INDEX_SLICE_BYTES = (
+    64 << 10
+)  # of lines, after which rows are written; while events arrive the thread then pauses
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
 INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
-INDEX_WAIT_S = 2.0  # statistics wait this long for the events that were stored before
 INDEX_CHECK_S = 5.0  # between two checks that the file still exists
+INDEX_WAITS = "full|readonly|unable to open|locked"  # errors of SQLite after which the file is kept
 INDEX_RETRY_S = 10.0
 LIVE_S = 0.1  # events are arriving if the last one is younger than this
 LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
@@ -3310,8 +3305,7 @@ COMPARED_SESSIONS = 200
 # Tokens as emit_event counts them: all, and those of long prompts.
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
-_TOKENS = ("tokenUsage", "estimatedCostUsd")
-_COSTS = ("costUsd", "estimatedPartUsd")
+_USED = ("tokenUsage", "estimatedCostUsd", "costUsd", "estimatedPartUsd")
 _CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
@@ -3320,13 +3314,14 @@ _TOOL_FIGURES = {
     "unfinished": f"sum(outcome = {Outcome.OPEN:d})",
     "timed": "count(duration)",
     "totalMs": "ifnull(sum(duration), 0)",
+    "maxMs": "max(duration)",
 }
 _VERSION = "PRAGMA user_version"
 _INDEX_SCHEMA = f"""
 PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN;
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
 INSERT INTO meta VALUES('indexed', 0), ('checkpoint', 0);
-CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
+CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB);
 CREATE TABLE names(id INTEGER PRIMARY KEY, name BLOB UNIQUE);
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, session INTEGER, machine INTEGER,
@@ -3352,7 +3347,7 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-TimeZone = Union[datetime.tzinfo, None]  # None: this machine's, or a fixed offset
+TimeZone = Union[datetime.tzinfo, None]  # None: this machine's
 _WORD = re.compile(r"[^\W_]+")
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
@@ -3361,11 +3356,12 @@ _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
-# Names in data that are not searched, or are the same in every event of a session.
-_NOT_SEARCHED = {
-    *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
-    *("usage", "truncated", "effort", "type", "signature", "messageId"),
-}
+# Names in data that are not searched, or are the same in every event of a session; the `tool_calls` of a
+# PostToolBatch have events of their own.
+_NOT_SEARCHED = frozenset(
+    "toolUseId tool_use_id transcriptPath agent_transcript_path permissionMode prompt_id usage truncated "
+    "effort type signature messageId tool_calls".split()
+)
 
 
 def fold(text: str) -> str:
@@ -3419,13 +3415,10 @@ def event_texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
     """Yield (field, text) of everything in an event's data that a person may search for."""
     if isinstance(value, str):
         yield field, without_colours(value)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
+    elif isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else (("", it) for it in value):
             if name not in _NOT_SEARCHED:
                 yield from event_texts(inner, field or name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from event_texts(inner, field)
 
 
 def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
@@ -3542,17 +3535,6 @@ def time_zone(name: str) -> TimeZone:
         raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
 
-def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
-    """Return how many minutes a zone's clock is east of UTC at a time; without a zone, `minutes`."""
-    if zone is None:
-        return minutes
-    try:
-        offset = datetime.datetime.fromtimestamp(time_ms / 1000, zone).utcoffset()
-    except (OverflowError, ValueError, OSError):  # a year that no calendar has
-        return 0
-    return int((offset or datetime.timedelta()).total_seconds()) // 60
-
-
 class SearchError(Exception):
     """A search that cannot be carried out: the parameter and what was expected."""
 
@@ -3610,9 +3592,11 @@ class IndexFile:
           event = CASE WHEN excluded.outcome > outcome THEN excluded.event ELSE event END,
           outcome = max(outcome, excluded.outcome)"""
     _ADD_USAGE = (
-        f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT DO UPDATE SET "
-        + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
+        f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT(file, model, quarter) "
+        "DO UPDATE SET " + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
     )
+
+    _FULL_TEXT = ("ENABLE_FTS5",)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3623,15 +3607,14 @@ class IndexFile:
             remove_index(path)
             self.db = self._connect()
             self.db.executescript(_INDEX_SCHEMA)
-        self.full_text = has_full_text(self.db)
-        self.indexed = read_meta(self.db, "indexed")
+        self.full_text = self._FULL_TEXT in self.db.execute("PRAGMA compile_options").fetchall()
+        (self.indexed,) = self.db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
         self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
-        self._closed_calls = SeenIds()
         self._unnamed = UnnamedCalls()
-        self._inodes = self._find_inodes()
+        self._inodes = [about.st_ino for about in index_files(path).values()]
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3643,17 +3626,9 @@ class IndexFile:
             db.execute(f"PRAGMA {pragma}")
         return db
 
-    def close(self) -> None:
-        """Close the connection."""
-        with contextlib.suppress(sqlite3.Error):
-            self.db.close()
-
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
-        return self._find_inodes() != self._inodes
-
-    def _find_inodes(self) -> list[int]:
-        return [about.st_ino for about in index_files(self.path).values()]
+        return self._inodes != [about.st_ino for about in index_files(self.path).values()]
 
     def transaction(self) -> sqlite3.Connection:
         """Begin a transaction, for `with`: all of it is committed, or nothing."""
@@ -3680,7 +3655,7 @@ class IndexFile:
         names = map(self._name_id, (session, machine, project))
         self.db.execute(
             "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET agent = ifnull(agent, excluded.agent)",
+            "ON CONFLICT(day, name) DO UPDATE SET agent = ifnull(agent, excluded.agent)",
             (*key, *names, agent and self._name_id(agent)),
         )
         found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
@@ -3712,8 +3687,11 @@ class IndexFile:
         if kind in FIGURE_KINDS:
             return
         if self.full_text:
-            words = (seq, self._words(event, kind))
-            rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
+            marks = zip("smkkt", (*about[:2], kind, event["hookType"], event["data"].get("toolName")))
+            marked = (f"{_MARK}{letter}{stable_hash(it)}" for letter, it in marks if isinstance(it, str))
+            text = fold("\n".join(text for _, text in event_texts(event["data"]))).replace(_MARK, " ")
+            row = (seq, "\n".join((text, *marked)))
+            rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(row)
         if kind not in ("session_meta", emit_event.WORDS):  # no events of their session
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
@@ -3724,22 +3702,6 @@ class IndexFile:
             place = (key, file_id, session, self._name_id(call.tool), target)
             times = (begun, call.begun_ms // QUARTER_MS, call.finish_ms, call.duration_ms)
             rows[self._ADD_CALL].append((*place, *times, call.outcome, seq))
-
-    def _words(self, event: JsonObject, kind: str) -> str:
-        """Return the words by which an event is found, and the marks for its session, tool, and so on."""
-        data = event["data"]
-        if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
-            calls, closed = _batch_calls(event), self._closed_calls
-            calls = [call for call in calls if call["tool_use_id"] not in closed]
-            data = {**data, "tool_calls": calls}
-        texts = [text for _, text in event_texts(data)]
-        if kind in ("tool_result", "tool_error"):
-            self._closed_calls.add(text_of(data.get("toolUseId")))
-        marks = [("s", event["sessionId"]), ("m", event["machineId"]), ("k", kind), ("k", event["hookType"])]
-        if isinstance(data.get("toolName"), str):
-            marks.append(("t", data["toolName"]))
-        marked = " ".join(f"{_MARK}{letter}{self._name_id(name)}" for letter, name in marks)
-        return fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked
 
     def flush(self, seq: int) -> None:
         """Write the collected rows, and up to which seq events are indexed; inside a transaction."""
@@ -3769,16 +3731,6 @@ class IndexFile:
         self.forget_files("name = ?", session_file_name(session_id))
         self.db.execute("DELETE FROM snapshots WHERE session = ?", (name_key(session_id),))
 
-    def save(self, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
-        """Write snapshots, and up to which seq they are complete, in one transaction."""
-        with self.transaction():
-            self.db.executemany(
-                "INSERT OR REPLACE INTO snapshots VALUES(?, ?, ?)",
-                [(name_key(name), state, zlib.crc32(state)) for name, state in rows.items()],
-            )
-            if checkpoint is not None:
-                self.db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
-
 
 def name_key(name: str) -> bytes:
     """Return a name as the index stores it; it may contain lone surrogates."""
@@ -3790,16 +3742,6 @@ def key_name(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
 
 
-def read_meta(db: sqlite3.Connection, name: str) -> int:
-    """Return a number that the index keeps about itself: `indexed` or `checkpoint`."""
-    return int(db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
-
-
-def has_full_text(db: sqlite3.Connection) -> bool:
-    """True if this SQLite was built with FTS5."""
-    return ("ENABLE_FTS5",) in db.execute("PRAGMA compile_options").fetchall()
-
-
 def index_files(path: str) -> dict[str, os.stat_result]:
     """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
@@ -3807,11 +3749,6 @@ def index_files(path: str) -> dict[str, os.stat_result]:
         with contextlib.suppress(FileNotFoundError):
             found[path + suffix] = os.stat(path + suffix)
     return found
-
-
-def index_bytes(path: str) -> int:
-    """Return the size of the index on disk."""
-    return sum(about.st_size for about in index_files(path).values())
 
 
 def remove_index(path: str) -> None:
@@ -3850,10 +3787,10 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
-    indexed = read_meta(db, "indexed")
+    (indexed,) = db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
     if indexed < min(journal.seq, (query.before or 1 << 62) - 1):
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
-    match = match_expression(db, query)
+    match = match_expression(query)
     limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
     bounded = "seq < :before AND timestamp >= :from AND timestamp < :to"
 
@@ -3863,7 +3800,7 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
         chosen = f"{words} MATCH :match AND {words}.rowid < :before AND {bounded}"
         return db.execute(f"SELECT {_PLACE} FROM {tables} WHERE {chosen} ORDER BY {words}.rowid DESC", limits)
 
-    places: Iterable[tuple[int, str, str]] = ()
+    places: Iterable[tuple[int, str, str]]
     if match:
         days = db.execute(
             "SELECT day FROM files JOIN days ON days.id = day GROUP BY day HAVING min(first_seq) < :before "
@@ -3873,41 +3810,36 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
         of_days = (of_day(day_id) for (day_id,) in days)
         in_order = journal.in_order
         places = itertools.chain.from_iterable(of_days) if in_order else heapq.merge(*of_days, reverse=True)
-    elif match is not None:
+    else:
         chosen = f"FROM events {_IN_FILES} WHERE {bounded} ORDER BY seq DESC"
         places = db.execute(f"SELECT {_PLACE} {chosen}", limits)
     yield from filter(None, itertools.starmap(journal.line, places))
 
 
-def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
-    """Return the query in FTS5's language; "" for anything, None when nothing can match."""
+def match_expression(query: SearchQuery) -> str:
+    """Return the query in FTS5's language; "" for anything."""
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
-    marked = [("m", query.machine), ("t", query.tool), ("k", query.kind)]
-    wanted = [(letter, [name_key(name)]) for letter, name in marked if name is not None]
+    named = {"m": query.machine, "t": query.tool, "k": query.kind}
+    wanted: dict[str, Iterable[str]] = {letter: (name,) for letter, name in named.items() if name is not None}
     if query.session_ids is not None and len(query.session_ids) <= SESSIONS_MATCHED:
-        wanted.append(("s", [*map(name_key, query.session_ids)]))
-    for letter, keys in wanted:
-        rows = db.execute(f"SELECT id FROM names WHERE name IN ({','.join('?' * len(keys))})", keys)
-        marks = [f'"{_MARK}{letter}{number}"' for (number,) in rows]
-        if not marks:
-            return None
-        parts.append("(" + " OR ".join(marks) + ")")
+        wanted["s"] = query.session_ids or (_MARK,)  # a name that no session has
+    for letter, names in wanted.items():
+        parts.append("(" + " OR ".join(f'"{_MARK}{letter}{stable_hash(name)}"' for name in names) + ")")
     return " AND ".join(parts)
 
 
 class Cell(NamedTuple):
-    """Counts of a session in an hour of the viewer's clock; names are numbers."""
+    """Counts of a session in an hour of the viewer's clock, or its tokens of one model there."""
 
     session: int
     hour: int  # the quarter that it begins with
     counts: tuple[int, ...] = (0,) * len(_COUNTED)
-    model: int | None = None  # of the tokens
+    model: str | None = None  # of the tokens
     tokens: Tokens = Tokens()
-    client_cost: int | None = None  # from the client itself, in millionths of a USD
 
 
 class Statistics:
@@ -3923,99 +3855,115 @@ class Statistics:
         session = next((number for number, name in self._names.items() if name == session_id), -1)
         self._bounds = {"session": session}
 
-    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int, zone: TimeZone = None) -> JsonObject:
-        """Return the answer of /api/stats; days are those of `zone`, else of a clock so far east of UTC."""
+    def _select(self, query: str) -> list[Any]:
+        return self._db.execute(query, self._bounds).fetchall()
+
+    def to_json(self, from_ms: int, to_ms: int, zone: TimeZone) -> JsonObject:
+        """Return the answer of /api/stats; days and hours are those of the zone."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
-        first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
-        shown_from = max(self._bounds["from"], first or 0)
-        shown_to = max(shown_from, min(self._bounds["to"], (last or -1) + 1))
+        slowest = self._select(
+            f"""SELECT duration, outcome IN {FAILED}, event FROM calls WHERE key IN (
+                SELECT key FROM calls INDEXED BY calls_by_tool
+                WHERE {self._where} AND duration IS NOT NULL ORDER BY duration DESC LIMIT {EXTREMES})
+              ORDER BY duration DESC"""
+        )
+        failing = self._select(
+            f"""WITH failed AS (
+                SELECT target, count(*) AS failures, max(event) AS example
+                FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
+                GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
+              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
+              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC"""
+        )
         return {
-            "from": shown_from * QUARTER_MS,
-            "to": shown_to * QUARTER_MS,
-            **({"utcOffset": offset_minutes} if zone is None else {"timeZone": str(zone)}),
+            **{name: self._bounds[name] * QUARTER_MS for name in ("from", "to")},
+            "timeZone": zone and str(zone),
             "session": self._session_id,
-            **self._groups(lambda quarter: zone_offset(quarter * QUARTER_MS, zone, offset_minutes)),
-            **self._tools(),
-            "failing": self._failing(),
+            **self._groups(zone),
+            "tools": sorted(self._tools(), key=lambda tool: (-tool["calls"], tool["toolName"])),
+            "slowest": list(self._examples(("durationMs", "failed"), slowest)),
+            "failing": list(self._examples(("failures", "calls"), failing)),
         }
 
-    def _groups(self, offset_at: Callable[[int], int]) -> JsonObject:
-        """Add up each session's counts in each hour of a clock that is `offset_at(quarter)` east of UTC."""
-        names = self._names
-        offset_of = functools.lru_cache(None)(offset_at)
+    def _groups(self, zone: TimeZone) -> JsonObject:
+        """Add up each session's counts in each hour of the zone's clock."""
+        names, table = self._names, self._table
 
-        def begin_of(quarter: int) -> int:
-            return quarter - (quarter * 15 + offset_of(quarter)) % 60 // 15
+        @functools.lru_cache(None)
+        def minutes(quarter: int) -> int:  # since 1970 by the zone's clock
+            try:
+                utc = datetime.datetime.fromtimestamp(quarter * QUARTER_MS / 1000, datetime.timezone.utc)
+                offset = utc.astimezone(zone).utcoffset() or datetime.timedelta()
+            except (OverflowError, ValueError, OSError):  # a year that no calendar has
+                return quarter * 15
+            return quarter * 15 + int(offset.total_seconds()) // 60
 
-        def local_hour(cell: Cell) -> int:
-            return (cell.hour * 15 + offset_of(cell.hour)) // 60
-
-        self._db.create_function("hour_of", 1, begin_of, deterministic=True)
-        self._cells, table = list(self._read_cells()), self._table
-        self._exact = {cell.session for cell in self._cells if cell.client_cost is not None}
-        latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
-        places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
-        programs = dict(self._db.execute("SELECT session, ifnull(max(agent), 0) FROM files GROUP BY session"))
+        self._db.create_function("hour_of", 1, lambda it: it - minutes(it) % 60 // 15, deterministic=True)
+        self._cells = list(self._read_cells())
+        self._exact = {cell.session for cell in self._cells if cell.model == _CLIENT_COST}
+        agent = "ifnull(max(agent) OVER (PARTITION BY session), 0)"
+        latest = f"SELECT session, machine, project, {agent} FROM files JOIN days ON days.id = day"
+        places = {row[0]: row for row in self._select(f"{latest} ORDER BY days.name")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
-        spans += f"WHERE {self._where} GROUP BY session"
-        span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
+        span_of = {row[0]: row for row in self._select(f"{spans} WHERE {self._where} GROUP BY session")}
+        every, of_hour = ("sessions", *_COUNTED, *_USED), ("events", "toolCalls", "failures")
+
+        def by_place(at: int, field: str) -> list[JsonObject]:
+            rows = table(every, lambda cell: places[cell.session][at], lambda it: {field: names.get(it, "")})
+            return sorted(rows, key=lambda row: (-row["events"], row[field]))
 
         def about_session(session: int) -> JsonObject:
-            _, machine, project, _ = places[session]
-            start, end = span_of.get(session, (None, 0))
+            (_, machine, project, _), (_, start, end) = places[session], span_of.get(session, (0, None, 0))
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
-        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
-        projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
-        machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        agents = table(every, lambda cell: programs[cell.session], lambda it: {"agent": names.get(it, "")})
-        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
-        sessions.sort(key=lambda row: row["end"])
+        models = table(_USED[:2], lambda cell: cell.model, lambda it: {"model": it})
+        models = [row for row in models if row["model"] != _CLIENT_COST]
+        sessions = table(every[1:], lambda cell: cell.session, about_session)
+        sessions.sort(key=lambda row: -row["end"])
+        hours, days = (lambda cell: minutes(cell.hour) // 60 % 24), (lambda cell: minutes(cell.hour) // 1440)
         return {
-            "totals": table(every, lambda _: 0, keys=(0,))[0],
+            "totals": table(every, lambda _: 0, lambda _: {}, keys=(0,))[0],
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
-            "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
-            "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
-            "programs": sorted(agents, key=lambda row: -row["events"]),
-            "days": days,
-            "hours": table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it}, range(24)),
+            "projects": by_place(2, "project"),
+            "machines": by_place(1, "machineId"),
+            "programs": by_place(3, "agent"),
+            "days": table(every, days, lambda it: {"day": day_of(it * _DAY_MS)}),
+            "hours": table(of_hour, hours, lambda it: {"hour": it}, range(24)),
             "timeline": table(of_hour, lambda cell: cell.hour, lambda it: {"time": it * QUARTER_MS}),
-            "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
+            "sessions": sessions[:COMPARED_SESSIONS],
         }
 
     def _table(
         self,
         fields: Iterable[str],
-        key_of: Callable[[Cell], int | None],
-        about: Callable[[int], JsonObject] = lambda _: {},
+        key_of: Callable[[Cell], Any],
+        about: Callable[[Any], JsonObject],
         keys: Iterable[int] = (),
     ) -> list[JsonObject]:
-        """Return a row of `about(key)` and `fields` for each key of the cells, and for `keys`."""
-        groups: dict[int, list[Cell]] = {key: [] for key in keys}
+        """Return a row of `about(key)` and `fields` for each key of the cells but None, and for `keys`."""
+        groups: dict[Any, list[Cell]] = {key: [] for key in keys}
         for cell in self._cells:
-            key = key_of(cell)
-            if key is not None:
+            if (key := key_of(cell)) is not None:
                 groups.setdefault(key, []).append(cell)
         rows = ((key, self._row(groups[key])) for key in sorted(groups))
         return [{**about(key), **{name: row[name] for name in fields}} for key, row in rows]
 
     def _row(self, cells: Sequence[Cell]) -> JsonObject:
         """Return what some cells add up to."""
-        used: dict[str, Tokens] = {}
-        rest: dict[str, Tokens] = {}  # of sessions whose client reported no cost
+        used: dict[str, Tokens] = collections.defaultdict(Tokens)
+        rest: dict[str, Tokens] = collections.defaultdict(Tokens)  # of sessions without the client's own cost
         for cell in cells:
-            for by in () if cell.model is None else (used,) if cell.session in self._exact else (used, rest):
-                by[self._names[cell.model]] = by.get(self._names[cell.model], Tokens()) + cell.tokens
+            if cell.model is not None:
+                used[cell.model] += cell.tokens
+                if cell.session not in self._exact:
+                    rest[cell.model] += cell.tokens
+        exact = used.pop(_CLIENT_COST, Tokens()).input
         usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
-        exact = sum(cell.client_cost or 0 for cell in cells)
         is_known = part is not None and bool(used or exact)
-        counts = [sum(column) for column in zip(*(cell.counts for cell in cells))]
         return {
             "sessions": len({cell.session for cell in cells}),
-            **dict(zip(_COUNTED, counts or [0] * len(_COUNTED))),
+            **{name: sum(cell.counts[at] for cell in cells) for at, name in enumerate(_COUNTED)},
             "tokenUsage": usage.total.to_json() if used else None,
             "estimatedCostUsd": self._prices.estimate(usage) if used else None,
             "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
@@ -4024,93 +3972,58 @@ class Statistics:
 
     def _read_cells(self) -> Iterator[Cell]:
         """Yield each session's counts in each hour, and the tokens that it used of each model."""
-        for row in self._db.execute(
+        for session, hour, *counts in self._select(
             f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
                 UNION ALL
                 SELECT session, quarter, 0, 0, count(*), sum(outcome IN {FAILED})
                 FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
-              GROUP BY 1, 2""",
-            self._bounds,
+              GROUP BY 1, 2"""
         ):
-            yield Cell(row[0], row[1], row[2:])
-        known: dict[tuple[int, int], Tokens] = {}
+            yield Cell(session, hour, tuple(counts))
+        known: dict[tuple[int, int], Tokens] = collections.defaultdict(Tokens)
         totals = ", ".join(f"max({name})" for name in _COUNTS)
-        for session, model, quarter, at, *used in self._db.execute(
+        for session, model, quarter, hour, *used in self._select(
             f"SELECT session, model, quarter, hour_of(quarter), {totals} FROM usage JOIN files "
-            f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
-            self._bounds,
+            f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3"
         ):
             # Events carry totals: each counts by its increase.
-            before = known.get((session, model), Tokens())
+            before = known[session, model]
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
-                grown = Tokens(*map(operator.sub, after, before))
-                if self._names[model] == _CLIENT_COST:
-                    yield Cell(session, at, client_cost=grown.input)
-                else:
-                    yield Cell(session, at, model=model, tokens=grown)
+                increase = Tokens(*map(operator.sub, after, before))
+                yield Cell(session, hour, model=self._names[model], tokens=increase)
 
-    def _tools(self) -> JsonObject:
+    def _tools(self) -> Iterator[JsonObject]:
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
-        durations = f"{chosen} AND tool = :tool AND duration IS NOT NULL ORDER BY duration"
-        tools: list[JsonObject] = []
-        slowest: list[tuple[int, int, int]] = []
-        sums = ", ".join(_TOOL_FIGURES.values())
-        for tool, *counts in self._db.execute(f"SELECT tool, {sums} {chosen} GROUP BY tool", self._bounds):
+        for tool, *counts in self._select(
+            f"SELECT tool, {', '.join(_TOOL_FIGURES.values())} {chosen} GROUP BY tool"
+        ):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
-            asked = {**self._bounds, "tool": tool}
+            durations = (
+                f"SELECT duration {chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
+            )
             for percent in (50, 95):  # the nearest rank
                 rank = -(-figures["timed"] * percent // 100) - 1
-                row = self._db.execute(f"SELECT duration {durations} LIMIT 1 OFFSET {rank}", asked).fetchone()
-                figures[f"p{percent}Ms"] = row and row[0]
-            last = f"SELECT duration, outcome, event {durations} DESC LIMIT {EXTREMES}"
-            longest = self._db.execute(last, asked).fetchall()
-            figures["maxMs"] = longest[0][0] if longest else None
-            tools.append(figures)
-            slowest += longest
-        return {
-            "tools": sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"])),
-            "slowest": [
-                {"durationMs": duration, "failed": outcome in FAILED, **example}
-                for duration, outcome, seq in heapq.nlargest(EXTREMES, slowest)
-                for example, _ in self._examples(seq)
-            ],
-        }
+                found = self._select(f"{durations} LIMIT 1 OFFSET {rank}")
+                figures[f"p{percent}Ms"] = found[0][0] if found else None
+            yield figures
 
-    def _failing(self) -> list[JsonObject]:
-        rows = self._db.execute(
-            f"""WITH failed AS (
-                SELECT target, count(*) AS failures, max(event) AS example
-                FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
-                GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
-              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
-              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC""",
-            self._bounds,
-        ).fetchall()
-        return [
-            {"failures": failures, "calls": calls, "lastError": error, **example}
-            for failures, calls, seq in rows
-            for example, error in self._examples(seq)
-        ]
-
-    def _examples(self, seq: int) -> Iterator[tuple[JsonObject, str]]:
-        """Yield the row of the call that an event ended, and its error, if its line is still stored."""
-        places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
-        for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
-            data = event["data"]
-            example = {
-                "toolName": text_of(data.get("toolName")) or "?",
-                "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
-                **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
-                "eventId": event["id"],
-            }
-            yield example, one_line(without_colours(text_of(data.get("error"))), 300)
-
-
-class NoStatistics(Exception):
-    """Statistics are not available now; the message gives the reason."""
+    def _examples(self, names: Iterable[str], rows: Iterable[Sequence[int]]) -> Iterator[JsonObject]:
+        """Yield rows, whose last number is the seq of an event, with its call, if it is still stored."""
+        for *values, seq in rows:
+            places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = {seq}")
+            for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
+                data = event["data"]
+                yield {
+                    **dict(zip(names, values)),
+                    "lastError": one_line(without_colours(text_of(data.get("error"))), 300),
+                    "toolName": text_of(data.get("toolName")) or "?",
+                    "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
+                    **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
+                    "eventId": event["id"],
+                }
 
 
 class History:
@@ -4130,12 +4043,11 @@ class History:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
         elif isinstance(journal, MemoryJournal):
             self._error = "events are kept in memory only"
-        self._is_used = self._full_text = not self._error
+        self._is_used = not self._error
         self._state = "building" if self._is_used else "off"
-        self._lock, self._counting = threading.Lock(), threading.Lock()
-        self._jobs: list[Callable[[IndexFile], None]] = []  # other operations on the file, in order
+        self._counting = threading.Lock()
+        self._jobs: collections.deque[Callable[[IndexFile], None]] = collections.deque()  # on the file
         self._written = self._indexed = 0  # seq
-        self._done = self._total = 0  # bytes of lines
         self._last_live = 0.0  # time.monotonic() of the last event
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
@@ -4155,13 +4067,8 @@ class History:
 
     def add(self, stored: Sequence[StoredEvent]) -> None:
         """Index events that were just stored; for the thread that appends to the journal."""
-        if self._thread.ident is None or not stored:
-            return
-        with self._lock:
-            self._written = stored[-1].seq
-            self._total += sum(len(entry.line) + 1 for entry in stored)
-        self._last_live = time.monotonic()
-        if not self._wake.is_set():
+        if self._thread.ident is not None and stored:
+            self._written, self._last_live = stored[-1].seq, time.monotonic()
             self._wake.set()
 
     def rescan(self) -> None:
@@ -4179,16 +4086,14 @@ class History:
             return 0, []
         try:
             with reading_index(self._path, 60.0) as db:
-                checkpoint = read_meta(db, "checkpoint")
-                rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
-            if any(zlib.crc32(state) != crc for _, state, crc in rows):
-                raise sqlite3.DatabaseError("a snapshot is damaged")
+                (checkpoint,) = db.execute("SELECT value FROM meta WHERE name = 'checkpoint'").fetchone()
+                rows = db.execute("SELECT session, state FROM snapshots").fetchall()
             names = {session_file_name(""), *(file.name for file in self._journal.files())}
-            found = [(key_name(key), state) for key, state, _ in rows if checkpoint]
+            found = [(key_name(key), state) for key, state in rows]
         except Exception as error:  # the journal has everything
             log.warning("snapshots of sessions cannot be read, so all events are read again: %s", error)
             return 0, []
-        return checkpoint, [row for row in found if session_file_name(row[0]) in names]
+        return checkpoint, [row for row in found if checkpoint and session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
         """Queue snapshots for the file of `generation`; return whether the queue is long.
@@ -4198,43 +4103,44 @@ class History:
 
         def save(file: IndexFile) -> None:
             if generation == self.generation:
-                file.save(rows, checkpoint)
+                with file.transaction() as db:
+                    snapshots = [(name_key(name), state) for name, state in rows.items()]
+                    db.executemany("INSERT OR REPLACE INTO snapshots VALUES(?, ?)", snapshots)
+                    if checkpoint is not None:
+                        db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
 
         self._queue(save)
         return len(self._jobs) > SNAPSHOTS_WAITING
 
     def _queue(self, job: Callable[[IndexFile], None]) -> None:
         if self._state != "off":  # a new file has nothing to forget, and is compared with the files on disk
-            with self._lock:
-                self._jobs.append(job)
+            self._jobs.append(job)
             self._wake.set()
 
     def status(self) -> JsonObject:
         """Return the index's state, progress and size."""
         return {
             "state": self._state,
-            "done": self._done,
-            "total": max(self._done, self._total),
+            "done": self._indexed,
+            "total": self._written,
             "lagEvents": max(0, self._written - self._indexed),
-            "bytes": index_bytes(self._path),
-            "fullText": self._full_text,
+            "bytes": sum(about.st_size for about in index_files(self._path).values()),
             "error": self._error or None,
         }
 
     def search(self, query: SearchQuery) -> JsonObject:
         """Return a page of results, newest arrival first; raise SearchError."""
         page: JsonObject | None = None
-        if self._full_text:
-            before = self._state
-            try:
+        before = self._state
+        try:
+            if self._is_used:
                 with reading_index(self._path, SEARCH_BUDGET_S * 2) as db:
                     page = search_page(query, indexed_lines(db, self._journal, query))
                 page["complete"] = page["complete"] and before == self._state == "ready"
-            except sqlite3.Error as error:
-                if "interrupt" in str(error):
-                    wanted = "longer words: too many words begin like this"
-                    raise SearchError("q", wanted) from None
-                self._read_failed(error)
+        except sqlite3.Error as error:  # also where SQLite has no full-text search
+            if "interrupt" in str(error):
+                raise SearchError("q", "longer words: too many words begin like this") from None
+            self._read_failed(error)
         if page is None:
             lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
             page = search_page(query, lines)
@@ -4249,24 +4155,24 @@ class History:
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
-        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
+        self, from_ms: int, to_ms: int, session_id: str | None = None, zone: TimeZone = None
     ) -> JsonObject:
-        """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
-        wanted, deadline = self._written, time.monotonic() + INDEX_WAIT_S
-        while self._state == "building" or (self._state == "ready" and self._indexed < wanted):
+        """Return the statistics for a time range; raise RequestError(503) without an index."""
+        wanted, deadline = self._written, time.monotonic() + 2.0  # for what was stored before
+        while self._state != "off" and (self._state != "ready" or self._indexed < wanted):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         status = self.status()
         if status["state"] == "off":
-            raise NoStatistics(f"statistics need the index: {status['error']}")
+            raise RequestError(503, f"statistics need the index: {status['error']}")
         try:
             with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
                 counted = Statistics(db, self._journal, self._prices, session_id)
-                return {**counted.to_json(from_ms, to_ms, offset_minutes, zone), "index": status}
+                return {**counted.to_json(from_ms, to_ms, zone), "index": status}
         except sqlite3.Error as error:
             self._read_failed(error)
-            raise NoStatistics(f"the index cannot be read now: {error}") from None
+            raise RequestError(503, f"the index cannot be read now: {error}") from None
 
     def _read_failed(self, error: sqlite3.Error) -> None:
         if not isinstance(error, sqlite3.OperationalError):  # it is damaged; the thread notices a missing one
@@ -4286,78 +4192,59 @@ class History:
         while not self._stopping.wait(pause_s):
             pause_s = 0.0
             try:
-                with contextlib.closing(IndexFile(self._path)) as file:
+                file = IndexFile(self._path)
+                with contextlib.closing(file.db):
                     self._state = "building"  # from here on snapshots are queued, for this generation or none
                     self.generation += file.is_new or was_open
-                    self._full_text, self._indexed = file.full_text, file.indexed
+                    self._indexed = file.indexed
                     self._fill(file)
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
             except Exception as error:  # searching the files still works
-                pause_s = self._write_failed(error)
+                words = str(error)
+                if isinstance(error, sqlite3.Error) and not re.search(INDEX_WAITS, words):
+                    self._remove(words)
+                    pause_s = 0.5
+                else:
+                    if words != self._error:
+                        trace = not isinstance(error, (sqlite3.Error, OSError))
+                        log.warning("the index cannot be written: %s", words, exc_info=trace)
+                    self._state, self._error, pause_s = "off", words, INDEX_RETRY_S
             was_open = True
-            with self._lock:
-                self._jobs.clear()
-
-    def _write_failed(self, error: Exception) -> float:
-        """Remove a damaged file, or wait; return the seconds until the next attempt."""
-        words = str(error)
-        if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
-            self._remove(words)
-            return 0.5
-        if not isinstance(error, (sqlite3.Error, OSError)):
-            log.exception("the index ended unexpectedly")
-            words = "it ended unexpectedly, see monitor.log"
-        elif words != self._error:
-            log.warning("the index cannot be written, searches read the files: %s", words)
-        self._state, self._error = "off", words
-        return INDEX_RETRY_S
+            self._jobs.clear()
 
     def _fill(self, file: IndexFile) -> None:
         self._compare(file)
         while not file.is_removed():
             self._wake.clear()
-            with self._lock:
-                jobs, self._jobs = self._jobs, []
-            for job in jobs:
-                job(file)
+            while self._jobs:
+                self._jobs.popleft()(file)
             if self._stopping.is_set():
                 return
-            if file.indexed < self._written:
-                self._catch_up(file)
-            else:
-                if self._state != "ready":
-                    log.info("the index is complete: %d bytes of events", self._done)
-                with self._lock:
-                    if file.indexed == self._written:
-                        # Lines that are no events, or were added by hand, count in neither.
-                        self._total = self._done
-                self._state, self._error = "ready", ""
-                if self._wake.wait(INDEX_CHECK_S):
-                    self._stopping.wait(INDEX_GATHER_S)
-
-    def _catch_up(self, file: IndexFile) -> None:
-        until = self._written
-        entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
-        while self._batch(file, entries):
-            if self._jobs or self._stopping.is_set() or file.is_removed():
-                return
-        file.flush(until)
-        self._indexed = until
+            until = self._written
+            if file.indexed < until:
+                entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
+                while self._batch(file, entries):
+                    if self._jobs or self._stopping.is_set() or file.is_removed():
+                        break
+                else:
+                    file.flush(until)
+                    self._indexed = until
+                continue
+            if self._state != "ready":
+                log.info("the index is complete: events up to %d", until)
+            self._state, self._error = "ready", ""
+            if self._wake.wait(INDEX_CHECK_S):
+                self._stopping.wait(INDEX_GATHER_S)
 
     def _compare(self, file: IndexFile) -> None:
         """Delete rows of files that were removed, and read files that were added by hand."""
         on_disk = {(it.day, it.name): it for it in self._journal.files()}
-        known_files = "SELECT files.id, days.name, files.name, bytes FROM files JOIN days ON days.id = day"
+        rows = "SELECT days.name, files.name, files.id, bytes FROM files JOIN days ON days.id = day"
+        known = {(day, name): row for day, name, *row in file.db.execute(rows)}
         # A file shorter than its indexed size was replaced.
-        gone = [
-            str(file_id)
-            for file_id, *key, size in file.db.execute(known_files)
-            if tuple(key) not in on_disk or on_disk[tuple(key)].size < size
-        ]
-        file.forget_files(f"id IN ({','.join(gone)})")
-        known = {(day, name): size for _, day, name, size in file.db.execute(known_files)}
-        self._total, self._done = sum(it.size for it in on_disk.values()), sum(known.values())
+        gone = [key for key, (_, size) in known.items() if key not in on_disk or on_disk[key].size < size]
+        file.forget_files(f"id IN ({','.join(str(known.pop(key)[0]) for key in gone)})")
         for day, name in sorted(on_disk.keys() - known.keys()):
             lines = on_disk[day, name].lines(0, file.indexed + 1, False, 64 << 10)
             self._batch(file, readable(line for _, line in lines if line), day)
@@ -4368,15 +4255,15 @@ class History:
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
         """Write events in one transaction, all of them for a `day`; return whether there may be more."""
-        count, size, flushed, seq, more = 0, 0, 0, 0, False
+        size, seq, more = 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
             for entry in entries:
                 file.add(entry, day)
-                count, size, seq = count + 1, size + len(entry.line) + 1, entry.seq
-                if count % INDEX_SLICE_EVENTS == 0 or size - flushed > INDEX_SLICE_BYTES:
+                size, seq = size + len(entry.line), entry.seq
+                if size > INDEX_SLICE_BYTES:
                     file.flush(seq)
-                    flushed, now = size, time.monotonic()
+                    size, now = 0, time.monotonic()
                     if now - self._last_live < LIVE_S:
                         self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
                     slice_began = time.monotonic()
@@ -4385,40 +4272,23 @@ class History:
                         break
             file.flush(seq)
         self._indexed = file.indexed
-        self._done += size
         return more
 
 
 # ---------------------------------------------------------------------------
-# Export: stored lines by session, time and words, tool calls as a table
+# Export: stored lines by session, time and words
 #
 # Stored lines in, lines out. Does not know: HTTP, the command line.
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_LINES = 100
-EXPORT_FORMATS = {
-    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
-    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
-    "html": ("text/html; charset=utf-8", "contextuate-session.html"),
-}
-CALL_COLUMNS = (
-    "time,sessionId,machineId,workingDirectory,agentId,toolName,target,outcome,durationMs,error,toolUseId"
-)
-_OUTCOME_WORDS = dict(zip(Outcome, ("unfinished", "failed", "ok", "failed", "interrupted")))
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
 def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that match a query, in order of arrival."""
-    only = query.only_session
-    is_one_of_many = query.session_ids is not None and only is None
-    is_filtered = query.terms or query.machine or query.tool or query.kind or is_one_of_many
-    for line in journal.lines(only):
-        match = _TIMESTAMP.match(line)
-        if match and not query.from_ms <= int(match[1]) < query.to_ms:
-            continue
+    for line in journal.lines(query.only_session):
         with contextlib.suppress(MalformedEvent):
-            if (match and not is_filtered) or query.takes(parse_stored(line)):
+            if query.takes(parse_stored(line)):
                 yield line
 
 
@@ -4427,54 +4297,6 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
     rest = iter(lines)
     while chunk := b"".join(line + b"\n" for line in itertools.islice(rest, EXPORT_CHUNK_LINES)):
         yield chunk
-
-
-def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in stored lines as CSV: a row when a call ends, unfinished calls last."""
-    yield CALL_COLUMNS.encode()
-    unnamed = UnnamedCalls()
-    begun: dict[int, tuple[CallFact, JsonObject]] = {}  # with the event of the highest outcome
-    ended: set[int] = set()
-    for _, event, _ in readable(lines):
-        for fact in unnamed.paired(event, call_facts(event)):
-            key = stable_hash(event["sessionId"], fact.use_id)
-            if key in ended:
-                continue
-            if key in begun:
-                start, duration = begun[key][0].begun_ms, fact.duration_ms
-                if duration is None and fact.finish_ms is not None:
-                    duration = max(0, fact.finish_ms - start)
-                fact = fact._replace(begun_ms=start, duration_ms=duration)
-            if fact.outcome >= Outcome.OK:
-                ended.add(key)
-                begun.pop(key, None)
-                yield _call_row(fact, event)
-            elif key not in begun or fact.outcome > begun[key][0].outcome:
-                begun[key] = (fact, event)
-    for fact, event in begun.values():
-        yield _call_row(fact, event)
-
-
-def _call_row(fact: CallFact, event: JsonObject) -> bytes:
-    """Return one row; text that a spreadsheet would read as a formula gets an apostrophe in front."""
-    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(fact.begun_ms / 1000))
-    values = (
-        f"{moment}.{fact.begun_ms % 1000:03d}Z",
-        event["sessionId"],
-        event["machineId"],
-        event["workingDirectory"],
-        event.get("agentId", ""),
-        fact.tool,
-        tool_target(fact.tool_input, event["workingDirectory"]),
-        _OUTCOME_WORDS[fact.outcome],
-        "" if fact.duration_ms is None else str(fact.duration_ms),
-        "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
-        "" if fact.use_id.startswith(UNNAMED) else fact.use_id,
-    )
-    row = io.StringIO()
-    writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
-    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in values])
-    return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------
@@ -4488,15 +4310,11 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 
 RETENTION_INTERVAL_S = 300.0
 CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
-CLOCK_STEPS_LIMIT = 1000
 
 
-class ClockStep(NamedTuple):
-    """The clock was set; events with numbers up to `seq` arrived before."""
-
-    seq: int
-    before_ms: int
-    after_ms: int
+ClockStep = tuple[
+    int, int, int
+]  # the clock was set: (last seq before it, ms that it showed before, and after)
 
 
 def boot_id() -> str:
@@ -4515,8 +4333,8 @@ class ClockMemory:
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
         known = read_state(path)
         with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
-            steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
-            ahead_ms = int(known["ahead"])
+            steps = [(int(seq), int(before), int(after)) for seq, before, after in known["steps"]]
+            time_ms, ahead_ms = int(known["time"]), int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
                 # Only the clock shows how long the machine was off, unless it went back or was not set.
                 is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
@@ -4531,9 +4349,9 @@ class ClockMemory:
         was_set = abs(step_ms) >= CLOCK_SET_MS
         if was_set:
             # Events since the last comparison came before or after the step; they count as the younger.
-            step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
-            self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
-            log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
+            step = (seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
+            self.steps = [*self.steps, step][-1000:]
+            log.warning("the clock was set from %s to %s", day_of(step[1]), day_of(time_ms))
         if was_set or not self._time_ms:
             self._ahead_ms = ahead_ms
         self._time_ms, self._seq = time_ms, seq
@@ -4584,11 +4402,15 @@ def plan_retention(
     files = journal.files()
     events = sum(file.size for file in files)
     # The index shrinks later than the files are deleted, but its part counts with them.
-    index_size = index_bytes(home + "/index.db")
-    total = bytes_below(home)  # measured after its parts, which may grow meanwhile
+    index_size = sum(about.st_size for about in index_files(home + "/index.db").values())
+    total = 0  # measured after its parts, which may grow meanwhile
+    for folder, _, names in os.walk(home):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
     with_index = 1 + index_size / max(1, events)
     today = day_of(time_ms)
-    was_set_today = any(day_of(step.after_ms) == today for step in steps)
+    was_set_today = any(day_of(after_ms) == today for _, _, after_ms in steps)
     first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
     size = 0
@@ -4596,8 +4418,14 @@ def plan_retention(
     def is_over() -> bool:
         return limit_bytes is not None and total - size * with_index > limit_bytes
 
-    by_day = [(day, list(of_day)) for day, of_day in itertools.groupby(files, lambda file: file.day)]
-    for real_day, day, of_day in sorted((real_day_of(*each, steps), *each) for each in by_day):
+    by_day = []
+    for day, group in itertools.groupby(files, lambda file: file.day):
+        of_day = list(group)
+        last = max(file.last_seq for file in of_day) if steps else 0
+        shift_ms = sum(after_ms - before_ms for seq, before_ms, after_ms in steps if last <= seq)
+        real_ms = calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms if shift_ms else 0
+        by_day.append((day_of(real_ms) if shift_ms else day, day, of_day))
+    for real_day, day, of_day in sorted(by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
         if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
@@ -4608,13 +4436,6 @@ def plan_retention(
             size += sum(file.size for file in chosen)
     oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
     return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today, is_over())
-
-
-def real_day_of(day: str, files: Sequence[JournalFile], steps: Sequence[ClockStep]) -> str:
-    """Return the day that it was by the clock as it is now, when the last of a day's events arrived."""
-    last = max(file.last_seq for file in files) if steps else 0
-    shift_ms = sum(step.after_ms - step.before_ms for step in steps if last <= step.seq)
-    return day_of(calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms) if shift_ms else day
 
 
 def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
@@ -4641,92 +4462,34 @@ def save_last_seq(home: str, seq: int) -> None:
         emit_event.write_atomically(path, b"%d\n" % seq)
 
 
-def bytes_below(path: str) -> int:
-    """Return the size of every file below a directory."""
-    size = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(folder, name)).st_size
-    return size
-
-
 # ---------------------------------------------------------------------------
 # Metrics: what /metrics returns, in the text format of Prometheus
 #
-# Owns: counts since the start. Knows: events; all other figures are arguments.
+# Knows: the status.
 # ---------------------------------------------------------------------------
 
-DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-LABELS_LIMIT = 500  # of one metric; further values, from foreign events, count as "other"
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class EventCounts:
-    """Counts of events, failures and durations since the start; for the loop thread."""
+def metrics_text(status: JsonObject, states: Mapping[str, int]) -> bytes:
+    """Return all metrics; `states` are sessions by state."""
+    events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"] or {}
 
-    def __init__(self) -> None:
-        self.events: collections.Counter[tuple[str, str]] = collections.Counter()  # by (machine, our type)
-        self.failures: collections.Counter[str] = collections.Counter()  # by tool
-        self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last is +Inf
-        self.duration_sums_ms: collections.Counter[str] = collections.Counter()
-
-    def add(self, event: JsonObject) -> None:
-        """Count one event, unless it only has figures."""
-        kind, data = effective_type(event), event["data"]
-        if kind in FIGURE_KINDS:
-            return
-        key = (event["machineId"], kind)
-        self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
-        if kind not in ("tool_result", "tool_error"):
-            return
-        tool = one_line(text_of(data.get("toolName"))) or "?"
-        tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
-        buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
-        if kind == "tool_error":
-            self.failures[tool] += 1
-        duration = data.get("durationMs")
-        if is_duration(duration):
-            buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
-            self.duration_sums_ms[tool] += duration
-
-    def histogram(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield the durations of tool calls as (suffix, labels, value), in seconds."""
-        for tool, buckets in sorted(self.durations.items()):
-            for limit, count in zip((*DURATION_BUCKETS_S, "+Inf"), itertools.accumulate(buckets)):
-                yield "_bucket", {"tool": tool, "le": str(limit)}, count
-            yield "_sum", {"tool": tool}, self.duration_sums_ms[tool] / 1000
-            yield "_count", {"tool": tool}, sum(buckets)
-
-
-def metrics_text(
-    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: Mapping[str, int]
-) -> bytes:
-    """Return all metrics; `states` are sessions by state, `queues` bytes queued for clients and Redis."""
-    events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"]
-
-    def by(label: str, values: Iterable[tuple[str, float]]) -> list[tuple[str, dict[str, str], float]]:
-        return [("", {label: name}, value) for name, value in values]
-
-    def of_machines(field: str) -> list[tuple[str, dict[str, str], float]]:
+    def of_machines(field: str, divisor: int = 1) -> list[tuple[JsonObject, float]]:
         known = [machine for machine in status["machines"] if machine[field] is not None]
-        return by("machine", [(machine["label"], machine[field] / 1000) for machine in known])
+        return [({"machine": machine["label"]}, machine[field] / divisor) for machine in known]
 
     build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
-    by_type = [("", {"machine": it[0], "type": it[1]}, count) for it, count in sorted(counts.events.items())]
-    by_state = by("state", [(state, states.get(state, 0)) for state in SESSION_STATES])
-    connected = by("state", [(redis["state"], int(redis["state"] == "connected"))]) if redis else None
-    lines: list[str] = []
-    # (name, help, values); values are a number, a list of (suffix, labels, value), or None: omitted
+    connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))] if redis else None
+    # (name, help, values); values are a number, a list of (labels, number), or None: omitted
     rows: tuple[tuple[str, str, Any], ...] = (
-        ("build_info", "Version, mode and Python of the monitor.", [("", build, 1)]),
+        ("build_info", "Version, mode and Python of the monitor.", [(build, 1)]),
         ("start_time_seconds", "When the monitor started.", status["startedAt"] / 1000),
         ("received_total", "Lines received.", events["received"]),
         ("duplicates_total", "Events that were delivered twice.", events["duplicates"]),
         ("quarantined_total", "Lines that were not events.", events["quarantined"]),
+        ("events_total", "Events of a machine since the start.", of_machines("events")),
         ("clients", "Subscribed WebSocket clients.", status["clients"]),
-        ("client_queue_bytes", "Bytes queued for WebSocket clients.", queues["client"]),
-        ("clients_closed_slow_total", "Clients closed because they read too slowly.", queues["closed"]),
         ("store_ok", "1 when events can be written.", int(status["store"]["ok"])),
         ("spool_bytes", "Bytes that wait in the spool.", spool["bytes"]),
         ("spool_segments", "Files that wait in the spool.", spool["segments"]),
@@ -4735,24 +4498,21 @@ def metrics_text(
         ("index_lag_events", "Events that are not yet in the index.", index["lagEvents"]),
         ("index_bytes", "Size of the index.", index["bytes"]),
         ("disk_bytes", "Size of all our files.", (status["disk"] or {}).get("bytes")),
-        ("events_total", "Events stored since the start.", by_type),
-        ("sessions", "Sessions by state.", by_state),
-        ("tool_failures_total", "Tool calls that failed.", by("tool", sorted(counts.failures.items()))),
-        ("tool_duration_seconds", "Durations of tool calls.", list(counts.histogram())),
-        ("machine_last_seen_seconds", "When a machine last sent an event.", of_machines("lastSeen")),
-        ("machine_clock_skew_seconds", "How far a machine's clock is behind.", of_machines("clockSkewMs")),
+        ("sessions", "Sessions by state.", [({"state": it}, states.get(it, 0)) for it in SESSION_STATES]),
+        ("machine_last_seen_seconds", "When a machine last sent an event.", of_machines("lastSeen", 1000)),
+        ("machine_clock_skew_seconds", "How far its clock is behind.", of_machines("clockSkewMs", 1000)),
         ("redis_connected", "1 when Redis is connected.", connected),
-        ("redis_inbox_bytes", "Bytes from Redis that are not stored yet.", redis and queues["redis"]),
-        ("redis_gaps_total", "Gaps: times that events may have been missed.", redis and redis["gaps"]),
+        ("redis_gaps_total", "Gaps: times that events may have been missed.", redis.get("gaps")),
     )
+    lines: list[str] = []
     for name, about, values in rows:
-        kind = "histogram" if "duration" in name else "counter" if name.endswith("_total") else "gauge"
-        samples = values if isinstance(values, list) else [] if values is None else [("", {}, values)]
+        samples = values if isinstance(values, list) else [] if values is None else [({}, values)]
         if samples:
+            kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP contextuate_{name} {about}", f"# TYPE contextuate_{name} {kind}"]
-        for suffix, labels, value in samples:
+        for labels, value in samples:
             shown = ",".join(f'{it}="{str(text).translate(LABEL_ESCAPES)}"' for it, text in labels.items())
-            lines.append(f"contextuate_{name}{suffix}{f'{{{shown}}}' if shown else ''} {value}")
+            lines.append(f"contextuate_{name}{f'{{{shown}}}' if shown else ''} {value}")
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -4797,7 +4557,7 @@ class EventLoop:
         self._selector.register(sock, events, callback)
 
     def listen(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
-        """Accept connections and call `accepted` with each; pause while no file descriptor is free."""
+        """Accept connections and call `accepted` with each; pause after an error."""
 
         def accept(_events: int) -> None:
             for _ in range(128):
@@ -4805,9 +4565,7 @@ class EventLoop:
                     connection, _address = sock.accept()
                 except (BlockingIOError, ConnectionAbortedError):
                     return
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
+                except OSError as error:  # too many open files
                     log.warning("a connection cannot be accepted (%s); trying again", error)
                     self.unwatch(sock)
                     self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
@@ -4927,10 +4685,9 @@ class Turns:
 
 
 class LineSplitter:
-    """Splits a byte stream into lines, without I/O; of a longer line, `limit_bytes` and one byte are kept."""
+    """Splits a byte stream into lines, without I/O; a line is cut after LINE_LIMIT_BYTES and one byte."""
 
-    def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
-        self._kept_bytes = limit_bytes + 1
+    def __init__(self) -> None:
         self._rest = bytearray()  # of the unfinished line
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -4939,8 +4696,9 @@ class LineSplitter:
         ended: list[bytearray] = []
         if b"\n" in data:
             *ended, self._rest = self._rest.split(b"\n")
-        del self._rest[self._kept_bytes :]
-        return [line for it in ended if (line := bytes(it[: self._kept_bytes].strip()))]
+        kept_bytes = emit_event.LINE_LIMIT_BYTES + 1
+        del self._rest[kept_bytes:]
+        return [line for it in ended if (line := bytes(it[:kept_bytes].strip()))]
 
 
 @dataclasses.dataclass(eq=False)
@@ -4975,7 +4733,6 @@ class WebSocketServer:
     connection_limit: int
     queue_limit_bytes: int
     clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
-    closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
@@ -4989,7 +4746,6 @@ class WebSocketServer:
         before = client.queued
         waiting = client.reply_bytes if is_reply else before - client.reply_bytes
         if before and waiting + len(frames) > (REPLY_LIMIT_BYTES if is_reply else self.queue_limit_bytes):
-            self.closed_slow += 1
             log.info("a client reads too slowly; it was closed and can reconnect for the missed events")
             self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
             return
@@ -5039,11 +4795,6 @@ class WebSocketServer:
         client.closing = True
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
         self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
-
-    def close_all(self) -> None:
-        """Close every client's connection."""
-        for client in list(self.clients.values()):
-            self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
     def _write(self, client: Client, data: bytes) -> None:
         was_waiting = bool(client.queue)
@@ -5192,10 +4943,9 @@ def refusal(error: RequestError) -> bytes:
 SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given up
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
+STREAM_PAGE_EVENTS = 100
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
-BATCH_LINES = 200  # passed to the loop together, or fewer after a line of
-LONG_LINE_BYTES = 64 << 10
+BATCH_LINES = 200  # passed to the loop together
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
@@ -5242,8 +4992,8 @@ class RedisLink(threading.Thread):
         changed: Callable[[], None],
     ) -> None:
         super().__init__(name="redis subscriber", daemon=True)
-        self._loop, self._values, self._take, self._changed = loop, settings.values, take, changed
-        values = settings.values
+        values = self._values = settings.values
+        self._loop, self._take, self._changed = loop, take, changed
         self._stream = emit_event.stream_name(values)
         self.inbox = Turns()  # what the channel delivered
         self.state: JsonObject = {  # for the status; never with a password
@@ -5268,7 +5018,6 @@ class RedisLink(threading.Thread):
         self._closing = False
         self._client: Any = None  # while connected
         self._last_alive = 0.0  # last reply of Redis or the loop (time.monotonic), whose delay is no silence
-        self._page_events = STREAM_PAGE_EVENTS
         loop.call_every(1.0, self._check)
         self.start()
 
@@ -5284,7 +5033,7 @@ class RedisLink(threading.Thread):
         self.reconnect()
         while self.inbox.waiting and self._take(self.inbox.take()):
             pass
-        self._save_position()
+        self._check()
 
     def status(self) -> JsonObject:
         """Return the state for /api/status."""
@@ -5315,7 +5064,6 @@ class RedisLink(threading.Thread):
                 failures = 0
                 continue
             failures += 1
-            self._page_events = max(1, self._page_events // 4)  # a page may be too large for the deadline
             delay_s = None if failures == limit else emit_event.backoff_s(failures)
             later = f"next in {delay_s:.1f} s" if delay_s else "given up: SIGHUP or Reconnect tries again"
             log.warning("Redis: attempt %d: %s; %s", failures, reason, later)
@@ -5343,7 +5091,7 @@ class RedisLink(threading.Thread):
             return client, pubsub, pubsub.get_message(timeout=CONNECT_DEADLINE_S)
 
         client, self._pubsub, confirmation = emit_event.within(CONNECT_DEADLINE_S, connect)
-        self._by_channel, self._by_stream = SeenIds(), SeenIds()
+        self._seen = SeenIds()
         self._last_alive, self._client = time.monotonic(), client
         self._receive(confirmation)
 
@@ -5354,8 +5102,7 @@ class RedisLink(threading.Thread):
             if can_read:
                 # Not before: get_message with a short timeout would stop in the middle of a message.
                 self._receive(self._pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S))
-            is_long = bool(self._batch) and len(self._batch[-1].line) > LONG_LINE_BYTES
-            if not can_read or len(self._batch) >= BATCH_LINES or is_long:
+            if not can_read or len(self._batch) >= BATCH_LINES:
                 self._hand_over()
             if time.monotonic() >= next_ping:
                 next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
@@ -5372,8 +5119,8 @@ class RedisLink(threading.Thread):
             self._read_stream(may_have_gap=True)
         elif message and kind == "message":
             key = event_key(message["data"])
-            if key not in self._by_stream:
-                self._by_channel.add(key)
+            if key not in self._seen:
+                self._seen.add(key)
                 self._batch.append(RemoteLine(message["data"], None))
 
     def _is_silent(self) -> bool:
@@ -5392,24 +5139,24 @@ class RedisLink(threading.Thread):
         stream, reason = self._stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
-                self._check_position(stream)
-            while stream and not self._at_once.is_set():
-                count = self._page_events
+                oldest = self._client.xrange(stream, "-", "+", 1)
+                if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
+                    words = "events may be missing; a larger redis.streamMaxLength keeps more"
+                    log.warning("Redis: the stream was trimmed beyond %s: %s", self._position, words)
+                    self._set(gaps=self.state["gaps"] + 1)
+            page: list[Any] = [()] * STREAM_PAGE_EVENTS
+            while stream and len(page) == STREAM_PAGE_EVENTS and not self._at_once.is_set():
                 time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
-                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
-                self._page_events = min(STREAM_PAGE_EVENTS, count * 2)
+                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", STREAM_PAGE_EVENTS)
                 self._last_alive = time.monotonic()
                 batch = []
                 for raw_id, fields in page:
                     line = fields.get(b"event", b"")
-                    key = event_key(line)
-                    if line and key not in self._by_channel:
-                        self._by_stream.add(key)
+                    if line and (key := event_key(line)) not in self._seen:
+                        self._seen.add(key)
                         batch.append(RemoteLine(line, raw_id.decode("ascii")))
                 if page:
                     self._store_page(batch, page[-1][0].decode("ascii"))
-                if len(page) < count:
-                    break
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
@@ -5419,23 +5166,11 @@ class RedisLink(threading.Thread):
             log.warning("Redis: the stream %s", trouble if reason else "can be read again")
             self._set(streamReason=reason)
 
-    def _check_position(self, stream: str) -> None:
-        newest = self._client.xrevrange(stream, "+", "-", 1)
-        oldest = self._client.xrange(stream, "-", "+", 1)
-        here = position_key(self._position)
-        if newest and position_key(newest[0][0].decode("ascii")) < here:
-            log.warning("Redis: the stream was replaced by a new one; it is read from its start")
-            self._position = STREAM_START
-        elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
-            words = "the stream was trimmed beyond %s: events may be missing; a larger redis.streamMaxLength"
-            log.warning(f"Redis: {words} keeps more", self._position)
-            self._set(gaps=self.state["gaps"] + 1)
-
     def _hand_over(self) -> None:
         """Pass what the channel delivered to the loop; wait while too much is not stored there."""
         batch, self._batch = self._batch, []
         if batch:
-            self._loop.call_soon(lambda: self._take_in(batch))
+            self._loop.call_soon(lambda: self._store(*batch))
         while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
             self._last_alive = time.monotonic()
@@ -5460,34 +5195,29 @@ class RedisLink(threading.Thread):
 
     # In the loop thread
 
-    def _check(self) -> None:
-        self._save_position()
-        if self._is_silent():
-            self._disconnect()
-
-    def _take_in(self, batch: Sequence[RemoteLine]) -> None:
-        """Take what the channel delivered; machines take turns."""
-        is_first = not self.inbox.waiting
+    def _store(self, *batch: RemoteLine) -> None:
+        """Add to the inbox, and store a turn of it; the rest in the next turn of the loop, or later."""
+        is_due = bool(batch and self.inbox.waiting)
         self.inbox.add(*batch)
-        if is_first:
-            self._store_turns()
-
-    def _store_turns(self) -> None:
-        """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
-        batch, is_stored = self.inbox.take(), False
+        if is_due:
+            return
+        turn, is_stored = self.inbox.take(), False
         try:
-            is_stored = self._take(batch)
+            is_stored = self._take(turn)
         finally:
-            self.inbox.add(*(() if is_stored else batch))
+            self.inbox.add(*(() if is_stored else turn))
             if self.inbox.waiting:
-                self._loop.call_later(0 if is_stored else 1.0, self._store_turns)
+                self._loop.call_later(0 if is_stored else 1.0, self._store)
 
-    def _save_position(self) -> None:
+    def _check(self) -> None:
+        """Save the position, and end a silent connection."""
         if self._position != self._saved_position:
             content = {"of": self._stream_name, "position": self._position}
             with contextlib.suppress(OSError):  # with an older position, some events are only read again
                 emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
                 self._saved_position = self._position
+        if self._is_silent():
+            self._disconnect()
 
 
 # ---------------------------------------------------------------------------
@@ -5725,15 +5455,16 @@ class Api:
     def _export(self, query: Query, _body: bytes) -> Response:
         lines = matching_lines(self._monitor.journal, self._search_query(query))
         form = query.get("format") or "ndjson"
-        if form not in EXPORT_FORMATS:
-            raise SearchError("format", " or ".join(EXPORT_FORMATS))
-        content_type, file_name = EXPORT_FORMATS[form]
-        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
-        table = call_table(lines) if form == "csv" else lines
+        if form not in ("ndjson", "html"):
+            raise SearchError("format", "ndjson or html")
+        content_type, name = "application/x-ndjson", "contextuate-events.ndjson"
         if form == "html":
+            content_type, name = "text/html; charset=utf-8", "contextuate-session.html"
             session = self.ask(lambda: self.status.session_json(query.get("session") or ""))
-            table = session_page(self._monitor.page_path, session, lines)
-        return Response(200, in_chunks(table), content_type, (disposition,))
+            lines = session_page(self._monitor.page_path, session, lines)
+        return Response(
+            200, in_chunks(lines), content_type, (("Content-Disposition", f'attachment; filename="{name}"'),)
+        )
 
     def _hooks(self, _query: Query, body: bytes) -> JsonObject:
         emit_event.parse_event_line(body)
@@ -5756,11 +5487,7 @@ class Api:
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
-        offset = query.get("utcOffset") or "0"
-        if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
-            raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        wanted = (start, end, query.get("session"), int(offset), query.zone())
-        figures = self._monitor.history.statistics(*wanted)
+        figures = self._monitor.history.statistics(start, end, query.get("session"), query.zone())
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
@@ -5995,7 +5722,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = json_response({"error": str(error), "field": error.field}, 400)
         except MalformedEvent as error:
             response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
-        except (NoStatistics, TimeoutError) as error:
+        except TimeoutError as error:
             response = json_response({"error": str(error)}, 503)
         except (ConnectionError, socket.timeout):
             raise
@@ -7774,10 +7501,7 @@ class Status:
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
-        server, link = self._monitor.clients, self._monitor.redis
-        queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.inbox.size if link else 0}
-        return metrics_text(self.to_json(), self._monitor.counts, states, queues)
+        return metrics_text(self.to_json(), states)
 
     def config(self) -> JsonObject:
         """Return the configuration in force, without secrets."""
@@ -7828,7 +7552,6 @@ class Monitor:
         self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_key, prices, own_name)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
         self.ingest = Ingest(settings, self.journal, self._take_own)
-        self.counts = EventCounts()
         self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool_dropped = 0  # events that the spool of this machine dropped because it was full
@@ -7927,7 +7650,8 @@ class Monitor:
             return
         self._stopping = True
         self.hooks.stop_listening()
-        self.clients.close_all()
+        for client in list(self.clients.clients.values()):
+            self.clients.close(client, CloseCode.GOING_AWAY, "the monitor stops")
         # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
 
@@ -8148,7 +7872,6 @@ class Monitor:
             return
         changed: list[Session] = []
         for entry in stored:
-            self.counts.add(entry.event)
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
@@ -8329,7 +8052,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         "store": f"{store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}{kept}",
         "index": {
             "ready": f"{human_size(index['bytes'])}, {index['lagEvents']} events behind",
-            "building": f"being built: {human_size(index['done'])} of {human_size(index['total'])} are read",
+            "building": f"being built: {index['done']} of {index['total']} events are read",
         }.get(index["state"], f"off: {index['error']}"),
         "spool": f"{human_size(spool['bytes'])} waiting",
         "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines repaired",
@@ -10841,7 +10564,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def command_export(settings: Settings, args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON, or tool calls as CSV, without a running monitor but for --state."""
+    """Write stored events as NDJSON, or a session as a page; --state and html need a running monitor."""
     store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
     wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
@@ -10855,8 +10578,10 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     query = search_query(wanted, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
-    if args.format == "csv":
-        lines = call_table(lines)
+    if args.format == "html":
+        place = "/api/sessions/" + urllib.parse.quote(wanted["session"] or "?", "")
+        page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
+        lines = session_page(page, ask_monitor(settings, place), lines)
     if not args.output:
         sys.stdout.buffer.writelines(in_chunks(lines))
         sys.stdout.buffer.flush()
@@ -10864,8 +10589,7 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
         file.writelines(in_chunks(lines))
-    what = "tool calls of " if args.format == "csv" else ""
-    print(f"{what}{counter.count} events written to {args.output}")
+    print(f"{counter.count} events written to {args.output}")
     return 0
 
 
@@ -10963,7 +10687,7 @@ OPTIONS = {  # what `add_argument` takes
     "--time-zone": _option("zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
     "--limit": _option("most results (default 50)", type=int, default=50),
     "--json": _switch("for programs: as JSON; events and results as one object a line"),
-    "--format": _option("csv: one row a tool call", choices=("ndjson", "csv"), default="ndjson"),
+    "--format": _option("html: a page with one --session", choices=("ndjson", "html"), default="ndjson"),
     "--output": _option("file to write to (default: standard output)", metavar="FILE"),
     "paths": _option("files or directories (default: all transcripts)", nargs="*", metavar="PATH"),
     "action": _option("what to do", choices=("install", "remove", "status")),

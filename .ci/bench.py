@@ -1345,7 +1345,7 @@ def bench_history(sizes: Sizes) -> Iterator[Measured]:
             read = functools.partial(read_all, root)
             yield paired([(p95_ms(search, 3), timed_ms(read)) for _ in range(5)])
             for only in (None, SEARCHED_SESSION):
-                count = functools.partial(history.statistics, 0, 1 << 53, only, 60)
+                count = functools.partial(history.statistics, 0, 1 << 53, only)
                 yield Measured(p95_ms(count, 10))
             yield Measured(history.status()["bytes"] / size * 100)
         finally:
