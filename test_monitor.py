@@ -6299,6 +6299,19 @@ def test_without_a_status_line_the_context_is_estimated(model, used, percent, si
 # to the cent.
 # ---------------------------------------------------------------------------
 
+
+def story_blocks(name: str) -> list[list[str]]:
+    """Return the lines of each block of .ci/stories/NAME.txt but for the first one, which explains the others."""
+    blocks = install_text(f"{ROOT}/.ci/stories/{name}.txt").rstrip().split("\n\n")
+    return [block.split("\n") for block in blocks[1:]]
+
+
+def stories(name: str, mark: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the stories of a file by their titles: each line below as what comes before and after the mark."""
+    cut = {title: [line.partition(mark)[::2] for line in lines] for title, *lines in story_blocks(name)}
+    return {title: [(got.strip(), then.strip()) for got, then in lines] for title, lines in cut.items()}
+
+
 USAGE_MACHINE = "box"
 USAGE_MODEL = "claude-opus-4-5-20251101"
 USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
@@ -6389,25 +6402,14 @@ def transcript(tmp_path: Any) -> Transcript:
     return Transcript(str(tmp_path))
 
 
-# Rule → steps, and the total that is read after each (`-`: nothing new). Words are lines MESSAGE=TOKENS: with `<` but
-# for their last bytes, with `>` these alone; `huge` is a long line of something else.
-USAGE_STORIES = {
-    "a last line without its end waits for it": "add m1=5 m2=7< → 5; add m2=7> → 12",
-    "another file is read from its start": "add m1=5 m2=6 → 11; replace m9=100 m2=6 m2=6 m2=6 → 111",
-    "a shortened file is read from its start": "add m1=5 m2=6 → 11; write m9=100 → 111",
-    "of several lines of a message the largest numbers count": "add m1=1 → 1; add m1=40 → 40; add m1=7 → -; add m1=41 → 41",
-    "a file that went keeps its count": "read → -; add m1=5 → 5; remove → -; restart → 5",
-    "what a killed process counted and did not store comes next": "add m1=5 → 5; restart → 5; read → -",
-    "a line longer than is waited for stops nothing": "add m1=5 huge m2=6 → 11",
-}
+USAGE_GROWING = stories("usage-growing", " → ")
 
 
-@pytest.mark.parametrize("rule", USAGE_STORIES)
+@pytest.mark.parametrize("rule", USAGE_GROWING)
 def test_a_transcript_that_grows_is_counted_as_the_table_says(rule, transcript, monkeypatch):
     monkeypatch.setattr(ee, "TRANSCRIPT_LINE_LIMIT_BYTES", 4000)
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
-    for part in USAGE_STORIES[rule].split("; "):
-        step, _, total = part.partition(" → ")
+    for step, total in USAGE_GROWING[rule]:
         transcript.do(step)
         assert str(transcript.total() or "-") == total, step
 
@@ -6458,7 +6460,7 @@ def write_files(folder: Any, files: dict[str, str]) -> None:
 
 
 def usage_written(folder: Any, files: str) -> tuple[str, str]:
-    """Write the transcripts of a step of USAGE_LAYOUTS; return path and session of the first."""
+    """Write the transcripts of a step of usage-layouts.txt; return path and session of the first."""
     named = dict(re.findall(r"(\S+): (.*?)(?: \||$)", files))
     first = next(iter(named))
     session = os.path.basename(first)
@@ -6470,7 +6472,7 @@ def usage_written(folder: Any, files: str) -> tuple[str, str]:
 
 
 def usage_words(usage: Any) -> str:
-    """Return what each agent used of each model, as USAGE_LAYOUTS says it."""
+    """Return what each agent used of each model, as usage-layouts.txt says it."""
     parts = []
     for agent, models in sorted(usage["agents"].items()) if usage else ():
         used = [f"{model} {counts['input']}/{counts['output']}" for model, counts in sorted(models.items())]
@@ -6478,61 +6480,13 @@ def usage_words(usage: Any) -> str:
     return re.sub(r"claude-(\w+)-4-5", r"\1", " | ".join(parts)) or "-"
 
 
-USAGE_ADVISED = '{"type":"advisor_message","model":"claude-sonnet-4-5","input_tokens":50,"output_tokens":7}'
-# Rule → transcripts (with ` | ` between them, a hook names the first), and what is then counted of each agent (`-`:
-# nothing new). What comes after ` || ` is appended.
-USAGE_LAYOUTS = {
-    "agents of workflows lie deeper": (
-        "s1: a 1/2 | s1/subagents/agent-b: b 10/20 | s1/subagents/workflows/run/agent-c: c 100/200 "
-        "| s1/subagents/workflows/run/journal: d 1000/2000 → opus 1/2 | b: opus 10/20 | c: opus 100/200"
-    ),
-    "an advisor's tokens are those of its model, and beside the sum": (
-        's1: a 2/3 iterations=[{"type":"message","input_tokens":2},ADVISED]; a 2/4 iterations=[ADVISED] → opus 2/4 sonnet 50/7'
-    ),
-    "the API's own compaction is beside the sum, too": (
-        's1: a 2/3 iterations=[{"type":"compaction","input_tokens":90,"output_tokens":9},"odd",7] → opus 92/12'
-    ),
-    "odd iterations are none": 's1: a 2/3 iterations={"type":"advisor_message"} → opus 2/3',
-    "a fork counts only what is its own": "s1: a 1/5; b 1/6 → opus 2/11 || s2: a 1/5; b 1/6 → - || s2: c 1/7 → opus 1/7",
-    "a worktree's folder does not exist": (
-        "projects/-app-worktree/s1: gone | projects/-app/s1: a 1/2 | projects/-app/s1/subagents/agent-b: b 10/20 "
-        "| projects/-other/s2: c 100/200 → opus 1/2 | b: opus 10/20"
-    ),
-    "only below projects/ is looked elsewhere": "sessions/-gone/s1: gone | sessions/-app/s1: a 1/2 → -",
-    "a link to the transcript": (
-        "s1: ->synced/one.jsonl | synced/one: a 1/2 | synced/one/subagents/agent-b: b 10/20 "
-        "| s1/subagents/agent-c: c 100/200 → opus 1/2 | b: opus 10/20 | c: opus 100/200"
-    ),
-    "sidechains of old clients are no main agent": 's1: a 1/2; b 10/20 model="haiku" isSidechain=true → opus 1/2 | sidechain: haiku 10/20',
-    "a gateway's one id, no requests, other input": 's1: a 1/2 id="relay" requestId=null; b 3/4 id="relay" requestId=null → opus 4/6',
-    "a gateway's one id, other requests": 's1: a 1/2 id="relay"; b 1/2 id="relay" → opus 2/4',
-    "a gateway's one id counts in every session": (
-        's0: x 1/2 id="relay" requestId=null → opus 1/2 || s1: x 3/4 id="relay" requestId=null → opus 3/4'
-    ),
-    "one message in lines that grow, no request": "s1: a 5/1 requestId=null; a 5/40 requestId=null → opus 5/40",
-    "messages without an id": "s1: a 1/2 id=null; a 1/2 id=null; b 1/2 id=null → opus 2/4",
-    "copies with other uuids": 's1: a 1/2; a 1/2 uuid="copy"; b 1/2 uuid="c" → opus 2/4',
-    "the client's sums have what no line has": "s1: a 10/1; sums opus 30/5 haiku 7/7 startTime=1 → haiku 7/7 opus 30/5",
-    "the client's sums include those of agents": "s1: a 10/1; sums opus 30/5 startTime=1 | s1/subagents/agent-b: b 20/4 → opus 10/1 | b: opus 20/4",
-    "the client's sums under another name of the model": "s1: a 10/1; sums opus[1m] 30/5 → opus 10/1 opus[1m] 20/4",
-    "the client's sums are less than the lines": "s1: a 10/1; sums opus 3/5 startTime=1 → opus 10/5",
-    "the client's sums of a fork whose copies name their origin": 's1: a 10/1 sessionId="s0"; sums opus 30/5 startTime=1 → opus 10/1',
-    "odd sums of the client": 's1: a 1/2; sums modelUsage={"m":7,"":{}} startTime="x" → opus 1/2',
-    "the client's sums count once for a session and its forks": (
-        "s1: a 10/1 → opus 10/1 || s1: sums opus 25/2 startTime=7 → opus 25/2 "  # a /compact
-        "|| s1: b 10/1 → opus 35/3 || s1: sums opus 35/3 startTime=7 → - "  # resumed
-        "|| s2: a 10/1; b 10/1; c 10/1 → opus 10/1 || s2: sums opus 45/4 startTime=7 → - "  # a fork
-        "|| s3: d 10/1 → opus 10/1 || s3: sums opus 12/1 startTime=8 → opus 12/1 "  # after /clear
-        "|| s1: sums opus 40/3 startTime=7 → opus 40/3"
-    ),
-}  # fmt: skip
+USAGE_LAYOUTS = stories("usage-layouts", " → ")
 
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
 def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
     reader = ee.UsageReader(f"{tmp_path}/home")
-    steps = USAGE_LAYOUTS[rule].replace("ADVISED", USAGE_ADVISED).split(" || ")
-    for files, used in (step.split(" → ") for step in steps):
+    for files, used in USAGE_LAYOUTS[rule]:
         path, session = usage_written(tmp_path, files)
         usage = usage_read(reader, path, session)
         assert usage_words(usage) == used, files
@@ -6540,7 +6494,7 @@ def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
         assert usage_read(reader, path, session) is None, "nothing is new the second time"
     reader.close()
     assert not os.path.exists(f"{tmp_path}/home/emit.log")
-    if len(steps) == 1 and files.startswith("s1: ") and "->" not in files:
+    if len(USAGE_LAYOUTS[rule]) == 1 and files.startswith("s1: ") and "->" not in files:
         ((_, events, _),) = cm.import_batches(
             cm.import_sources([str(tmp_path)], []), USAGE_MACHINE, lambda _: False, []
         )
@@ -6799,7 +6753,7 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
 
 
 def words_of(events: Iterable[dict[str, Any]]) -> str:
-    """Return what was said in some events, as WORDS_STORIES says it."""
+    """Return what was said in some events, as usage-words.txt says it."""
     said = [event for event in events if event["eventType"] == ee.WORDS]
     assert len({event["id"] for event in said}) == len(said)
     about = ((it.get("agentId") or it["data"].get("role") or "", it["data"]["text"]) for it in said)
@@ -6814,38 +6768,19 @@ def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
     return spaced.replace(" ", "\\u0020")
 
 
-# Rule → transcripts as in USAGE_LAYOUTS, `|| ` begins the next step; then what is new of what was said, in order.
-WORDS_STORIES = {
-    "each message once, and nothing the second time": "s1: a 1/2; b 1/2 → done; done || s1: c 1/2 → done",
-    "an agent's are its own": "s1: a 1/2 | s1/subagents/agent-b: b 10/20 → b: done; done",
-    "a sidechain's are not the main agent's": "s1: b 10/20 isSidechain=true → sidechain: done",
-    "a fork repeats nothing": "s1: a 1/2 → done || s2: a 1/2 uuid=\"new\"; b 1/2 → done",
-    "a line again": "s1: a 1/2; a 1/2 uuid=\"again\" → done",
-    "every text of a message, no thinking": f"s1: a 1/2 message={words_text('one', ' ', 'two')} → one; two",
-    "what the client wrote itself is no agent's": f"s1: a 1/2 message={words_text('x', model='<synthetic>')} → ",
-    "prompts before the first hook": "s1: user what; a 1/2 → user: what; done",
-    "a prompt that a hook has reported": "s1: user what timestamp=\"LATE\"; a 1/2 → done",
-    "a fork repeats no prompt": "s1: user what; a 1/2 → user: what; done || s2: user what; a 1/2; b 1/2 → done",
-    "what no person typed": "s1: user <task-notification>x; user x isMeta=true; user x isSidechain=true; a 1/2 → done",
-    "an agent's prompt is in its call": "s1: a 1/2 | s1/subagents/agent-b: user find; b 1/2 → b: done; done",
-    "a command after !": (
-        's1: user message={"content":"<bash-input>ls</bash-input>"} timestamp="LATE"; user <bash-stdout>x → shell: ls'
-    ),
-}  # fmt: skip
+USAGE_WORDS = stories("usage-words", " →")
 
 
-@pytest.mark.parametrize("rule", WORDS_STORIES)
+@pytest.mark.parametrize("rule", USAGE_WORDS)
 def test_what_was_said_is_read_once_and_in_order(tmp_path, rule):
     late = "2026-11-24T12:00:00.000Z"
     at_ms = ee.iso_time_ms(late)
     reader = ee.UsageReader(f"{tmp_path}/home")
-    for files, said in (
-        step.split(" → ") for step in WORDS_STORIES[rule].replace("LATE", late).split(" || ")
-    ):
-        path, session = usage_written(tmp_path, files)
+    for files, said in USAGE_WORDS[rule]:
+        path, session = usage_written(tmp_path, files.replace("LATE", late))
         event = {**usage_event(path, session), "since": at_ms}
         events = reader.events(event)
-        assert words_of(events) == said.strip(), files
+        assert words_of(events) == said, files
         assert all(it["sessionId"] == session and it["timestamp"] <= at_ms for it in events[:-1])
         assert words_of(reader.events(event)) == ""
     reader.close()
@@ -7793,52 +7728,8 @@ AGENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "agents")
 AGENT_LETTERS = {
     "idle": "i", "working": "w", "waiting permission": "P", "waiting question": "Q", "failed": "F", "ended": "e",
 }  # fmt: skip
-# Recording, the states of its sessions one after the other, and (calls, failed, interrupted, prompts) of all.
-AGENT_STATES = [
-    ("codex/answers", "iwPwiwPiwPiwiwiwi", (6, 0, 3, 6)),
-    ("codex/ask-kill", "iwQwiwi", (2, 0, 0, 2)),
-    ("codex/esc-in-tool", "iwi", (1, 0, 1, 1)),
-    ("codex/esc-thinking", "iwi", (0, 0, 0, 1)),
-    ("codex/exec-cmd", "iwie", (1, 0, 0, 1)),
-    ("codex/exec-error", "iwe", (0, 0, 0, 1)),
-    ("codex/exec-fail", "iwie", (1, 0, 0, 1)),
-    ("codex/misc", "iwiwiwi iwi", (2, 0, 1, 3)),
-    ("codex/no-daemon-kill", "iw", (1, 0, 0, 1)),
-    ("codex/no-daemon-term", "iw", (1, 0, 0, 1)),
-    ("codex/no-daemon", "iwie", (1, 0, 0, 1)),
-    ("codex/patch-approval", "iwPi", (1, 0, 1, 1)),
-    ("codex/perm-esc", "iwPi", (1, 0, 1, 1)),
-    ("codex/perm-yes", "iwPwi", (1, 0, 0, 1)),
-    ("codex/resume", "iwi", (0, 0, 0, 1)),
-    ("codex/subagent", "iwPwiwiwi", (4, 0, 1, 3)),
-    ("codex/tools", "iwiwiwiwiwiw", (3, 0, 0, 6)),
-    ("codex/tui-cmd", "iwi", (1, 0, 0, 1)),
-    ("copilot/answers", "iwiwiwPwie iwi", (4, 0, 3, 5)),
-    ("copilot/claude-settings-file", "iwie", (2, 0, 1, 1)),
-    ("copilot/esc", "iwPwPe", (2, 0, 2, 3)),
-    ("copilot/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("copilot/print-camel", "i", (0, 0, 0, 0)),
-    ("copilot/print-cmd", "iwie", (1, 0, 0, 1)),
-    ("copilot/state", "iwPwie", (1, 0, 0, 1)),
-    ("copilot/tools", "iwPwiwiwiwPwiwiwQwiwiwFe", (9, 4, 0, 8)),
-    ("gemini/esc", "iwiwPie", (1, 0, 1, 2)),
-    ("gemini/kill", "iwie", (0, 0, 0, 1)),
-    ("gemini/misc", "iwQwiwiwPwiwiwiwie iwie", (6, 0, 2, 7)),
-    ("gemini/perm-no", "iwPwPwie", (2, 0, 1, 2)),
-    ("gemini/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("gemini/print-cmd", "iwie", (1, 0, 0, 1)),
-    ("gemini/resume", "iwie", (0, 0, 0, 1)),
-    ("gemini/tools", "iwPwiwiwiwPwiwiwie", (5, 2, 0, 6)),
-    ("kimi/esc", "iwPwiwiwPwiwPwiwie iwi", (4, 3, 1, 6)),
-    ("kimi/print-cmd", "iwi", (1, 0, 0, 1)),
-    ("kimi/tools", "iwPwiwPwiwiwiwiwiwiwQiwFe", (10, 3, 2, 9)),
-    ("qwen/answers", "iwPwiwPiwPie iwie", (1, 0, 0, 4)),
-    ("qwen/esc", "iwPiwiwie", (0, 0, 0, 3)),
-    ("qwen/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("qwen/print-cmd", "iwi", (1, 0, 0, 1)),
-    ("qwen/sub-ask", "iwPwiwPwiwQwie", (3, 0, 0, 3)),
-    ("qwen/tools", "iwPwiwiwiwPwiwiwiwFe", (2, 1, 0, 7)),
-]
+# Recording → the states of its sessions, then calls, failed, interrupted and prompts of all.
+AGENT_STATES = {name: row for name, *row in map(str.split, story_blocks("agents")[0])}
 
 
 def agent_payloads(name: str) -> list[dict[str, Any]]:
@@ -7865,23 +7756,24 @@ def agent_states(events: Iterable[dict[str, Any]]) -> tuple[cm.Sessions, dict[st
     return book, dict(states)
 
 
-@pytest.mark.parametrize(("name", "states", "counts"), AGENT_STATES, ids=[row[0] for row in AGENT_STATES])
-def test_a_recorded_agent_has_the_states_of_its_screen(name, states, counts):
+@pytest.mark.parametrize("name", AGENT_STATES)
+def test_a_recorded_agent_has_the_states_of_its_screen(name):
+    states, counts = AGENT_STATES[name][:-4], AGENT_STATES[name][-4:]
     book, found = agent_states(agent_event(name, *it) for it in enumerate(agent_payloads(name)))
-    assert list(found.values()) == states.split()
+    assert list(found.values()) == states
     assert {session.agent for session in book.sessions.values()} == {name.partition("/")[0]}
     names = ("toolCalls", "toolErrors", "interrupted", "prompts")
-    assert tuple(sum(it.counts[each] for it in book.sessions.values()) for each in names) == counts
+    assert [str(sum(it.counts[each] for it in book.sessions.values())) for each in names] == counts
 
 
 def test_every_recording_of_an_agent_has_a_row():
     found = [path[len(AGENT_RECORDINGS) + 1 : -6] for path in glob.glob(f"{AGENT_RECORDINGS}/*/*.jsonl")]
-    assert {it for it in found if not it.startswith("transcripts")} == {row[0] for row in AGENT_STATES}
+    assert {it for it in found if not it.startswith("transcripts")} == {*AGENT_STATES}
 
 
 def test_payloads_of_all_agents_in_one_stream_stay_apart():
     by_session = collections.defaultdict(list)  # some sessions are in two recordings
-    for name, *_ in AGENT_STATES:
+    for name in AGENT_STATES:
         for number, hook in enumerate(agent_payloads(name)):
             event = agent_event(name, number, hook)
             stream = by_session[event["sessionId"]]
@@ -8174,31 +8066,13 @@ def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expec
     assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
 
 
-# Edits `SESSION PATH [MINUTE] [FIELD=VALUE]…`, then which sessions collide: `SESSION: PATH with SESSION`.
-COLLISION_STORIES = {
-    "one session alone": "a /r/x 0; a /r/x 1 → ",
-    "two sessions, one file": "a /r/x 0; b /r/x 9 → a: /r/x with b; b: /r/x with a",
-    "by a subagent": "a /r/x 0 agent_id=g; b /r/x 1 → a: /r/x with b; b: /r/x with a's g",
-    "after more than ten minutes": "a /r/x 0; b /r/x 11 → ",
-    "other files": "a /r/x 0; b /r/y 1 → ",
-    "other machines": "a /r/x 0; b /r/x 1 machine=far → ",
-    "worktrees of one repository": "a /r/x 0 root=/r; b /w/x 1 root=/w project=/r → a: /r/x with b; b: /w/x with a",
-    "other repositories": "a /r/x 0 root=/r; b /w/x 1 root=/w → ",
-    "one knows no repository": "a /r/x 0 root=/r; b /r/x 1 → a: /r/x with b; b: /r/x with a",
-    "a relative path": "a /r/x 0; b x 1 → a: /r/x with b; b: /r/x with a",
-    "a file in no known directory": "a x 0 cwd=; b x 1 cwd= → ",
-    "a call that failed": "a /r/x 0; b /r/x 1 hook=PostToolUseFailure → ",
-    "a tool that only reads": "a /r/x 0; b /r/x 1 tool=Read → ",
-    "a notebook": "a /r/x 0; b /r/x 1 tool=NotebookEdit key=notebook_path → a: /r/x with b; b: /r/x with a",
-    "a patch": "a /r/x 0; b PATCH 1 tool=apply_patch key=input → a: /r/x with b; b: /r/x with a",
-    "the same conversation after /clear": "a /r/x 0; clear a b; b /r/x 1 → ",
-}  # fmt: skip
+COLLISION_STORIES = stories("collisions", " →")
 
 
 @pytest.mark.parametrize("rule", COLLISION_STORIES)
 def test_sessions_that_edit_the_same_file_collide(rule):
     book, at, number = cm.Sessions(own_machine=SESSION_MACHINE), NOW_MS, 0
-    steps, _, expected = COLLISION_STORIES[rule].partition(" → ")
+    ((steps, expected),) = COLLISION_STORIES[rule]
 
     def say(hook: str, session: str, machine: str = SESSION_MACHINE, **fields: Any) -> None:
         nonlocal number
@@ -9006,26 +8880,7 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     assert [printed("export"), printed("export", "--format", "csv")] == tables, "no monitor is needed"
 
 
-UUID_OF_ITERM = "8A6F2D3C-1111-2222-3333-444455556666"
-# Variables as NAME=VALUE, with `;` between them → name and command of the terminal
-TERMINALS = """
-TMUX=/tmp/tmux-0/default,81,0;TMUX_PANE=%3 → tmux %3: tmux -S /tmp/tmux-0/default select-window -t %3 \\; select-pane -t %3 \\; switch-client -t %3
-TMUX=/tmp/a b;$(id),81,0;TMUX_PANE=%3;SSH_CONNECTION=::1 1 ::2 22 → ssh ::1
-TMUX=/tmp/x,81,0;TMUX_PANE=3;TERM_PROGRAM=tmux → tmux
-TMUX=-f/tmp/x,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
-TMUX==ls,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
-TMUX=/tmp/x,81,0;TMUX_PANE=%٣;TERM_PROGRAM=tmux → tmux
-KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=unix:@kitty-12 → kitty 4: kitty @ --to unix:@kitty-12 focus-window --match id:4
-KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=tcp:evil.example:1 → kitty 4
-KITTY_WINDOW_ID=4 or 1;TERM_PROGRAM=$(id) →
-WEZTERM_PANE=2;TERM_PROGRAM=WezTerm → WezTerm 2: wezterm cli activate-pane --pane-id 2
-ITERM_SESSION_ID=w0t1p0:UUID → iTerm: open 'iterm2:///reveal?sessionid=UUID'
-SSH_CONNECTION=10.0.0.5 50000 10.0.0.1 22 → ssh 10.0.0.5
-OTHER=1 →
-""".replace("UUID", UUID_OF_ITERM)
-
-
-@pytest.mark.parametrize("line", TERMINALS.strip().splitlines())
+@pytest.mark.parametrize("line", story_blocks("terminals")[0])
 def test_a_terminal_has_a_name_and_a_command_of_checked_values_only(line):
     given, _, expected = line.partition(" →")
     variables = dict(re.findall(r"(?:^|;)([A-Z_]+)=([^\n]*?)(?=;[A-Z_]+=|$)", given))
@@ -11479,60 +11334,13 @@ def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
 # Browser: the page in headless Chromium against a real monitor
 #
 # Most tests share one page and one monitor (`tab`), which has no session when a test begins. What is sent to the
-# monitor is written as a story, see `hooks`. BROWSER_SHOWS says what the page shows of which events.
+# monitor is written as a story, see `hooks`. .ci/stories/page.txt says what the page shows of which events.
 # ---------------------------------------------------------------------------
 
 
 def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
     with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
         assert [number for number, line in enumerate(file, 1) if len(line.rstrip("\n")) > 120] == []
-
-
-# An expression over the section "Parsers" of the page -> its value.
-PAGE_PARSES: list[tuple[str, Any]] = [
-    ("oneLine('a\\u001b[1mb\\nc')", "ab c"),
-    ("(walkAnsi('x\\u001b[31my', {}, (text, { fg }) => seen.push([text, fg ?? null])), seen)", [["x", None], ["y", 1]]),
-    ("diffLines('a\\nb', 'a\\nc').map(({ kind, text }) => kind + text)", [" a", "-b", "+c"]),
-    ("diffLines('a\\nb\\nc\\nd', 'x\\nb\\nd\\ny').map(({ kind, text }) => kind + text)",
-     ["-a", "+x", " b", "-c", " d", "+y"]),
-    ("foldSame(diffLines([...Array(5e4).keys()].join('\\n'), [...Array(5e4).keys()].reverse().join('\\n')))"
-     ".filter(({ kind }) => kind !== ' ').length > 5e4", True),   # too different for the shortest way
-    ("patchedFiles('*** Add File: a\\n+b')[0].path", "a"),
-    ("lastWritten('10 %\\r50 %\\r100 %\\r\\nnext')", "100 %\nnext"),
-    ("textPieces('\\u001b[31m' + 'x\\n'.repeat(500)).map(({ lines, style }) => [lines, style.fg ?? null])",
-     [[200, None], [200, 1], [100, 1]]),
-    ("['image/png', 'image/svg+xml'].map((mimeType) => imageAddress({ data: 'AAAA', mimeType }))",
-     ["data:image/png;base64,AAAA", ""]),
-    ("[imageAddress({ file: { base64: 'AA…A', type: 'image/png' } }), jsonOf('[1'), jsonOf(' {}')]", ["", None, {}]),
-    ("markdownBlocks('- [x] a\\n\\n  ```\\n    b\\n\\n  ```\\n\\n- [ ] c')[0].items.map(({ text, done }) => [text, done])",
-     [["a\n```\n  b\n\n```", True], ["c", False]]),
-    ("markdownBlocks('3. a\\n\\n4. b')[0].items.map(({ start }) => start)", [3, 4]),
-    ("markdownBlocks('a|b\\n--|--\\n1\\\\|2|`x`')[0].rows[1]", ["1|2", "`x`"]),
-    ("markdownBlocks('# T\\n\\n- a')", [
-        {"kind": "h", "text": "T"},
-        {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
-    ("markdownSpans('a `b`').map(({ kind }) => kind)", ["text", "code"]),
-    ("turnsOf([{ time: 3, seq: 1, agent: '', kind: 'answer', text: 'Done.' },"
-     " { time: 2, seq: 2, agent: '', kind: 'words', text: 'Done. ' }, { time: 9, seq: 6, agent: '', kind: 'answer',"
-     " text: 'Done.' }, { time: 8, seq: 5, agent: '', kind: 'prompt', text: 'go' }, { time: 4, seq: 3, agent: 'a', kind:"
-     " 'call', row: 1 }]).map(({ prompt, items }) => [prompt?.text, items.map(({ kind, text }) => text ?? kind)])",
-     [[None, ["Done. ", "agent"]], ["go", ["Done."]]]),   # an answer is shown once; a turn later it is another one
-    ("turnsOf([{ time: 1, seq: 1, kind: 'call', row: 1 }, { time: 2, seq: 2, kind: 'call', agent: 'a', row: 2 }, { time: 3,"
-     " seq: 3, kind: 'call', row: 3 }, { time: 4, seq: 4, kind: 'usage', in: 5, out: 1, weight: 2 }, { time: 5, seq: 5,"
-     " kind: 'prompt' }, { time: 6, seq: 6, kind: 'usage', in: 9, out: 3, weight: 4 }]).map(({ items, used }) =>"
-     " [items.map(({ kind, rows }) => rows ?? kind), used.in, used.out])",
-     [[[[1, 3], "agent"], 5, 1], [[], 4, 2]]),
-    ("usedOf({ models: { a: { input: 1, output: 2, cacheRead: 4 }, b: { input: 3 } } })", {"in": 8, "out": 2, "weight": 14.4}),
-    ("replaceTexts('a\\nb\\nc', [{ old_string: 'b', new_string: '' }, { old_string: 'c', new_string: '$&' }])", "a\n$&"),
-    ("[replaceTexts('a', [{ old_string: 'b', new_string: 'c' }]) ?? null, patchText({ before: '[redacted:x]', after: '' }, 'f')]",
-     [None, ""]),
-    ("patchText({ before: null, after: '' }, 'a\"b')", 'diff --git "a/a\\"b" "b/a\\"b"\nnew file mode 100644\n'),
-    ("filter('Build -\"two words\"')", [["", "build", False], ["", "two words", True]]),
-    ("filter('status:Failed -tool:bash x:y')", [
-        ["status", "failed", False], ["tool", "bash", True], ["", "x:y", False]]),
-    ("filter('>5s <1.5m >200ms')", [[">", 5000, False], ["<", 90000, False], [">", 200, False]]),
-    ("filter('  - > >5 status: a-b')", [[">", 5000, False], ["", "a-b", False]]),
-]  # fmt: skip
 
 
 def by_page(expression: str) -> Any:
@@ -11551,8 +11359,10 @@ def by_page(expression: str) -> Any:
 
 def test_what_parses_needs_no_page() -> None:
     helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
-    values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
-    assert by_page(f"(() => {{ {helpers} return [{values}]; }})()") == [value for _, value in PAGE_PARSES]
+    expressions = story_blocks("parsers")
+    values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in expressions)
+    expected = [json.loads(value.removeprefix("= ")) for _, value in expressions]
+    assert by_page(f"(() => {{ {helpers} return [{values}]; }})()") == expected
 
 
 class EditHistory:
@@ -11683,10 +11493,15 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
 
     Calls are of Bash: `call make`, then `result make took 3 => its output` or `failure make => its error`; `ask make`
     asks for permission, `batch 1 2` ends `make 1` and `make 2`; `question WORDS`, `reply WORDS` are of AskUserQuestion;
-    `play NAME` is a recording. With `start_ms` payloads have times, counted from there, and a machine.
+    `play NAME` is a recording; `60x STEP` is a step for each number from 0 on, which stands for its #.
+    With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
-    for step in re.split(r"; +", story.strip()):
+    steps = (
+        re.fullmatch(r"(?:(\d+)x )?(.*)", it, re.DOTALL).groups() for it in re.split(r"; +", story.strip())
+    )
+    each = (it.replace("#", str(n)) if times else it for times, it in steps for n in range(int(times or 1)))
+    for step in each:
         second, who, agent, verb, words, took, said = STORY_STEP.fullmatch(step).groups()
         if verb == "play":
             about = {"session_id": who or session, "story": next(STORY_NUMBERS)}
@@ -11926,449 +11741,7 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     assert said == []
 
 
-# A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
-# `hooks`), or what a person does:
-#     give SESSION: FIELDS of its JSON that the page gets
-#     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
-#     back, forward   width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
-#     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
-# In a PART, <NAME> is the part of that data-testid. What the page shows:
-#     row STATUS: words of the one row that has them        rows STATUS: how many there are
-#     rail STATE: words of the session in the rail          rail: all its sessions
-#     counter STATE: its number in the top bar              found WORDS: how many the monitor finds
-#     open TOOL / words of its target: what the drawer shows, between semicolons
-#     in, not in NAME: words of a part, or not              no NAME: the part is away or empty; no row: words
-#     kept SESSION FIELD: what the monitor has              agents: of how many agents there are rows
-#     link: the address; linked: parts of it                bars TARGET SECONDS…: the timeline's colours in its lane then
-#     true: what holds in the page                          … & …: both
-BROWSER_SHOWS = r"""
-a call and its result are one row
-    prompt fix the cart             | rail working: fix the cart
-    call make cart                  | row running: Bash make cart & rail working: Bash: make cart
-    result make cart => It is made  | row done: Bash make cart 1.2 s
-                                    | open Bash / make cart: make cart; Output Copy It is made
-
-a call that failed is marked, with its error, and one that a prompt interrupts
-    call make; failure make => Exit code 2 | row failed: Bash make & open Bash / make: Exit code 2
-    call ls; prompt stop that       | row interrupted: Bash ls & rail working: stop that
-
-who waits for a permission is named, with what is asked
-    call rm build; ask rm build     | row waiting: Bash rm build & rail waiting: Allow Bash: rm build
-                                    | counter waiting: 1 & title: (1) Contextuate Monitor
-    result rm build                 | row done: Bash rm build & rail working: No tool running
-                                    | counter waiting: 0 & title: Contextuate Monitor
-
-a turn or a session that is over says where and how much, or why
-    prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
-    prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
-    prompt go; end logout           | rail ended: shop /logout
-
-calls that only their batch ended failed, as the monitor counts
-    play p-perm                     | rows failed: 2 & errors: 2
-                                    | open Write / perm.txt: you haven't granted it yet
-
-files and edits are shown with numbers and as a diff
-    play simple                     | open Bash / echo hello: Say hello; echo hello; Output Copy hello; 24 ms
-                                    | open Write / note.txt: note.txt; 1 line one 2 line two
-                                    | open Read / note.txt: note.txt; 1 line one 2 line two
-                                    | open Edit / note.txt: note.txt; +1 −1; − line two; + line 2
-                                    | open Prompt / do it: [[scn:simple]] please do it & every row opens
-
-errors are shown whole
-    play failing                    | open Bash / exit 3: A failing command; Exit code 3; out err; failed
-                                    | open Bash / sleep 5: Exit code 143; Command timed out after 1s; 1.0 s
-                                    | open Read / does-not-exist.txt: File does not exist & every row opens
-    @two play apierror529           | open Turn failed / : server_error; 529 fake: Overloaded
-
-tasks are named, with their change
-    play tasks                      | open TaskCreate / : Task 1; First task; Do the first thing
-                                    | open TaskUpdate / : Task 1; in_progress → completed & every row opens
-
-tools of MCP servers and their questions are named
-    play mcp                        | open demo › echo / : hello mcp; echo: hello mcp
-                                    | open demo › fail / : boom; fail: boom; failed
-                                    | open Question / Your name?: Your name?; demo & every row opens
-
-questions are shown with their answers
-    play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
-                                    | no row: Permission request
-                                    | every row opens
-
-a call that started an agent shows its task and result, and leads to it
-    @old play v2.0.77-subagent      | open Task / : do it; Inner result: 42; 3,608
-    play subagent                   | every row opens
-                                    | open Agent / inner job: general-purpose; do the inner job; Inner result: 42; Totals
-    click <jump>                    | linked: a= & agents: 1
-
-background commands, any characters and long output are shown
-    play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
-    @two play unicode               | every row opens
-    @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt & true: document.querySelector('.drawer').textContent.includes('777')
-
-the keyboard leads from the first visit to raw JSON
-                                    | in firstvisit: contextuate_monitor.py install
-    tab send-test
-    press Enter                     | row event: Test event: & no firstvisit
-    press j Enter                   | in drawer: Test event
-    press r                         | in drawer: "hookType": "Notification"
-    press Escape                    | no drawer
-    press ?                         | true: document.querySelector('dialog[open]') !== null
-
-words filter the table, also by a link and when a result brings them
-    @w prompt work of w; @i prompt work of i; @i answer finished | rows: 3
-    press /
-    type no such words              | true: document.querySelector('#tablenote').innerText.includes('No loaded row matches “no such words”')
-    other same link                 | other true: document.querySelector('#tablenote').innerText.includes('“no such words”')
-    press Escape                    | rows: 3
-    fill <filter>: finished         | rows: 1 & row event: finished
-    fill <filter>:                  | rows: 3
-    @w call make                    | row running: Bash make
-    fill <filter>: boom             | rows: 0
-    @w failure make => boom         | row failed: Bash make
-
-what one tab does is kept and shown in every tab, and a mistake undone
-    @one prompt work of one; @one call make one; @two prompt work of two
-    other #s=one                    | other open Bash / make one: make one
-    menu one: Rename
-    fill dialog input: named elsewhere
-    press Enter                     | kept one label: "named elsewhere" & other in rail: named elsewhere
-                                    | other true: document.title.includes('named elsewhere')
-    menu one: Pin                   | kept one isPinned: true & other rail: one two
-    menu one: Unpin                 | kept one isPinned: false
-    menu one: Pin                   | kept one isPinned: true
-    click #toast >> text=Undo       | kept one isPinned: false
-    menu one: Hide                  | kept one hidden: true
-    click #toast >> text=Undo       | kept one hidden: false
-    menu one: Set parent            | true: [...document.querySelectorAll('dialog option')].map((el) => el.value).join() === ',two'
-    select dialog select: two
-    click dialog button.first       | kept one parentSessionId: "two"
-                                    | other true: document.querySelector('.child')?.dataset.sessionId === 'one'
-                                    | other in panehead-facts: below work of two
-    menu one: Set parent
-    select dialog select:
-    click dialog button.first       | kept one parentSessionId: null
-                                    | other true: document.querySelector('.child') === null
-    menu one: Hide                  | kept one hidden: true & rail: two & no row: work of one
-    click text=Show hidden (1)      | row event: work of one
-    menu one: Unhide                | kept one hidden: false
-    menu one: Delete
-    click dialog >> text=Cancel     | kept one hidden: false
-    menu one: Delete
-    click dialog >> button.danger   | rail: two & other rail: two & other no link
-                                    | other no drawer & other row event: work of two
-
-keys reach who waits, menus and the rail
-    @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
-    press w                         | link: #s=asks & no row: busy work
-    press m                         | in menu: Rename
-    press ArrowDown Enter
-    type By keys
-    press Enter                     | kept asks label: "By keys"
-    press Escape                    | no link
-    focus <rail>
-    press Home ArrowDown ArrowDown Enter | link: #s=asks
-    press P                         | kept asks isPinned: true
-    press R
-    fill dialog input: named
-    press Enter                     | kept asks label: "named"
-    press C                         | true: navigator.clipboard.readText().then((text) => text === 'claude --resume asks')
-    press H                         | kept asks hidden: true & kept busy hidden: false
-
-a session is replayed as it went
-    +0 call a; +20 result a took 20; +30 call b; +50 result b took 20; +60 call c; +80 result c took 20; +90 call d; +110 result d took 20
-    load #s=s1                      | row done: Bash d
-    press y                         | in replay: of 1 min 50 s & rows running: 1 & no row: Bash d
-    press Space                     | true: document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'
-                                    | linked: #s=s1&replay=
-    fill <replay> input[type=range]: 70000 | rows done: 2 & row running: Bash c 10 s
-    load #s=s1&replay={70 s}        | row running: Bash c 10 s & rows done: 2
-    select <replay> select: 60
-    fill <replay> input[type=range]: 0
-    focus <table>
-    press Space                     | rows done: 4
-    press Escape                    | no replay & link: #s=s1
-
-the keyboard stays in details, replay and head
-    call make 1; call make 2
-    load #s=s1                      | open Bash / make 1: make 1
-    focus .drawerbody
-    result make 1 => here it is     | in drawer: here it is & focus: body
-    press Escape y                  | in replay: of
-    focus <replay> input[type=checkbox]
-    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
-    press Escape R                  | true: document.querySelector('dialog[open]') !== null
-                                    | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
-    focus [aria-label='Show all sessions']
-    press Enter                     | focus: grid
-
-history finds what is stored and opens it
-    @one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing
-    @two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed | found zebra: 3
-    load #history&q=zebra           | hits: 3
-                                    | true: [...document.querySelectorAll('.hit mark')].map((el) => el.textContent).join() === 'zebra,zebra,zebra'
-                                    | in hits: <b>
-    select [aria-label=Type]: tool_result | hits: 1
-    click <hit>                     | in drawer: zebra crossing & linked: q=zebra; type=tool_result; e=
-    other same link                 | other in drawer: zebra crossing
-    select [aria-label=Type]:       | hits: 3
-    press Escape / Space
-    type crossing                   | hits: 1
-    press Enter j                   | in drawer: zebra crossing
-    press /
-    fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
-    fill <history-query>: zebra     | hits: 3
-                                    | true: [...document.querySelectorAll('[aria-label=Tool] option')].map((el) => el.value).join() === ',Bash'
-    select [aria-label='Session state']: working | hits: 0 & linked: state=working
-    select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
-    select [aria-label='Session state']: | hits: 3
-    select [aria-label=Time]: custom
-    fill [aria-label=To]: 2020-01-01T00:00
-    press Tab                       | hits: 0
-    fill [aria-label=From]: 2020-01-01T00:00
-    fill [aria-label=To]: 2099-01-01T00:00
-    press Tab                       | hits: 3 & linked: when=custom&from=
-    select [aria-label=Time]:
-    fill <history-query>:           | hits: 4
-
-Back and Forward go through views, sessions and details
-    @one prompt work of one; @one call make 1; @two prompt work of two | row event: work of two
-    click [data-session-id=one]     | link: #s=one & open Bash / make 1: make 1
-    press 3                         | in sheet: Statistics
-    back                            | in drawer: make 1 & linked: s=one; e=
-    back                            | no drawer & link: #s=one & no row: work of two
-    back                            | no link & row event: work of two
-    forward                         | link: #s=one & no row: work of two
-
-keys of single letters can be switched off
-    prompt work                     | row event: work
-    press ?
-    click text=Keys of a single letter
-    press Escape 3 t                | no sheet & true: document.querySelector('#timeline').offsetHeight > 0
-    load                            | row event: work
-    press 3 Escape                  | no sheet
-    click [aria-label='Keyboard shortcuts']
-    click text=Keys of a single letter
-    press Escape 3                  | in sheet: Statistics
-
-a wait is one row, and lanes are in the rail's order
-    @w prompt work; @w call rm; @w ask rm; @i prompt idle; @i answer done; @x prompt other | counter waiting: 1
-                                    | rows waiting: 1 & no row: Permission request
-                                    | true: contextuate.timeline.shown.map((lane) => lane.sid).join() === 'w,x,i'
-
-tools are sorted up and down
-    call make; result make; question which; reply which | calls: 2
-    load #stats                     | in stats: 2 calls
-    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'AskUserQuestion'
-    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'Bash'
-                                    | true: document.querySelector('th[aria-sort]').ariaSort === 'descending'
-
-widths are kept
-    call make                       | open Bash / make: make & widths: 320 560
-    focus #rail-split
-    press ArrowRight
-    pull #drawer-split -60          | widths: 336 620
-    load same link                  | in drawer: make & widths: 336 620
-
-statistics count what happened and lead to it
-    @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
-    @one call make 2; @one result make 2; @one call make 3; @one result make 3
-    @two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2 | calls: 5
-    load #stats                     | in stats: 5 calls; 2 failed; 1 min 05 s; make 1; make 9; Exit code 2; first work; testbox
-    click <stats> tr.open >> text=make 1 | in drawer: slow output
-    press Escape                    | no drawer
-    select [aria-label=Time]: 1h    | link: #stats&when=1h
-    click <stats> table[aria-label=Sessions] tr.open >> text=first work | row done: Bash make 1 & link: #s=one
-    press m
-    click <menu> >> text=Session statistics | linked: session=one & in stats: 3 calls & not in stats: make 9
-
-links bring back session, event and search
-    @one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2 | found zebra: 2
-    click [data-session-id=one]     | no row: zebra & open Bash / make: first output
-    other same link                 | other in drawer: first output & other no row: zebra
-    go #history&q=zebra             | hits: 2
-    go #history&q=make              | hits: 1
-    go #s0=two&e={zebra 1}          | in drawer: zebra 1
-    press Escape                    | no drawer
-    go #s0=two&e={zebra 1}          | in drawer: zebra 1
-    load #s=one&e=none              | row done: Bash make & no drawer
-
-a counter filters rail and table
-    @w prompt work of w; @i prompt work of i; @f prompt work of f; @e prompt work of e; @n prompt work of n
-    @i answer finished; @f error server_error; @e end logout; @n call rm x; @n ask rm x | counter ended: 1
-    click <counter-working>         | rail: w & rows: 1
-    click <counter-idle>            | rail: i & rows: 2
-    click <counter-failed>          | rail: f & rows: 2
-    click <counter-ended>           | rail: e & rows: 2
-    click <counter-waiting>         | rail: n & rows: 2
-    press Escape                    | rows: 9
-
-views are reached by key, click and link
-    prompt first                    | row event: first
-    press 2                         | in sheet: History & linked: #history
-    load same link                  | in sheet: History
-    press 3                         | in sheet: Statistics & linked: #stats
-    load same link                  | in sheet: Statistics
-    press 4                         | in sheet: Status & linked: #status
-    load same link                  | in sheet: Status
-                                    | true: [...document.querySelectorAll('.views [aria-current]')].map((el) => el.dataset.view).join() === 'status'
-    press 1                         | row event: first
-    click <view-history>            | in sheet: History
-    press Escape                    | row event: first
-
-the timeline shows each agent and how its calls went
-    prompt go; call a; result a took 40; @s1/a1 agent; @s1/a1 call b; @s1/a1 failure b took 20 => no
-    @other prompt else; @other call rm; @other ask rm | true: contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label]).join('; ') === 'other,,0,else; s1,,0,go; s1,a1,1,explorer'
-    focus #timeline-canvas
-    press + + +                     | bars a: bar & bars b: red & bars rm: amber
-    point b                         | in tip: Bash; b; failed; 20 s; go › explorer
-    hit b                           | in drawer: Bash; no
-    press Escape                    | no drawer
-    lane 3                          | linked: a=a1
-
-the timeline shows who waited for a person and how long
-    +0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60; +180 call rejected; +180 ask rejected
-    +240 prompt not that; +250 question ?; +310 reply ?; +320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents
-    load                            | row done: Bash granted
-                                    | bars granted 40 140 6 200 235 245 280 315 330: amber bar - amber amber - amber - -
-                                    | bars agents 200 400 590: - amber amber
-    +600 @s1/a1 result agents took 100 | bars agents 400 590: amber bar
-
-a brushed part of the timeline filters the table
-    prompt go; call make; result make | rows: 2
-    brush 0.3 0.5                   | in range: – & rows: 0
-    other same link                 | other in range: – & other rows: 0
-    click <range>                   | rows: 2
-    brush 0.6 0.999                 | in range: – & rows: 2
-    press Escape                    | no range
-
-a task of the day: does anyone need me and what for, blocked or just done, until I have seen it
-    @d prompt write notes; @d answer Done; @d idle Claude is waiting for your input
-    @b prompt fix the cart; @b call rm build; @b ask rm build | rail: b d & rail waiting: shop Allow Bash: rm build
-                                    | true: [...document.querySelectorAll('.session')].map((el) => el.dataset.need).join() === 'blocked,turn'
-    press w                         | link: #s=b & in ask: Allow Bash?; rm build; Answer it in the terminal
-    press e                         | rail: d b & true: document.querySelector('[data-session-id=b]').dataset.need === 'seen'
-    load same link                  | rail: d b & title: (1) fix the cart – Contextuate Monitor
-    @b/a1 agent; @b/a1 call rm more; @b/a1 ask rm more | rail: b d & title: (2) fix the cart – Contextuate Monitor
-
-a task of the day: how a 19,000-line output ended
-    @f prompt build it; @f call npm test; @f result npm test => 19,000 LINES | row done: Bash npm test
-    load
-    click [data-session-id=f]
-    click <row> >> text=npm test
-    click <to-end>                  | end: test 18999
-
-a task of the day: send a colleague this failure
-    @f call no rule; @f failure no rule => Exit code 2 no rule to make it | row failed: Bash no rule
-    click [data-session-id=f]
-    click <row> >> text=no rule
-    click [aria-label='Copy link']  | copied: no rule to make it
-
-a task of the day: a command run earlier, and the cost today per project
-    @old prompt long ago; @old call make zebra; @old end other | found zebra: 1
-    press 2
-    fill <history-query>: zebra     | hits: 1 & in hits: make zebra
-    press Escape 3
-    select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
-
-a task of the day: which project, which machine
-    @a prompt one; @b prompt two    | counter working: 2
-    give b: {"project": "/src/shop"}
-    give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
-    press o
-    click <menu> >> text=Group by project | in rail: shop 2
-    give a: {"project": "/new/shop"}
-    give b: {"state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you & true: [...document.querySelectorAll('.group')].map((el) => el.title).join() === '/src/shop,/new/shop'
-    press o
-    click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
-    load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
-
-a task of the day: read a question and go there
-    question Which colour, and why? | rail waiting: Answer: Which colour, and why?
-    give s1: {"terminal": {"name": "tmux shop:2.1", "command": "tmux switch-client -t shop:2.1"}}
-    press w                         | in ask: A question; Which colour, and why?; Answer it in tmux shop:2.1
-    click text=Copy command to go there | true: navigator.clipboard.readText().then((text) => text === 'tmux switch-client -t shop:2.1')
-    @z prompt other                 | counter working: 1
-    give z: {"state": "waiting", "reason": {"kind": "dialog", "detail": "Trust this directory?"}} | counter waiting: 2
-    click [data-session-id=z]       | in ask: Trust this directory?; Answer it in the terminal
-
-a task of the day: why did it fail, and the failed calls of one session
-    call a; failure a => first wrong; call b; result b; call c; failure c => second wrong; @o call d; @o failure d => other
-    click [data-session-id=s1]
-    press n Enter                   | in drawer: first wrong
-    press n                         | in drawer: second wrong
-    press n                         | in drawer: first wrong
-    press N                         | in drawer: second wrong
-    press Escape
-    click text=2 failed             | rows: 2 & rows failed: 2 & linked: q=status
-    click text=2 failed             | rows: 3
-
-a task of the day: what a finished subagent did
-    prompt go; @s1/a1 agent; @s1/a1 call look; @s1/a1 result look => found it; @s1/a1 stop seen; answer done | rail idle: 1 call
-    click [data-session-id=s1]
-    click text=1 finished agent     | in rail: Hide 1 finished agent; explorer
-    click .agent                    | linked: a=a1 & row done: Bash look & no row: go
-
-a task of the day: a command run earlier, found by a filter that is kept
-    prompt go; call make 1; failure make 1 => no; call make 2; result make 2 took 20; call ls; result ls | rows: 4
-    press /
-    type make -status:failed        | rows: 1 & row done: Bash make 2
-    fill <filter>: tool:bash >10s   | rows: 1 & row done: Bash make 2
-    fill <filter>: tool:bash machine:nowhere | rows: 0
-    fill <filter>: "make 1"         | rows: 1 & row failed: Bash make 1
-    click <filters>
-    click <menu> >> text=Save       | no menu
-    fill <filter>:                  | rows: 4
-    load
-    press s
-    click <menu> >> text=make 1     | rows: 1 & row failed: Bash make 1
-    click <filters>
-    click <menu> >> text=Forget
-    click <filters>
-    click <menu> >> text=Show all   | rows: 4
-
-several sessions are chosen and hidden
-    @a prompt one; @b prompt two; @c prompt three | counter working: 3
-    click [data-session-id=a]
-    press x
-    click [data-session-id=b]
-    press x                         | in chosen: 2 chosen
-    press H                         | kept a hidden: true & kept b hidden: true & rail: c & no chosen & kept c hidden: false
-
-demo: nothing sticks out at any width, with or without the drawer
-    width 360                       | fits
-    width 1024                      | fits
-    width 1440                      | fits
-    click <row>:not([hidden]) >> nth=2 | details
-    width 360                       | fits
-    width 1024                      | fits
-    width 1440                      | fits
-
-demo: a phone shows one pane at a time and everything fits
-    width 360                       | in banner: demo --remove
-                                    | true: document.querySelector('[data-testid=banner]').offsetHeight < 40
-    click text=Got it               | no banner
-    load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
-                                    | no banner & fits
-    click [data-need=turn]          | no rail & fits & open Edit / : Edit
-                                    | fits
-    click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
-    click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
-    click [aria-label='Close (Esc)'] | no drawer
-    click [aria-label='Back to the sessions'] | rows: 0 & in rail: Needs you
-    click [data-state=idle] [aria-label=Actions]
-    click <menu> >> text=Replay     | in replay: 60×
-"""
-
-
-def browser_stories() -> dict[str, list[tuple[str, str]]]:
-    """Return BROWSER_SHOWS by its titles: (what happens, what the page then shows)."""
-    stories: dict[str, list[tuple[str, str]]] = {}
-    for block in BROWSER_SHOWS.strip().split("\n\n"):
-        title, *lines = block.split("\n")
-        parts = (line.partition(" | ") for line in lines)
-        stories[title] = [(got.strip(), shown.strip()) for got, _, shown in parts]
-    return stories
+BROWSER_STORIES = stories("page", " | ")
 
 
 def press_tab_until(tab: BrowserTab, testid: str) -> None:
@@ -12403,17 +11776,37 @@ BROWSER_ACTS: dict[str, Any] = {
     "hit": lambda tab, target, _: tab.page.mouse.click(**browser_place(tab, target)),
     "pull": lambda tab, what, _: tab.drag(what.split()[0], 3, 3 + int(what.split()[1]), 300),
     "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
+    "run": lambda tab, script, _: tab.page.evaluate(script),
+    "send": lambda tab, hook, words: tab.monitor.emit(browser_sent(hook, **json.loads(words))),
+    "tool": lambda tab, name, words: browser_calls(tab, tool_name=name, **json.loads(words)),
+    "hears": lambda tab, _, words: tab.hears(**json.loads(words)),
+    "talk": lambda tab, *_: emit_talk(tab.monitor),
+    "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
+    "edit": lambda tab, texts, _: tab.monitor.emit(*edited_again(*texts.split())),
 }
+
+
+def browser_sent(hook: str, **fields: Any) -> dict[str, Any]:
+    """Return a payload as it is handed over now; some fields are beside it."""
+    about = {name: fields.pop(name) for name in ("agent", "machineId", "machineKey") if name in fields}
+    return {**timed(payload(hook, **fields), cm.now_ms()), **about}
+
+
+def browser_calls(tab: BrowserTab, tool_response: Any, **call: Any) -> None:
+    call["tool_use_id"] = str(next(STORY_NUMBERS))
+    tab.monitor.emit(
+        payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=tool_response)
+    )
 
 
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
     act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
     verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
-    if verb in ("fill", "select", "menu", "give"):
+    if verb in ("fill", "select", "menu", "give", "send", "tool", "hears"):
         part, _, words = what.removesuffix(":").partition(": ")
         BROWSER_ACTS[verb](tab, part, words)
     elif verb in BROWSER_ACTS:
-        for one in re.findall(r"\{(.*?)\}", what):
+        for one in re.findall(r"\{(.*?)\}", what) if verb == "go" else ():
             (event,) = (it for it in tab.monitor.stored_events() if it["data"].get("message") == one)
             what = what.replace("{" + one + "}", event["id"])
         BROWSER_ACTS[verb](tab, what, "")
@@ -12473,6 +11866,7 @@ BROWSER_LOOKS: dict[str, Any] = {
     "open": browser_opens,
     "every": browser_opens_all,
     "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
+    "is": lambda tab, _, part, words: tab.text(part) == words,
     "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
     "no": lambda tab, _, it, words: not {"row": tab.rows(words), "link": tab.link()}.get(it, tab.text(it)),
     "link": lambda tab, _, __, words: tab.link() == words,
@@ -12494,14 +11888,14 @@ BROWSER_LOOKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("rule", browser_stories())
+@pytest.mark.parametrize("rule", BROWSER_STORIES)
 def test_the_page_shows(request, open_tab, rule):
     if rule.startswith("demo: "):
         tab = open_tab(request.getfixturevalue("shared_demo"))
     else:
         tab = request.getfixturevalue("tab")
     tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
-    for act, shown in browser_stories()[rule]:
+    for act, shown in BROWSER_STORIES[rule]:
         if act.startswith("other "):
             link = act.removeprefix("other ")
             tabs["other"] = open_tab(tab.monitor, tab.link() if link == "same link" else link)
@@ -12514,48 +11908,6 @@ def test_the_page_shows(request, open_tab, rule):
             kind, _, more = place.partition(" ")
             looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
             eventually(looks, 20, look)
-
-
-def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
-    numbers = range(1, 61)
-    tab.emit("; ".join([*(f"call make {n}" for n in numbers), "batch " + " ".join(map(str, numbers))]))
-    tab.row_with("make 60")
-    outcomes = "store.rows.map((row) => row.outcome).sort()"
-    eventually(lambda: tab.store(outcomes) == ["interrupted"] * 10 + ["refused"] * 50)
-
-
-def test_failed_rows_are_ticks_beside_the_scroll_bar(tab: BrowserTab) -> None:
-    tab.monitor.emit(*many_calls(range(60), "s1"), *hooks("call x; failure x => no"))
-    tab.until("(document.querySelector('#ticks path').getAttribute('d') || '').split('M').length === 2")
-    tab.until("document.querySelector('#ticks').getBoundingClientRect().bottom <= innerHeight")
-
-
-def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
-    tab.emit("@c prompt by claude; @x prompt by codex; @x/a1 agent; @x/a1 call make")
-    for session, agent in (("x", "codex"), ("q", "else")):
-        tab.monitor.emit({**timed(payload("Stop", session), cm.now_ms(), "m"), "agent": agent})
-    eventually(lambda: tab.page.locator(".machine", has_text="codex").is_visible(), what="its program")
-    filters = {"agent:codex": "by codex", "agent:claude": "by claude", "sub:explore": "by codex"}
-    for words, shown in filters.items():
-        tab.page.fill("#filter", words)
-        eventually(lambda it=shown: {row["session"].partition(" \u203a")[0] for row in tab.rows()} == {it})
-    tab.page.fill("#filter", "")
-    copied = "navigator.clipboard.readText()"
-    for session, command in (("x", "codex resume x"), ("c", "claude --resume c")):
-        tab.page.evaluate(f"location.hash = '#s={session}'")
-        eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
-        tab.page.evaluate("document.activeElement.blur()")
-        eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
-    for session, count in (("c", 1), ("q", 0)):  # how to resume, if known
-        tab.page.click(f"[data-session-id={session}]", button="right")
-        entry = tab.page.locator("[role=menuitem]", has_text="Copy resume command")
-        playwright.sync_api.expect(entry).to_have_count(count)
-        tab.press("Escape")
-    tab.page.evaluate("location.hash = '#s=x'")
-    tab.emit("@x call make 5; @x result make 5; @x failure make 5 => Exit code 3")  # read in a transcript
-    eventually(lambda: tab.rows("make 5", "failed"), what="a call that has failed after all")
-    tab.press("3")
-    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "else 1 0 0")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -12856,8 +12208,6 @@ BROWSER_CONTRASTS = """() => {
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   }).sort((one, other) => one - other);
 }"""
-# A 3 × 2 image, as a tool of an MCP server returns it.
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGM4EaABQQxwFgBO1AeBToSARAAAAABJRU5ErkJggg=="
 LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
 
 
@@ -12905,34 +12255,6 @@ def test_long_output_opens_soon_is_searched_and_shows_its_end_when_it_failed(tab
       }
       return times.map((time, i) => time - (times[i - 1] ?? time)).sort((a, b) => a - b)[20]; }"""
     assert tab.page.evaluate(smooth) < 100, "frames while scrolling, in ms: the median on any machine"
-
-
-def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> None:
-    image = {"type": "image", "data": PNG, "mimeType": "image/png"}
-    results: list[tuple[str, Any]] = [
-        ("shot", [{"type": "text", "text": "Saved"}, image, {**image, "mimeType": "image/svg+xml"}]),
-        ("tree", [{"type": "text", "text": json.dumps({"user": {"teams": [{"name": "shop"}]}})}]),
-        ("pull", {"stdout": "10 %\r100 %\nend", "stderr": ""}),
-    ]
-    for name, result in results:
-        tool = "Bash" if name == "pull" else f"mcp__x__{name}"
-        call = {"tool_name": tool, "tool_input": {"command": f"{name}\rls"}, "tool_use_id": name}
-        tab.monitor.emit(payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=result))
-    tab.row_with("x › shot").click()
-    tab.until("document.querySelector('.drawer img')?.naturalWidth === 3")
-    tab.shows("drawer", "Saved", "An image that is not whole or of no kind that is shown")
-    tab.row_with("x › tree").click()
-    tab.shows("drawer", "teams")
-    lefts = "[...document.querySelectorAll('.drawer .json .branch dt')].map((el) => el.getBoundingClientRect().left)"
-    first, *others = tab.page.evaluate(lefts)
-    assert others == [first + 12, first + 24, first + 36]
-    tab.row_with("pull").click()
-    tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
-    call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    asked = payload("PermissionRequest", **call, permission_suggestions=ANSWER_SUGGESTIONS[:1])
-    tab.monitor.emit(payload("PreToolUse", **call, tool_use_id="make"), asked)
-    tab.row_with("make").click()
-    tab.shows("drawer", "“Always allow” would mean: ")
 
 
 def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -> None:
@@ -13022,19 +12344,6 @@ const a = '<b>not bold</b>';
 """
 
 
-def test_a_patch_is_shown_as_a_diff_of_each_file(tab: BrowserTab) -> None:
-    patch = (
-        "*** Begin Patch\n*** Update File: src/a.py\n*** Move to: src/b.py\n@@ def f():\n keep\n-old line\n+new line\n"
-        "*** Delete File: gone.py\n*** End Patch\n"
-    )
-    call = {"tool_name": "apply_patch", "tool_input": {"command": patch}, "tool_use_id": "t1"}
-    done = "Success. Updated the following files:\nM src/b.py"
-    tab.monitor.emit(payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=done))
-    tab.row_with("src/a.py, gone.py").click()
-    tab.shows("drawer", "src/a.py \u2192 src/b.py", "+1 \u22121", "def f():", "new line", "deleted", done[:8])
-    assert "*** Begin Patch" not in tab.text("drawer")
-
-
 def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
     tab.monitor.emit(payload("Stop", last_assistant_message=MARKDOWN))
     tab.row_with("What I did").click()
@@ -13075,60 +12384,6 @@ def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, ope
     tab.page.click("[data-testid=counter-idle]")
     tab.row_with("first")
     tab.hides("status")
-
-
-def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
-    return {"kind": kind, "level": "warn", "words": words, "advice": advice}
-
-
-REDIS_AWAY = {
-    "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
-    "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
-    "position": "1-0", "streamState": "ok",
-    "streamReason": None, "gaps": 0,
-}  # fmt: skip
-SPOOL_LOSS = {"segments": 0, "bytes": 0, "dropped": 5}
-# What changes in the monitor's status, one after the other → the whole banner, and what the top bar says is lost.
-BROWSER_TROUBLE: list[tuple[dict[str, Any], str, str]] = [
-    ({"redis": REDIS_AWAY, "problems": [problem("redis", "Redis does not answer.", "Start it.")]},
-     "Redis does not answer. Reconnect", ""),
-    ({"redis": {**REDIS_AWAY, "state": "given_up"}, "problems": [problem("redis", "Redis did not answer 10 times.")]},
-     "Redis did not answer 10 times. Reconnect", ""),
-    ({"redis": {**REDIS_AWAY, "state": "connected"}, "problems": [problem("stream", "Redis refuses the stream.")]},
-     "Redis refuses the stream.", ""),
-    ({"redis": None, "problems": [problem("store", "Events cannot be saved: No space left."), problem("new", "Odd.")]},
-     "Events cannot be saved: No space left. Odd.", ""),
-    ({"loading": {"done": 40, "total": 100}, "problems": [problem("loading", "Sessions are being read.")]},
-     "Reading history: 40 of 100", ""),
-    ({"loading": None, "spool": SPOOL_LOSS, "problems": [problem("spool", "The spool was full.")]},
-     "", "5 events lost"),
-    ({"redis": {**REDIS_AWAY, "state": "connected", "gaps": 2},
-      "problems": [problem("spool", "The spool was full."), problem("gaps", "The stream was cut.", "Make it longer.")]},
-     "", "5 events lost, 2 gaps"),
-]  # fmt: skip
-
-
-def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: BrowserTab) -> None:
-    tab.shows("firstvisit", "The monitor is running")
-    tab.hears(redis=REDIS_AWAY)
-    tab.shows("firstvisit", "is not connected to Redis")
-    tab.hears(redis=None)
-    tab.emit("prompt first")
-    tab.row_with("first")
-    assert tab.text("banner") == "" and tab.text("loss") == ""
-    for status, banner, loss in BROWSER_TROUBLE:
-        tab.hears(**status)
-        eventually(lambda banner=banner: tab.text("banner") == banner, 15, banner)
-        eventually(lambda loss=loss: tab.text("loss") == loss, 15, loss)
-        if "Start it." in str(status):
-            assert tab.page.get_attribute("[data-testid=banner] span", "title") == "Start it."
-    tab.page.click("[data-testid=loss]")
-    tab.shows("status", "Machines", "Lost", "The spool was full.", "The stream was cut. Make it longer.")
-    tab.page.evaluate("contextuate.store.apply({ ...contextuate.store.hello, wsProtocol: 99 })")
-    tab.shows("banner", "This page is older than the monitor.")
-    tab.page.click("text=Reload the page")
-    tab.hides("banner")
-    tab.shows("status", "Machines")
 
 
 def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
@@ -13284,14 +12539,9 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
 
 
-def agent_words(text: str, session: str = "s1", **more: Any) -> dict[str, Any]:
-    about = {
-        "id": str(uuid.uuid4()),
-        "timestamp": int(time.time() * 1000),
-        "sessionId": session,
-        "hookType": "",
-    }
-    return {**about, "eventType": "agent_words", "data": {"text": text, "messageId": "m"}, **more}
+def agent_words(text: str) -> dict[str, Any]:
+    about = {"eventType": "agent_words", "hookType": "", "sessionId": "s1", "timestamp": cm.now_ms()}
+    return {**about, "id": str(uuid.uuid4()), "data": {"text": text, "messageId": "m"}}
 
 
 def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
@@ -13304,59 +12554,21 @@ def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> l
         "newString": new,
         "structuredPatch": [],
     }
-    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": f"{next(STORY_NUMBERS)}"}
+    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": str(next(STORY_NUMBERS))}
     end = payload("PostToolUse", session, **call, tool_response=reply, duration_ms=5)
     return [payload("PreToolUse", session, **call), end]
 
 
-TALK = "prompt Fix *it*; call make; result make; call lint; failure lint => no; @s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+def edited_again(old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
+    return edited("/home/dev/shop/src/a.js", f"let a = {old};\nlet b;\n", old, new, session)
 
 
 def emit_talk(monitor: RunningMonitor) -> None:
     """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
-    path, before = "/home/dev/shop/src/a.js", "let a = 1;\nlet b;\n"
-    monitor.emit(*hooks(TALK), *edited(path, before, "1", "2"))
-    monitor.emit(
-        agent_words("It is **done**"),
-        *hooks("answer It is **done**"),
-        *edited(path, before.replace("1", "2"), "b", "c", "s2"),
-    )
-
-
-def test_a_session_is_read_as_a_conversation_and_as_changes(tab: BrowserTab) -> None:
-    emit_talk(tab.monitor)
-    tab.page.click("[data-session-id=s1]")
-    eventually(lambda: [row["tool"] for row in tab.rows("It is")] == ["Answer"], what="its last words once")
-    tab.press("c")
-    tab.shows("reading", "Fix *it*", "3 calls, 1 failed", "explorer, 1 call", "It is done")
-    assert tab.text("reading").count("It is") == 1, "a hook says it again"
-    assert tab.page.locator("#reading strong").inner_text() == "done"
-    tab.page.click("#reading summary >> nth=0")
-    tab.page.click("[data-testid=callline]:has-text('lint')")
-    tab.shows("drawer", "lint", "no")
-    tab.emit("prompt And now?")
-    tab.monitor.emit(agent_words("At once."))
-    tab.shows("reading", "And now? ", "At once.", "lint")
-    tab.press("Escape v")
-    tab.shows("reading", "1 file, +1 −1", "3 commands ran", "src/a.js", "let a = 2", "a.js: also edited by")
-    for value in "23":  # the second patch is as long as the first one
-        tab.shows("reading", f"let a = {value}")
-        tab.page.click("[data-testid=copy-patch]")
-        patch = tab.page.evaluate("navigator.clipboard.readText()")
-        assert patch.splitlines()[-4:] == ["@@ -1,2 +1,2 @@", "-let a = 1;", f"+let a = {value};", " let b;"]
-        tab.monitor.emit(*edited("/home/dev/shop/src/a.js", "let a = 2;\nlet b;\n", "2", "3"))
-    assert tab.link() == "#s=s1&show=changes"
-    tab.page.go_back()
-    tab.shows("reading", "At once.")
-    tab.press("c")
-    eventually(lambda: tab.rows("also"), what="the collision in the table")
-    assert (
-        tab.page.locator("[data-session-id=s2] .clash")
-        .get_attribute("title")
-        .startswith("a.js: also edited by")
-    )
-    tab.press("c c")
-    tab.hides("reading")
+    calls = "prompt Fix *it*; call make; result make; call lint; failure lint => no"
+    agent = "@s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+    monitor.emit(*hooks(f"{calls}; {agent}"), *edited_again("1", "2"), agent_words("It is **done**"))
+    monitor.emit(*hooks("answer It is **done**"), *edited_again("2", "4", "s2"))
 
 
 def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
@@ -13445,46 +12657,6 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     tab.until(f"{follows} === 'false'")
     come()
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
-
-
-def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -> None:
-    tab.emit("; ".join(f"@s{n} prompt word {n}" for n in range(5)))
-    eventually(lambda: len(tab.monitor.get("/api/search?q=word")["results"]) == 5)
-    tab.load("#history&q=word")
-    tab.page.focus("[data-testid=hit] >> nth=2")
-    focused = tab.page.evaluate("document.activeElement.innerText")
-    tab.emit("@s0 answer done; @s9 prompt another")
-    tab.until("contextuate.store.sessions.size === 6")
-    tab.hears()  # the view is drawn once more
-    tab.shows("sheet", "word 0")
-    assert tab.page.evaluate("document.activeElement.innerText") == focused
-    tab.page.evaluate(
-        """() => { window.moved = []; new MutationObserver((changes) => {
-          for (const { addedNodes } of changes) for (const el of addedNodes) moved.push(el.dataset.sessionId); })
-          .observe(document.getElementById('tree'), { childList: true }); }"""
-    )
-    before = [session for session, _ in tab.rail()]
-    tab.emit(f"@{before[0]} answer done")
-    eventually(lambda: [session for session, _ in tab.rail()] != before)
-    assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
-
-
-def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
-    tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
-    eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
-    tab.load("#history&q=word")
-    targets = "[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)"
-    for count in (100, 200, 250):
-        tab.until(f"document.querySelectorAll('[data-testid=hit]').length === {count}")
-        if count < 250:
-            tab.page.click("[data-testid=sheet] > div > .showmore")
-    assert sorted(tab.page.evaluate(targets)) == sorted(f"word {n}" for n in range(250))
-    start = cm.now_ms() - 60_000
-    tab.emit("+0 call make; +5 @s1 prompt before make ends; +9 result make took 9", start_ms=start)
-    eventually(lambda: len(tab.monitor.get("/api/search?q=make")["results"]) == 3)
-    tab.page.fill("[data-testid=history-query]", "make")
-    eventually(lambda: tab.page.evaluate(targets) == ["make", "before make ends"])
-    assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
 
 
 def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
@@ -13649,19 +12821,6 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     with open(folder + "/index.html", "w", encoding="utf-8") as file:
         file.write("<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>")
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
-
-
-def test_machines_with_one_name_are_shown_apart_and_containers_as_one(tab):
-    machines = "macbook 1111aa, macbook 2222bb, 0123456789ab c/1, ba9876543210 c/2"
-    for number, (name, key) in enumerate(re.findall(r"(\w+) ([\w/]+)", machines), 1):
-        event = hook_wrapped(payload("UserPromptSubmit", f"s{number}", prompt=key), id=str(uuid.uuid4()))
-        tab.monitor.emit({**event, "machineId": name, "machineKey": key})
-    for session, words in (("s1", "macbook (1111)"), ("s2", "macbook (2222)"), ("s3", "0123456789ab")):
-        machine = f"[data-session-id={session}] .machine"
-        tab.until(f"document.querySelector('{machine}')?.textContent === '{words}'")
-    tab.load("#status")
-    tab.until("document.body.innerText.includes('2 containers')")
-    tab.until("document.body.innerText.includes('macbook (2222)')")
 
 
 def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
@@ -15461,32 +14620,16 @@ class ClockStory:
         return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
 
 
-# Steps, and after → which sessions are kept; `off`: the machine is, and boots then; `set`: the clock, by so much.
-CLOCK_STORIES = {
-    "time that passes makes events old": "start; A; pass 20d; B → AB; pass 11d → B; pass 20d → ",
-    "a clock that stood at 1970": "set -56y; start; A; set +56y; B; stop; start → AB; pass 29d → AB; pass 2d → ",
-    "it was set while the monitor did not run": "set -56y; start; A; stop; set +56y; start; B → AB; pass 31d → ",
-    "an event of the second in which it was set": "set -56y; start; A soon; set +56y; pass 2d → A",
-    "an event of the second in which it was set back": "start; set -56y soon; A; set +56y; pass 2d → A",
-    "a kill forgets no step": "set -56y; start; A; set +56y; kill; start; B → AB; pass 31d → ",
-    "it was set before the next boot": "set -56y; start; A; stop; off 1h; set +56y; start; B → AB; pass 31d → ",
-    "the clock is 1970 after each boot": "start; A; stop; off 1h; set -56y; start; B; set +56y; C → ABC; pass 31d → ",
-    "a clock wrongly set forward": "start; A; set +4y; B → AB; stop; start → AB; set -4y; C → ABC; pass 31d → B",
-    "and found out at another boot": "start; A; set +4y; stop; start → A; stop; off 1h; set -4y; start → A",
-    "no event is too old on a day on which it was set": "start; A; pass 31d; set +2h → A; pass 1d → ",
-    "but a correction by minutes is none": "start; A; pass 31d; set +0.5h → ",
-    "weeks in which the machine was off count": "start; A; stop; off 31d; start → ",
-    "a damaged memory is none": "start; A; stop; damage; start → A; pass 31d → ",
-}
+CLOCK_STORIES = stories("clock", " →")
 
 
 @pytest.mark.parametrize("rule", CLOCK_STORIES)
 def test_events_are_deleted_by_their_real_age(tmp_path: Any, monkeypatch: Any, rule: str) -> None:
     story = ClockStory(str(tmp_path), monkeypatch)
-    for step in CLOCK_STORIES[rule].split("; "):
-        did, is_checked, kept = step.partition(" →")
-        story.step(*did.partition(" ")[::2])
-        assert not is_checked or story.kept() == kept.strip(), step
+    for steps, kept in CLOCK_STORIES[rule]:
+        for step in steps.split("; "):
+            story.step(*step.partition(" ")[::2])
+        assert story.kept() == kept, steps
 
 
 def test_the_oldest_by_real_age_is_deleted_first(tmp_path: Any, monkeypatch: Any) -> None:
