@@ -11907,7 +11907,7 @@ def test_the_page_shows(request, open_tab, rule):
             place, _, words = look.removeprefix("other ").partition(": ")
             kind, _, more = place.partition(" ")
             looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
-            eventually(looks, 20, look)
+            eventually(looks, 20, f"{act} | {look}")
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
