@@ -70,7 +70,7 @@ import time
 import types
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -8092,20 +8092,14 @@ def test_sessions_that_edit_the_same_file_collide(rule):
         given = dict(field.split("=") for field in rest[1:])
         machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
         at = NOW_MS + int(rest[0]) * 60_000
-        place = (
-            {"git": {"branch": "main", "root": root, "project": given.get("project", root)}} if root else {}
-        )
         if session not in book.sessions:
-            say("SessionStart", session, machine, source="startup", **place)
+            git = {"branch": "main", "root": root, "project": given.get("project", root)}
+            say("SessionStart", session, machine, source="startup", **({"git": git} if root else {}))
         target = "*** Begin Patch\n*** Update File: x\n@@\n" if path == "PATCH" else path
         agent = {"agent_id": given["agent_id"], "agent_type": "x"} if "agent_id" in given else {}
-        tool = {
-            "tool_name": given.get("tool", "Edit"),
-            "tool_use_id": f"t{number}",
-            "tool_input": {given.get("key", "file_path"): target},
-            "cwd": given.get("cwd", "/r"),
-        }
-        say(given.get("hook", "PostToolUse"), session, machine, **tool, **agent)
+        tool = {"tool_name": given.get("tool", "Edit"), "tool_input": {given.get("key", "file_path"): target}}
+        about = {"tool_use_id": f"t{number}", "cwd": given.get("cwd", "/r"), **agent}
+        say(given.get("hook", "PostToolUse"), session, machine, **tool, **about)
         if number % 2:
             book = session_restored(book)
     shown = {name: book.to_json(session)["collisions"] for name, session in book.sessions.items()}
@@ -8113,13 +8107,8 @@ def test_sessions_that_edit_the_same_file_collide(rule):
             for name, found in sorted(shown.items()) for it in found]  # fmt: skip
     assert "; ".join(said) == expected
     assert all(it["time"] == at for found in shown.values() for it in found)
-    notices = [
-        it
-        for session in book.sessions.values()
-        for it in cm.notices_of(session, None)
-        if it.kind == "collision"
-    ]
-    assert len(notices) == bool(expected), "one message for both"
+    notices = [it.kind for session in book.sessions.values() for it in cm.notices_of(session, None)]
+    assert notices.count("collision") == bool(expected), "one message for both"
 
 
 def test_a_process_with_older_figures_does_not_wait(tmp_path, monkeypatch) -> None:
@@ -8812,11 +8801,9 @@ def test_test_event_goes_the_hooks_way(running: RunningMonitor) -> None:
 @contextlib.contextmanager
 def tailing(monitor: RunningMonitor, *options: str) -> Iterator[Any]:
     """Run `tail`, and give a function that returns its next line, without those of the session "chosen-r"."""
-    command, about = (
-        [sys.executable, "-m", "contextuate_monitor", "tail", *options],
-        {"cwd": ROOT, "text": True},
-    )
-    with subprocess.Popen(command, env=monitor.environment, stdout=subprocess.PIPE, **about) as tail:
+    command = [sys.executable, "-m", "contextuate_monitor", "tail", *options]
+    about = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=monitor.environment, **about) as tail:
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [lines.put(line) for line in tail.stdout or ()], daemon=True).start()
 
@@ -8884,11 +8871,8 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
 def test_a_terminal_has_a_name_and_a_command_of_checked_values_only(line):
     given, _, expected = line.partition(" →")
     variables = dict(re.findall(r"(?:^|;)([A-Z_]+)=([^\n]*?)(?=;[A-Z_]+=|$)", given))
-    found = cm.terminal_of(
-        ee.build_event(hook_wrapped(payload("SessionStart"), terminal=variables), 1, "x")["data"].get(
-            "terminal", {}
-        )
-    )
+    event = ee.build_event(hook_wrapped(payload("SessionStart"), terminal=variables), 1, "x")
+    found = cm.terminal_of(event["data"].get("terminal", {}))
     name, _, command = expected.strip().partition(": ")
     assert found == (({"name": name, "command": command} if command else {"name": name}) if name else None)
 
@@ -8941,12 +8925,8 @@ def test_go_makes_the_tmux_window_of_a_session_the_current_one(
         assert where["name"] == "tmux " + tmux("display-message", "-p", "-t", "work", "#{pane_id}")
         looking = subprocess.Popen([*command, "attach"], env=environment, stdin=terminal, stdout=terminal)
         eventually(lambda: tmux("list-clients"))
-        tmux(
-            "new-window",
-            "-t",
-            "work",
-            f"cd {ROOT}; {sys.executable} -m contextuate_monitor go in-t; exec sleep 600",
-        )
+        go = f"cd {ROOT}; {sys.executable} -m contextuate_monitor go in-t; exec sleep 600"
+        tmux("new-window", "-t", "work", go)
         eventually(lambda: tmux("display-message", "-p", "-t", "work", "#{window_index}") == "0")
     finally:
         tmux("kill-server")
@@ -11405,11 +11385,8 @@ class EditHistory:
                 if lines == [""]:
                     break
             tool, given = ("Edit", edits[0]) if len(edits) == 1 else ("MultiEdit", {"edits": edits})
-            reply = (
-                {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
-                if tool == "Edit"
-                else {}
-            )
+            reply = {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
+            reply = reply if tool == "Edit" else {}
         path.write_text(text)
         reply |= {"filePath": str(path), "originalFile": before, "userModified": False}
         self.calls.append({"tool": tool, "input": {"file_path": str(path), **given}, "output": reply})
@@ -11779,6 +11756,8 @@ BROWSER_ACTS: dict[str, Any] = {
     "run": lambda tab, script, _: tab.page.evaluate(script),
     "send": lambda tab, hook, words: tab.monitor.emit(browser_sent(hook, **json.loads(words))),
     "tool": lambda tab, name, words: browser_calls(tab, tool_name=name, **json.loads(words)),
+    "event": lambda tab, session, words: tab.monitor.emit({"sessionId": session, **json.loads(words)}),
+    "gauges": lambda tab, session, words: tab.monitor.emit(browser_gauges(session, **json.loads(words))),
     "hears": lambda tab, _, words: tab.hears(**json.loads(words)),
     "talk": lambda tab, *_: emit_talk(tab.monitor),
     "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
@@ -11792,6 +11771,14 @@ def browser_sent(hook: str, **fields: Any) -> dict[str, Any]:
     return {**timed(payload(hook, **fields), cm.now_ms()), **about}
 
 
+def browser_gauges(session: str, context: float, five: float, seven: float) -> dict[str, Any]:
+    """Return a status line: percent of the context, and of the limits of five hours and seven days."""
+    limits = {"five": (five, time.time() // 1 + 7200), "seven": (seven, time.time() // 1 + 200_000)}
+    more = {"context_window": {"used_percentage": context}, "cost": {"total_lines_added": 12}}
+    about = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms(), "machineId": "testbox"}
+    return {**about, "statusLine": status_line(session, **limits, **more)}
+
+
 def browser_calls(tab: BrowserTab, tool_response: Any, **call: Any) -> None:
     call["tool_use_id"] = str(next(STORY_NUMBERS))
     tab.monitor.emit(
@@ -11802,7 +11789,7 @@ def browser_calls(tab: BrowserTab, tool_response: Any, **call: Any) -> None:
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
     act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
     verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
-    if verb in ("fill", "select", "menu", "give", "send", "tool", "hears"):
+    if verb in ("fill", "select", "menu", "give", "send", "tool", "event", "gauges", "hears"):
         part, _, words = what.removesuffix(":").partition(": ")
         BROWSER_ACTS[verb](tab, part, words)
     elif verb in BROWSER_ACTS:
@@ -12173,17 +12160,7 @@ def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
     tab.said.clear()
 
 
-def test_colours_of_a_terminal_are_colours_and_no_text(tab):
-    words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
-    tab.emit(f"call make; result make => {words} \x1b]0;title\x07end\x1b[2J")
-    tab.row_with("make").click()
-    tab.shows("drawer", "red green orange plain end")
-    spans = "[...document.querySelectorAll('.drawer .block span')]"
-    found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
-    assert [text for text, _ in found] == ["red", "green", "orange"]
-    assert len({colour for _, colour in found}) == 3
-    tab.page.click("[aria-label='Copy: Output']")
-    assert tab.page.evaluate("navigator.clipboard.readText()") == "red green orange plain end"
+def test_every_colour_of_a_terminal_can_be_read_in_both_themes(tab):
     codes = "".join(f"\x1b[38;5;{n}mf{n}\x1b[0m \x1b[48;5;{n}mb{n}\x1b[0m " for n in range(256))
     tab.emit(f"call paint; failure paint => Exit code 2\n{codes} \x1b[2mdim\x1b[0m")
     for scheme in ("light", "dark"):
@@ -12230,33 +12207,6 @@ def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
     return True
 
 
-def test_long_output_opens_soon_is_searched_and_shows_its_end_when_it_failed(tab: BrowserTab) -> None:
-    tab.emit(f"call good; result good => {LINES_19000}; call bad; failure bad => Exit code 1\n{LINES_19000}")
-    tab.load("#s=s1").row_with("bad").click()
-    eventually(lambda: browser_end(tab, "", "", "test 18999"), what="the end of what failed")
-    tab.row_with("good").click()
-    tab.shows("drawer", "19,000 lines")
-    assert tab.page.evaluate("document.querySelector('.drawerbody').scrollTop") == 0
-    tab.until("document.querySelectorAll('.piece:empty').length === 0")
-    tab.page.fill("[aria-label='Find in Output']", "TEST 1234")
-    tab.shows("drawer", "1 of 11")
-    seen = """(() => { const [range] = CSS.highlights.get('found'); const { top } = range.getBoundingClientRect();
-      return top > 100 && top < innerHeight && range.toString() === 'test 1234' && range.endContainer.data; })()"""
-    eventually(lambda: "test 1234\n" in str(tab.page.evaluate(seen)))
-    tab.press("Enter")
-    tab.shows("drawer", "2 of 11")
-    eventually(lambda: "test 12340" in str(tab.page.evaluate(seen)))
-    tab.press("Shift+Enter Shift+Enter")
-    tab.shows("drawer", "11 of 11")
-    smooth = """async () => { const body = document.querySelector('.drawerbody'); const times = [];
-      for (let at = 0; at < 40; at += 1) {
-        body.scrollTop = at / 40 * body.scrollHeight;
-        times.push(await new Promise((seen) => requestAnimationFrame(seen)));
-      }
-      return times.map((time, i) => time - (times[i - 1] ?? time)).sort((a, b) => a - b)[20]; }"""
-    assert tab.page.evaluate(smooth) < 100, "frames while scrolling, in ms: the median on any machine"
-
-
 def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -> None:
     tab.emit("prompt work; call rm; ask rm")
     tab = open_tab(tab.monitor)
@@ -12293,59 +12243,9 @@ def test_a_reader_keeps_the_place_when_the_monitor_comes_back(
     assert tab.page.evaluate(f"{place}.scrollTop") == 300
 
 
-def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
-    tab.emit("prompt one", session="full")
-    tab.emit("prompt two", session="half")
-    now = int(time.time())
-    # session, percent of the context, percent of the limits
-    for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
-        line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
-                           context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
-        about = {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox"}
-        tab.monitor.emit({**about, "statusLine": line})
-    usage = {"models": {"claude-opus-4-5": {"input": 1_000_000}}, "agents": {}, "context": 130_000}
-    usage["model"] = "claude-opus-4-5"
-    tab.emit("prompt three", session="guess")
-    tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
-    bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
-    shown = f"Object.fromEntries({bars}.filter(([, it]) => !it.hidden).map(([id, it]) => [id, it.firstChild.style.width]))"
-    eventually(lambda: tab.page.evaluate(shown) == {"full": "83%", "guess": "65%"}, 15, "bars from 60 % on")
-    tab.page.locator("[data-session-id=full]").click()
-    tab.shows("panehead-facts", "83 % context", "$0.30", "+12 −0", "medium effort")
-    assert "~" not in tab.text("panehead-facts")
-    tab.page.locator("[data-session-id=guess]").click()
-    tab.shows("panehead-facts", "~65 % context", "~$5.00")
-    tab.shows("limits", "5 h 62 %", "7 d 80 %")
-    tab.page.locator("[data-testid=limits]").click()
-    tab.shows("menu", "Five hours: 62 %", "Seven days: 80 %", "Not full before its reset")
-    assert tab.page.evaluate("document.querySelector('.limits .high').textContent") == "7 d 80 %"
-    tab.press("Escape")
-    tab.hides("menu")
-    assert not [row for row in tab.rows() if "status" in row["text"]], "a status line is no row"
-
-
-MARKDOWN = """# What I did
-
-Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
-
-- first
-  - nested *one*
-1. step
-
-> quoted
-
-| file | lines |
-|---|---|
-| a.ts | 3 |
-
-```ts
-const a = '<b>not bold</b>';
-```
-"""
-
-
 def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
-    tab.monitor.emit(payload("Stop", last_assistant_message=MARKDOWN))
+    markdown = install_text(ROOT + "/.ci/stories/answer.md")
+    tab.monitor.emit(payload("Stop", last_assistant_message=markdown))
     tab.row_with("What I did").click()
     tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
     formatted = {
@@ -12371,19 +12271,6 @@ def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
     wire = BrowserWire(tab, refuse_details)
     tab.row_with("make").click()
     tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
-def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, open_tab: Any) -> None:
-    running.emit(*hooks("prompt first"))
-    tab = open_tab(running, "#status")
-    tab.shows("status", "local, this machine", cm.__version__, str(running.pid), running.home + "/events")
-    tab.shows("status", "1 event", "testbox", "Machines")
-    tab.emit("prompt second; answer done")
-    tab.shows("status", "3 events")
-    assert "Redis" not in tab.text("status") and tab.text("banner") == ""
-    tab.page.click("[data-testid=counter-idle]")
-    tab.row_with("first")
-    tab.hides("status")
 
 
 def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
@@ -12595,11 +12482,8 @@ def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium,
     event = payload("PostToolUse", "big", tool_name="Bash", tool_input={"command": "ls"})
     event |= {"tool_use_id": "", "tool_response": {"stdout": ""}}
     stored = len(json.dumps(tab.monitor.stored_events()[-1]))
-    numbered = [
-        {**event, "tool_use_id": str(n), "tool_response": {"stdout": "x" * (500 - stored)}}
-        for n in range(1000)
-    ]
-    tab.monitor.emit(*numbered)
+    event["tool_response"] = {"stdout": "x" * (500 - stored)}
+    tab.monitor.emit(*({**event, "tool_use_id": str(number)} for number in range(1000)))
     assert len(tab.monitor.request("/api/export?session=big&format=html")[2]) < 1_000_000
 
 
@@ -12657,43 +12541,6 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     tab.until(f"{follows} === 'false'")
     come()
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
-
-
-def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
-    tab.emit("prompt first work; call make 1; result make 1")
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 1)
-    tab.load("#stats")
-    tab.page.focus("[data-testid=stats] table[aria-label='Slowest calls'] tr.open")
-    tab.page.evaluate("document.querySelector('#sheet').scrollTop = 40")
-    place = "[document.activeElement.closest('table')?.ariaLabel, document.querySelector('#sheet').scrollTop]"
-    before = tab.page.evaluate(place)
-    assert before[0] == "Slowest calls"
-    tab.emit("call make 2; result make 2")
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 2)
-
-    def count_again() -> str:
-        tab.page.evaluate("contextuate.statsQuery.at = 0")  # half a minute has passed
-        return tab.text("stats")
-
-    eventually(lambda: "2 calls" in count_again() and "make 2" in tab.text("stats"))
-    assert tab.page.evaluate(place) == before
-    asked: list[str] = []
-    tab.page.on("request", lambda request: asked.append(request.url) if "/api/stats" in request.url else None)
-
-    def asks_nothing() -> None:
-        count_again()
-        tab.page.evaluate("contextuate.tick()")
-        assert asked == []
-
-    asks_nothing()  # for nothing is new
-    seq = tab.store("store.seq")
-    summary = "document.querySelector('[data-testid=stats] .summary')"
-    tab.page.evaluate(f"getSelection().selectAllChildren({summary})")
-    tab.emit("call make 3; result make 3")
-    tab.until(f"contextuate.store.seq >= {seq + 2}")
-    asks_nothing()  # for a person marks text
-    tab.page.evaluate("getSelection().removeAllRanges()")
-    eventually(lambda: "3 calls" in count_again())
 
 
 # UTC, and the day and the hour that the clock of a zone shows then: one goes back on the 25th at 01:00 UTC, one
@@ -13013,23 +12860,12 @@ class Asking:
         asks = self.monitor.sessions_so_far().get(session, {"asks": []})["asks"]
         return [it["eventId"] for it in asks if it["answerable"]]
 
-    def on_terminal(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> str:
+    def on_terminal(self, *arguments: str) -> str:
         """Run a command in a terminal of its own; return what it prints."""
         ours, theirs = os.openpty()
-        command = [
-            "setsid",
-            "--ctty",
-            "--wait",
-            *prefix,
-            sys.executable,
-            "-m",
-            "contextuate_monitor",
-            *arguments,
-        ]
+        command = ["setsid", "--ctty", "--wait", sys.executable, "-m", "contextuate_monitor", *arguments]
         terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**self.monitor.environment, **environment}, **terminal
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=self.monitor.environment, **terminal)
         os.close(theirs)
         said = b""
         with contextlib.suppress(OSError):
@@ -14080,16 +13916,13 @@ def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[st
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
     day = DAY_MS // 1000
+    elsewhere = {"workingDirectory": "/home/dev/bank", "agent": "codex"}
     indexed.add(
         index_usage(0, "a", claude_opus_4_5=(1000, 100)),
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
         index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
         index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
-        {
-            **index_usage(30, "b", strange_model=(10, 1)),
-            "workingDirectory": "/home/dev/bank",
-            "agent": "codex",
-        },
+        {**index_usage(30, "b", strange_model=(10, 1)), **elsewhere},
         {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
     )
     figures = indexed.ready().figures()
@@ -14250,13 +14083,9 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
     assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
-    for name, wrong, words in (
-        ("state", "asleep", "waiting"),
-        ("cursor", "x", "cursor"),
-        ("limit", 9999, "limit"),
-    ):
-        client.send(requestId=words, **wanted, **{name: wrong})
-        assert words in client.next("error", requestId=words)["message"]
+    for name, wrong in (("state", "asleep"), ("cursor", "x"), ("limit", 9999)):
+        client.send(requestId=name, **wanted, **{name: wrong})
+        assert name in client.next("error", requestId=name)["message"]
     figures = running.get("/api/stats")
     assert figures["totals"]["prompts"] == 2
     labels = {row["sessionId"]: row["label"] for row in figures["sessions"]}
@@ -14407,15 +14236,14 @@ def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
     ingest = cm.Ingest(here, journal, lambda event: None)
     for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
         data = {"message": "same", **({name: value} if name else {})}
-        about = {"hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data}
-        event = {
-            **about,
+        about = {
             "id": str(number),
-            "timestamp": NOW_MS + int(at),
             "sessionId": "s",
             "machineId": "box",
+            "pid": 9,
+            "timestamp": NOW_MS + int(at),
         }
-        event["pid"] = 9
+        event = {**about, "hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data}
         ingest.take([ee.encode_json(event)])
     ingest.close()
     assert "".join(cm.line_id(line) for line in journal.lines()) == kept
