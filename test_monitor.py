@@ -7788,36 +7788,14 @@ def test_payloads_of_all_agents_in_one_stream_stay_apart():
     assert agent_states(next(taken[session]) for session in order)[1] == alone
 
 
-# Recording, number of the payload → the reason of a wait or failure (kind, tool, detail), and the agents then.
-AGENT_DETAILS = [
-    ("codex/patch-approval", 3, ("permission", "apply_patch", "new.txt"), []),
-    ("codex/ask-kill", 2, ("question", "AskUserQuestion", "Which colour?"), []),
-    ("codex/subagent", 14, None, [("[[scn:inner]] do it", "working")]),
-    ("codex/subagent", 17, None, [("[[scn:inner]] do it", "ended")]),
-    ("gemini/tools", 19, None, []),
-    ("gemini/tools", 18, ("permission", "Write", "new.txt"), []),
-    ("copilot/perm-yes", 4, ("permission", "Bash", "touch /home/dev/proj/perm-p.txt"), []),
-    ("copilot/tools", 35, None, [("inner job", "working")]),
-    ("copilot/tools", 42, ("error", None, 'error: {"message":"fake: bad request","type":"fake_error","code":"fake"}'),
-     [("inner job", "ended")]),
-    ("qwen/sub-ask", 2, ("permission", "Bash", "touch /tmp/perm-g.txt"), []),
-    ("qwen/sub-ask", 4, None, []),  # it was granted, and runs
-    ("kimi/tools", 5, None, []),
-    ("qwen/sub-ask", 16, None, [("inner job", "working")]),
-    ("kimi/tools", 4, ("permission", "Bash", "touch /tmp/perm-k.txt"), []),
-    ("kimi/tools", 42, None, [("inner job", "working")]),
-    ("kimi/tools", 52, ("error", None, "APIStatusError: 400 fake: bad request"), [("inner job", "ended")]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "number", "reason", "agents"), AGENT_DETAILS)
-def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, reason, agents):
-    given = agent_payloads(name)[: number + 1]
+@pytest.mark.parametrize("row", story_blocks("agents")[1])
+def test_a_recorded_agent_says_what_it_waits_for_and_who_works(row):
+    name, number, expected = re.fullmatch(r"(\S+) (\d+) →(.*)", row).groups()
+    given = agent_payloads(name)[: int(number) + 1]
     book = agent_states(agent_event(name, *it) for it in enumerate(given))[0]
     (session,) = book.each_json(with_hidden=True)
-    found = session["reason"] and tuple(session["reason"][it] for it in ("kind", "tool", "detail"))
-    assert found == reason
-    assert [(it["label"], it["state"]) for it in session["agents"]] == agents
+    words = " {kind} {tool}: {detail}".format_map(session["reason"]) if session["reason"] else ""
+    assert words + "".join(f" | {it['label']}: {it['state']}" for it in session["agents"]) == expected
 
 
 # Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
@@ -8039,27 +8017,13 @@ def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, wor
     assert f"{path}: notify: target 2: {words}" in str(caught.value) and "geheim" not in str(caught.value)
 
 
-# What happens (as in the stories of sessions) → the notices: kind and detail
-NOTICE_STORIES = {
-    "call t1 Bash make; ask Bash make": "permission Bash: make",
-    "call t1 AskUserQuestion Which one?; ask AskUserQuestion Which one?": "question AskUserQuestion: Which one?",
-    "call t1 ExitPlanMode 1. Build; ask ExitPlanMode 1. Build": "plan ExitPlanMode: 1. Build",
-    "stop; idle": "input Claude is waiting for your input",
-    "notify agent_needs_input Choose a mode": "dialog Choose a mode",
-    "call t1 Bash make; call t2 Bash ls; ask Bash make; ask Bash ls": "permission Bash: make|permission Bash: ls",
-    "error rate_limit": "failed rate_limit",
-    "5x fails Bash no": "stuck Bash failed 5 times the same way: no",
-    "end logout": "ended logout",
-    "call t1 Bash make": "", "stop": "", "call t1 Bash make; ask Bash make; hide": "",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("steps", "expected"), NOTICE_STORIES.items())
-def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expected: str) -> None:
+@pytest.mark.parametrize("line", story_blocks("notices")[0])
+def test_each_kind_of_notice_comes_from_the_state_of_a_session(line: str) -> None:
+    steps, _, expected = line.partition(" →")
     story = SessionStory()
     story.play(f"start startup; prompt; {steps}")
     found = cm.notices_of(story.book.sessions["s1"], None)
-    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected
+    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected.strip()
     assert len({it.key for it in found}) == len(found)
     again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
     assert again[: len(found)] == found, "the same after a restart"
@@ -9092,27 +9056,12 @@ def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
         box.kill()
 
 
-# Machines as NAME KEY, on build-box with the key h → the lines (*: its name is another's, too)
-MACHINE_LINES = {
-    "one": ("build-box h", ["build-box 1"]),
-    "one name, two machines": ("build-box h, build-box abcdef", ["build-box (abcd) 1*", "build-box (h) 1*"]),
-    "a machine without a key has our name": ("build-box build-box", ["build-box 1*"]),
-    "two others have one name": ("mac 111122, mac 333344", ["mac (1111) 1*", "mac (3333) 1*"]),
-    "a renamed machine": ("old h, build-box h", ["build-box 2"]),
-    "containers": ("111111111111 h/1, 222222222222 h/2, 333333333333 h/3", ["build-box, 3 containers 3"]),
-    "one container": ("111111111111 h/1", ["111111111111 1"]),
-    "named containers": ("web h/1, web h/2, 1111aaaa1111 h/3", ["1111aaaa1111 1", "web 2"]),
-    "a container with its host's name": ("build-box h, build-box h/1", ["build-box 2"]),
-    "containers of an unknown host": ("111111111111 j/1, 222222222222 k/2", ["2 containers 2"]),
-    "containers of two hosts": (
-        "mac k, 111111111111 k/1, 222222222222 k/2, 333333333333 h/1, 444444444444 h/2",
-        ["build-box, 2 containers 2", "mac 1", "mac, 2 containers 2"],
-    ),
-}
+MACHINE_LINES = stories("machines", " → ")
 
 
-@pytest.mark.parametrize(("machines", "lines"), MACHINE_LINES.values(), ids=MACHINE_LINES)
-def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, machines, lines):
+@pytest.mark.parametrize("case", MACHINE_LINES)
+def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, case):
+    ((machines, lines),) = MACHINE_LINES[case]
     settings = cm.Settings(str(tmp_path), "", "build-box", ee.default_values())
     settings.__dict__["machine_key"] = "h"
     by_key: dict[str, dict[str, Any]] = {}
@@ -9121,7 +9070,7 @@ def test_machines_with_one_name_are_apart_and_containers_without_one_together(tm
         about = by_key.setdefault(key, {"machineKey": key, "events": 0, "dropped": 0, "clockSkewMs": 0})
         about.update(machineId=name, events=about["events"] + 1, lastSeen=number)
     found = cm.machine_lines(by_key.values(), settings)
-    assert [f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found] == lines
+    assert "; ".join(f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found) == lines
 
 
 def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
@@ -12740,39 +12689,13 @@ ANSWER_ASKED = {
     "form": payload("Elicitation", mcp_server_name="demo", message="Who?",
                     requested_schema={"type": "object", "properties": ANSWER_FIELDS, "required": ["name"]}),
 }  # fmt: skip
-# What is asked, the answer → the decision (of a form: all but the event's name); None: nothing is printed.
-ANSWERS: list[tuple[str, Any, Any]] = [
-    ("Bash", {"do": "allow"}, {"behavior": "allow"}),
-    ("Bash", {"do": "always", "suggestions": [1]}, {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}),
-    ("Bash", {"do": "deny"}, {"behavior": "deny", "message": ee.DENIED_WORDS}),
-    ("Bash", {"do": "deny", "message": "Not \ud83d\n on Fridays"}, {"behavior": "deny", "message": "Not \ud83d\n on Fridays"}),
-    ("AskUserQuestion", {"do": "answer", "answers": [[1], [0, "mine"]]},
-     {"behavior": "allow", "updatedInput": {"questions": ANSWER_QUESTIONS,
-                                            "answers": {"Colour?": "Green", "Which?": ["Blue", "mine"]}}}),
-    ("ExitPlanMode", {"do": "allow"}, {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
-    ("ExitPlanMode", {"do": "deny", "message": "Add tests"}, {"behavior": "deny", "message": "Add tests"}),
-    ("form", {"do": "accept", "content": {"name": "Ada", "size": "M"}},
-     {"action": "accept", "content": {"name": "Ada", "size": "M"}}),
-    ("form", {"do": "decline"}, {"action": "decline"}),
-    *[("Bash", it, None) for it in (
-        None, [], 1, "allow", {}, {"do": None}, {"do": "allowed"}, {"do": "allow", "updatedInput": {"command": "rm"}},
-        {"do": "always"}, {"do": "always", "suggestions": [2]}, {"do": "always", "suggestions": [-1]},
-        {"do": "always", "suggestions": []}, {"do": "always", "suggestions": [True]}, {"do": "always", "suggestions": [ANSWER_RULE]},
-        {"do": "deny", "message": ""}, {"do": "deny", "message": {}}, {"do": "answer", "answers": []}, {"do": "decline"},
-        {"behavior": "allow"}, {"hookSpecificOutput": {"decision": {"behavior": "allow"}}},
-    )],
-    *[("AskUserQuestion", it, None) for it in (
-        {"do": "allow"}, {"do": "always", "suggestions": [0]}, {"do": "answer", "answers": [[0]]},
-        {"do": "answer", "answers": [[0, 1], [0]]}, {"do": "answer", "answers": [[0], []]}, {"do": "answer", "answers": [["  "], [0]]},
-        {"do": "answer", "answers": [[2], [0]]},
-    )],
-    *[("form", it, None) for it in (
-        {"do": "allow"}, {"do": "accept"}, {"do": "accept", "content": {"size": "M"}},
-        {"do": "accept", "content": {"name": 1}}, {"do": "accept", "content": {"name": "A", "age": "1"}},
-        {"do": "accept", "content": {"name": "A", "age": True}}, {"do": "accept", "content": {"name": "A", "size": "L"}},
-        {"do": "accept", "content": {"name": "A", "more": 1}}, {"do": "decline", "content": {}},
-    )],
-]  # fmt: skip
+# What is asked, the answer, and the decision that is printed; None: nothing is.
+ANSWERS = [
+    (kind, json.loads(answer), json.loads(decision))
+    for kind, answer, decision in (
+        re.fullmatch(r"(\w+) (.*) → (.*)", it).groups() for it in story_blocks("answers")[0]
+    )
+]
 
 
 def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
@@ -13065,18 +12988,6 @@ def test_a_code_is_valid_for_two_minutes(monkeypatch):
             assert place.request("/pair", "POST", json.dumps({"code": code}), origin)[0] == status
 
 
-# Ways of an agent to its own question: a shell command. It may read every file, and runs what it likes.
-ANSWER_ATTEMPTS = {
-    "the command": "$MONITOR answer s1 allow",
-    "the command, in a terminal": "script -qec '$MONITOR answer s1 allow' /dev/null",
-    "pairing": "$MONITOR answers pair", "pairing, in a terminal": "script -qec '$MONITOR answers pair' /dev/null",
-    "detached": "setsid nohup $MONITOR answer s1 allow", "the parent is gone": "(setsid nohup $MONITOR answers pair &) ; sleep 1",
-    "without its environment": "env -i CONTEXTUATE_HOME=$CONTEXTUATE_HOME PATH=$PATH script -qec '$MONITOR answers pair' /dev/null",
-    "HTTP": "curl -s -H \"$TOKEN\" -d \"{\\\"do\\\": \\\"code\\\"}\" $URL/api/answer",
-    "a message by HTTP": "curl -s -H \"$TOKEN\" -d \"$MESSAGE\" $URL/api/message",
-    "a stolen cookie": "$PYTHON -c \"$SOCKET\" $WS/ws; $PYTHON -c \"$SOCKET\" $WS2/",
-    "a made-up event": "$PYTHON -c \"$EVENT\"",
-}  # fmt: skip
 ANSWER_SOCKET = """
 import json, os, sys, websockets.sync.client as client
 with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
@@ -13107,7 +13018,7 @@ def test_an_agent_does_not_answer_itself(asking):
         "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
         "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
     }  # fmt: skip
-    for name, attempt in ANSWER_ATTEMPTS.items():
+    for name, ((attempt, _),) in stories("attempts", "\n").items():
         before = len(refused())
         attempt = attempt.replace("$MONITOR", known["MONITOR"])
         shell, options = ["bash", "-c", attempt + "; true"], {"cwd": ROOT, "timeout": 60, "env": known}
@@ -13267,7 +13178,8 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
     )
     for kind, session, act, decision in (
-        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"), ANSWERS[5][2]),
+        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"),
+         {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
         ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
                                            (("Green", 0), ("Blue", 1), ("Answer", 0))], None),
         ("form", "s4", lambda: [tab.page.fill(".fields input[type=text]", "Ada"), tab.page.click("[data-act=a]")],
@@ -14200,18 +14112,6 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
     assert not os.path.exists(monitor.home + "/index.db")
 
 
-# Events as HOOK@MS[#FIELD=VALUE], of one client → which of them are stored.
-SECOND_DELIVERIES = {
-    "a call, delivered again seconds later": ("PreToolUse@0#toolUseId=a PreToolUse@4000#toolUseId=a", "0"),
-    "steps of one call are different events": ("PreToolUse@0#toolUseId=a PostToolUse@1#toolUseId=a", "01"),
-    "a prompt, at once, before or after": ("UserPromptSubmit@500 UserPromptSubmit@100", "0"),
-    "the same words again are a prompt of their own": ("UserPromptSubmit@0 UserPromptSubmit@600", "01"),
-    "each is compared with the first": ("UserPromptSubmit@0 UserPromptSubmit@400 UserPromptSubmit@800", "02"),
-    "an agent may ask twice for the same": ("PermissionRequest@0 PermissionRequest@1", "01"),
-    "calls of old clients have no id": ("PreToolUse@0 PreToolUse@1", "01"),
-}
-
-
 def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, monkeypatch: Any) -> None:
     def protect(event: Any, privacy: Any) -> Any:
         if event["id"] == "1":
@@ -14228,9 +14128,12 @@ def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, mon
     assert not os.path.exists(tmp_path / "quarantine.log")
 
 
+SECOND_DELIVERIES = stories("deliveries", " → ")
+
+
 @pytest.mark.parametrize("rule", SECOND_DELIVERIES)
 def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
-    story, kept = SECOND_DELIVERIES[rule]
+    ((story, kept),) = SECOND_DELIVERIES[rule]
     journal = cm.Journal(str(tmp_path / "events"))
     here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
     ingest = cm.Ingest(here, journal, lambda event: None)
