@@ -10060,41 +10060,15 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
 
 REDIS_PASSWORD = "correct-horse-battery-9217"
 REDIS_WRONG_PASSWORD = "wrong-staple-4711"
-REDIS_LOGIN = {"password": REDIS_PASSWORD}
-# What is wrong → the server, the keys of the section `redis`, the words of the reason.
-REDIS_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "wrong password": ("locked", {"password": REDIS_WRONG_PASSWORD}, "password"),
-    "no password": ("locked", {}, "password"),
-    "wrong user": ("ruled", {"username": "nobody", **REDIS_LOGIN}, "user|password"),
-    "no rights": ("ruled", {"username": "nothing", **REDIS_LOGIN}, "right|permission|NOPERM"),
-    "another channel": ("ruled", {"username": "elsewhere", **REDIS_LOGIN}, "channel|NOPERM"),
-    "nothing listens": ("stopped", {}, "refused.*running"),
-    "no such host": ("plain", {"host": "no-such-host.invalid"}, "host|name"),
-    "no such socket": ("plain", {"url": "unix:///nowhere/redis.sock"}, "/nowhere/redis.sock"),
-    "TLS to a plain port": ("plain", {"tls": True}, "TLS"),
-    "plain to a TLS port": ("tls", {"tls": False}, "TLS"),
-    "unknown authority": ("tls", {"caFile": "STRANGE/ca.crt"}, "certificate|caFile"),
-    "another host's certificate": ("tls elsewhere", {}, "certificate|host name"),
-    "no client certificate": ("tls asking", {}, "certFile|client certificate"),
-    "no CA file": ("tls", {"caFile": "/nowhere/ca.crt"}, "/nowhere/ca.crt"),
-    "read-only replica": ("replica", {}, "replica|read-only"),  # its monitor can listen
-    "no such database": ("plain", {"db": 99}, "db|database"),
-}
-REDIS_CLIENT = {"certFile": "CERTIFICATES/client.crt", "keyFile": "CERTIFICATES/client.key"}
-# What works → the server, the keys, the database that has the events then.
-REDIS_WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "TLS, a password, a database": ("tls locked", {"host": "localhost", **REDIS_LOGIN, "db": 5}, "5"),
-    "TLS without verification": ("tls", {"caFile": None, "verify": False}, "0"),
-    "a client certificate": ("tls asking", REDIS_CLIENT, "0"),
-    "a password from the environment": ("ruled", {"username": "team", "password": REDIS_WRONG_PASSWORD}, "0"),
-    "a url, another channel": (
-        "locked", {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:PORT/3", "channel": "other:channel"}, "3",
-    ),
-    "a url with TLS": (
-        "tls locked", {"tls": False, "url": f"rediss://default:{REDIS_PASSWORD}@localhost:PORT/0"}, "0",
-    ),
-    "a url of a socket, no stream": ("plain", {"url": "unix://SOCKET", "streamMaxLength": 0}, "0"),
-}  # fmt: skip
+
+
+def redis_cases(name: str) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Return the cases of a file by their titles: server, keys of the section `redis`, what comes of it."""
+    cases = {title: (*row[0][0].partition(" {"), row[0][1]) for title, row in stories(name, " → ").items()}
+    return {title: (server, json.loads("{" + keys), then) for title, (server, _, keys, then) in cases.items()}
+
+
+REDIS_FAULTS, REDIS_WAYS = redis_cases("redis-faults"), redis_cases("redis-ways")
 
 
 @pytest.fixture(scope="module")
@@ -10125,9 +10099,16 @@ def redis_servers() -> Iterator[Any]:
 
         def configure(name: str, keys: dict[str, Any]) -> tuple[RedisServer, dict[str, Any]]:
             server = servers[name]
-            text = json.dumps(server.settings(**keys)).replace("STRANGE", strange.directory)
-            text = text.replace("CERTIFICATES", ours.directory).replace("SOCKET", server.socket_path)
-            return server, json.loads(text.replace("PORT", str(server.port)))
+            words = {
+                "STRANGE": strange.directory,
+                "CERTIFICATES": ours.directory,
+                "SOCKET": server.socket_path,
+            }
+            words |= {"PORT": str(server.port), "PASSWORD": REDIS_PASSWORD, "WRONG": REDIS_WRONG_PASSWORD}
+            text = json.dumps(server.settings(**keys))
+            return server, json.loads(
+                functools.reduce(lambda it, pair: it.replace(*pair), words.items(), text)
+            )
 
         yield configure
 
@@ -11668,6 +11649,7 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
 
 
 BROWSER_STORIES = stories("page", " | ")
+LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
 
 
 def press_tab_until(tab: BrowserTab, testid: str) -> None:
@@ -11705,7 +11687,7 @@ BROWSER_ACTS: dict[str, Any] = {
     "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
     "run": lambda tab, script, _: tab.page.evaluate(script),
     "send": lambda tab, hook, words: tab.monitor.emit(browser_sent(hook, **json.loads(words))),
-    "tool": lambda tab, name, words: browser_calls(tab, tool_name=name, **json.loads(words)),
+    "tool": lambda tab, name, words: tab.monitor.emit(*call_and_result(name, **json.loads(words))),
     "event": lambda tab, session, words: tab.monitor.emit({"sessionId": session, **json.loads(words)}),
     "gauges": lambda tab, session, words: tab.monitor.emit(browser_gauges(session, **json.loads(words))),
     "down": lambda tab, part, _: browser_press_down(tab, part),
@@ -11715,7 +11697,7 @@ BROWSER_ACTS: dict[str, Any] = {
     "hears": lambda tab, _, words: tab.hears(**json.loads(words)),
     "talk": lambda tab, *_: emit_talk(tab.monitor),
     "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
-    "edit": lambda tab, texts, _: tab.monitor.emit(*edited_again(*texts.split())),
+    "edit": lambda tab, texts, _: tab.monitor.emit(*edited(*texts.split())),
 }
 
 
@@ -11739,11 +11721,17 @@ def browser_gauges(session: str, context: float, five: float, seven: float) -> d
     return {**about, "statusLine": status_line(session, **limits, **more)}
 
 
-def browser_calls(tab: BrowserTab, tool_response: Any, **call: Any) -> None:
-    call["tool_use_id"] = str(next(STORY_NUMBERS))
-    tab.monitor.emit(
-        payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=tool_response)
-    )
+def call_and_result(tool: str, tool_response: Any, **call: Any) -> list[dict[str, Any]]:
+    call |= {"tool_name": tool, "tool_use_id": str(next(STORY_NUMBERS))}
+    return [payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=tool_response)]
+
+
+def edited(old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
+    """Return the payloads of an Edit of src/a.js."""
+    given = {"file_path": "/home/dev/shop/src/a.js", "old_string": old, "new_string": new}
+    reply = {"filePath": given["file_path"], "oldString": old, "newString": new, "structuredPatch": []}
+    reply["originalFile"] = f"let a = {old};\nlet b;\n"
+    return call_and_result("Edit", reply, session=session, tool_input=given)
 
 
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
@@ -11798,6 +11786,25 @@ def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool
     return [browser_bar(tab, target, at_ms)["colour"] or "-" for at_ms in moments] == words.split()
 
 
+def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
+    """True if the last lines of the last text in the drawer are seen, and have these words."""
+    return bool(tab.page.evaluate(
+        """(words) => {
+          const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
+          const { top, bottom } = block?.getBoundingClientRect() ?? {};
+          return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
+        }""", words
+    ))  # fmt: skip
+
+
+def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
+    """True if the link in the clipboard leads to details with these words."""
+    link = tab.page.evaluate("navigator.clipboard.readText()")
+    tab.load(link[link.index("#") :])
+    tab.shows("drawer", words)
+    return True
+
+
 BROWSER_FITS = """[document.documentElement, document.body, ...document.querySelectorAll(
   '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
 )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
@@ -11829,8 +11836,8 @@ BROWSER_LOOKS: dict[str, Any] = {
     "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
     "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
     "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
-    "end": lambda *given: browser_end(*given),
-    "copied": lambda *given: browser_copied(*given),
+    "end": browser_end,
+    "copied": browser_copied,
     "true": lambda tab, _, __, words: tab.page.evaluate(words),
 }
 
@@ -12135,26 +12142,6 @@ BROWSER_CONTRASTS = """() => {
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   }).sort((one, other) => one - other);
 }"""
-LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
-
-
-def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
-    """True if the last lines of the last text in the drawer are seen, and have these words."""
-    return bool(tab.page.evaluate(
-        """(words) => {
-          const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
-          const { top, bottom } = block?.getBoundingClientRect() ?? {};
-          return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
-        }""", words
-    ))  # fmt: skip
-
-
-def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
-    """True if the link in the clipboard leads to details with these words."""
-    link = tab.page.evaluate("navigator.clipboard.readText()")
-    tab.load(link[link.index("#") :])
-    tab.shows("drawer", words)
-    return True
 
 
 def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
@@ -12345,31 +12332,12 @@ def agent_words(text: str) -> dict[str, Any]:
     return {**about, "id": str(uuid.uuid4()), "data": {"text": text, "messageId": "m"}}
 
 
-def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
-    """Return the payloads of one Edit."""
-    given = {"file_path": path, "old_string": old, "new_string": new, "replace_all": False}
-    reply = {
-        "filePath": path,
-        "originalFile": before,
-        "oldString": old,
-        "newString": new,
-        "structuredPatch": [],
-    }
-    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": str(next(STORY_NUMBERS))}
-    end = payload("PostToolUse", session, **call, tool_response=reply, duration_ms=5)
-    return [payload("PreToolUse", session, **call), end]
-
-
-def edited_again(old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
-    return edited("/home/dev/shop/src/a.js", f"let a = {old};\nlet b;\n", old, new, session)
-
-
 def emit_talk(monitor: RunningMonitor) -> None:
     """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
     calls = "prompt Fix *it*; call make; result make; call lint; failure lint => no"
     agent = "@s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
-    monitor.emit(*hooks(f"{calls}; {agent}"), *edited_again("1", "2"), agent_words("It is **done**"))
-    monitor.emit(*hooks("answer It is **done**"), *edited_again("2", "4", "s2"))
+    monitor.emit(*hooks(f"{calls}; {agent}"), *edited("1", "2"), agent_words("It is **done**"))
+    monitor.emit(*hooks("answer It is **done**"), *edited("2", "4", "s2"))
 
 
 def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
