@@ -11708,9 +11708,10 @@ def browser_press_down(tab: BrowserTab, part: str) -> None:
 
 
 def browser_sent(hook: str, **fields: Any) -> dict[str, Any]:
-    """Return a payload as it is handed over now; some fields are beside it."""
+    """Return a payload as it is handed over now, by a clock that is `clock` s ahead; some fields are beside it."""
     about = {name: fields.pop(name) for name in ("agent", "machineId", "machineKey") if name in fields}
-    return {**timed(payload(hook, **fields), cm.now_ms()), **about}
+    at_ms = cm.now_ms() + 1000 * fields.pop("clock", 0)
+    return {**timed(payload(hook, **fields), at_ms), **about}
 
 
 def browser_gauges(session: str, context: float, five: float, seven: float) -> dict[str, Any]:
@@ -11842,6 +11843,18 @@ BROWSER_LOOKS: dict[str, Any] = {
 }
 
 
+# Alerts: what a page in the background says, in `alerts`
+BROWSER_ALERTS = """
+window.alerts = [];
+window.Notification = class extends Notification {
+  constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
+};
+document.hasFocus = () => false;
+const make = AudioContext.prototype.createOscillator;
+AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
+"""
+
+
 @pytest.mark.parametrize("rule", BROWSER_STORIES)
 def test_the_page_shows(request, open_tab, rule):
     if rule.startswith("demo: "):
@@ -11851,6 +11864,8 @@ def test_the_page_shows(request, open_tab, rule):
     if rule.startswith("cut off: "):
         tab = open_tab(tab.monitor)
         tab.wire = BrowserWire(tab)
+    elif rule.startswith("alerts: "):
+        tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
     for act, shown in BROWSER_STORIES[rule]:
         if act.startswith("other "):
@@ -11865,30 +11880,6 @@ def test_the_page_shows(request, open_tab, rule):
             kind, _, more = place.partition(" ")
             looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
             eventually(looks, 20, f"{act} | {look}")
-
-
-def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
-    tab = open_tab(running)
-    minutes = {"a": 10, "b": 0, "c": -20}  # by how much the clock of each session's machine is wrong
-
-    def emit(session: str, story: str) -> None:
-        tab.emit(story, session=session, start_ms=cm.now_ms() + minutes[session] * 60_000, machine=session)
-
-    for session in minutes:
-        emit(session, f"prompt work of {session}")
-    eventually(lambda: tab.counts() == {"working": 3} and tab.page.title() == "Contextuate Monitor")
-    for number, session in enumerate(("c", "a"), 1):
-        since = max(one["stateSince"] for one in running.sessions().values())
-        eventually(lambda since=since: cm.now_ms() > since + 1)  # two waits, two times
-        emit(session, f"call rm {session}; ask rm {session}")
-        eventually(lambda number=number: tab.page.title() == f"({number}) Contextuate Monitor")
-    eventually(lambda: tab.rail() == [("c", "waiting"), ("a", "waiting"), ("b", "working")])
-    assert re.search("Needs you.*Working", tab.text("rail"))
-    timers = "[...document.querySelectorAll('[data-state=waiting] .timer')].map((el) => el.textContent)"
-    eventually(lambda: all(re.fullmatch(r"[1-9]\d? s", words) for words in tab.page.evaluate(timers)))
-    emit("c", "result rm c")
-    eventually(lambda: tab.rail()[0] == ("a", "waiting") and ("c", "working") in tab.rail())
-    assert tab.page.title() == "(1) Contextuate Monitor"
 
 
 @pytest.fixture(scope="module")
@@ -12250,40 +12241,6 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     machine.say("after", "from-redis")
     eventually(lambda: "from-redis" in dict(tab.rail()), 30)
     other.shows("status", "1 event")
-
-
-# Alerts: what a page in the background says, in `alerts`
-BROWSER_ALERTS = """
-window.alerts = [];
-window.Notification = class extends Notification {
-  constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
-};
-document.hasFocus = () => false;
-const make = AudioContext.prototype.createOscillator;
-AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
-"""
-
-
-def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open_tab):
-    tab.emit("@quiet prompt quiet work; @quiet call rm a; @quiet ask rm a")
-    tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
-    tab.row_with("rm a")
-    tab.emit("@first prompt first work; @first call rm b; @first ask rm b")
-    eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
-    assert tab.page.evaluate("alerts") == [], "no alerts were asked for"
-    icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
-    assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
-    tab.page.click("[data-testid=alerts]")
-    for entry in ("Notify", "Sound"):
-        tab.page.click(f"[data-testid=menu] >> text={entry}")
-    eventually(lambda: tab.page.evaluate("alerts") == ["tone", "tone"], 15, "the sound is tried out")
-    tab.press("Escape")
-    tab.emit("@next prompt next work; @next call rm -rf c; @next ask rm -rf c")
-    wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
-    eventually(lambda: wanted in tab.page.evaluate("alerts"))
-    tab.monitor.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
-    tab.until("contextuate.store.rows.some((row) => row.text === 'still')")
-    assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
 def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
