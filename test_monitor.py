@@ -7960,22 +7960,10 @@ def notice_of(kind: str = "permission", label: str = "shop", detail: str = "", s
     return cm.Notice("k1", kind, "s1", label, "box", detail, since)
 
 
-NOTICE_WRONG = {
-    'expected either "url" or "command"': [{}, {"url": "http://a/b", "command": ["x"]}],
-    "url: expected an http or https URL": [{"url": it} for it in ("", "ntfy.sh/x", "file:///x", "http://", 1, "http://a:x")],
-    "format: expected": [{"url": "http://a/b", "format": "mail"}],
-    "command: expected a list of texts": [{"command": it} for it in ([], "notify-send", ["a", 1], [""])],
-    "when: expected a list of permission": [{"url": "http://a/b", "when": it} for it in ("all", ["sometimes"], [1])],
-    "afterSeconds: expected": [{"url": "http://a/b", "afterSeconds": it} for it in (-1, True, "30", 1e9)],
-    "quietHours: expected": [{"url": "http://a/b", "quietHours": it} for it in ("22-7", "24:00-07:00", 22, "22:00-07:60")],
-    "link: expected": [{"url": "http://a/b", "link": "javascript:alert(1)"}],
-    "sound: unknown key": [{"url": "http://a/b", "sound": True}],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "given"), [(it, row) for it, rows in NOTICE_WRONG.items() for row in rows])
-def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, words, given):
-    path = tmp_path / "c.json"
+@pytest.mark.parametrize("line", story_blocks("notices")[1])
+def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, line):
+    target, _, words = line.partition(" → ")
+    path, given = tmp_path / "c.json", json.loads(target)
     path.write_text(json.dumps({"notify": [{"url": "https://ntfy.example/geheim"}, given]}))
     with pytest.raises(cm.ConfigError) as caught:
         cm.load_settings(str(path))
@@ -12482,36 +12470,11 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
 # The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
 # ---------------------------------------------------------------------------
 
-ANSWER_RULES = [{"toolName": "Bash", "ruleContent": "make:*"}]
-ANSWER_RULE = {"type": "addRules", "rules": ANSWER_RULES, "behavior": "allow"}
-ANSWER_SUGGESTIONS = [
-    {**ANSWER_RULE, "destination": "session"},
-    {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
-]
-ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "description": "grass"}]
-ANSWER_QUESTIONS = [
-    {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
-]  # fmt: skip
-ANSWER_SIZE = {"type": "string", "enum": ["S", "M"]}
-ANSWER_FIELDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "size": ANSWER_SIZE}
-ANSWER_INPUTS = {
-    "Bash": {"command": "make"}, "AskUserQuestion": {"questions": ANSWER_QUESTIONS}, "ExitPlanMode": {"plan": "# Do it"},
-}  # fmt: skip
-ANSWER_ASKED = {
-    **{
-        tool: payload("PermissionRequest", tool_name=tool, tool_input=given, permission_suggestions=ANSWER_SUGGESTIONS)
-        for tool, given in ANSWER_INPUTS.items()
-    },
-    "form": payload("Elicitation", mcp_server_name="demo", message="Who?",
-                    requested_schema={"type": "object", "properties": ANSWER_FIELDS, "required": ["name"]}),
-}  # fmt: skip
+asked_rows = (line.split(" ", 2) for line in story_blocks("answers")[0])
+ANSWER_ASKED = {kind: payload(hook, **json.loads(fields)) for kind, hook, fields in asked_rows}
 # What is asked, the answer, and the decision that is printed; None: nothing is.
-ANSWERS = [
-    (kind, json.loads(answer), json.loads(decision))
-    for kind, answer, decision in (
-        re.fullmatch(r"(\w+) (.*) → (.*)", it).groups() for it in story_blocks("answers")[0]
-    )
-]
+answer_rows = (re.fullmatch(r"(\w+) (.*) → (.*)", line).groups() for line in story_blocks("answers")[1])
+ANSWERS = [(kind, json.loads(answer), json.loads(decision)) for kind, answer, decision in answer_rows]
 
 
 def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
@@ -12852,7 +12815,7 @@ def test_an_agent_does_not_answer_itself(asking):
 
 
 ANSWER_WORDS = [
-    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}, "command: make"),
+    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
     ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
     ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
     ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
@@ -12995,7 +12958,7 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
     )
     for kind, session, act, decision in (
         ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"),
-         {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
+         {"behavior": "allow", "updatedInput": ANSWER_ASKED["ExitPlanMode"]["tool_input"]}),
         ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
                                            (("Green", 0), ("Blue", 1), ("Answer", 0))], None),
         ("form", "s4", lambda: [tab.page.fill(".fields input[type=text]", "Ada"), tab.page.click("[data-act=a]")],
@@ -13125,27 +13088,17 @@ def newest_first(numbers: Iterable[int]) -> list[str]:
     return [f"e{number}" for number in numbers][::-1]
 
 
-INDEX_TEXTS = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-               "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
-# What is typed → the numbers of the texts above that are found
-INDEX_SEARCHES: dict[str, list[int]] = {
-    "apple": [4, 1, 0], "APPLE": [4, 1, 0], "apple pear": [1], "app*": [4, 3, 1, 0], "app": [3], '"apple pie"': [4, 0],
-    '"pie apple"': [], "src/app.py": [3], "app.py": [3], "py.app": [], "Grusse": [2], "Grüße": [], "Grüsse": [2],
-    "gru*": [2], "*": [7, 6, 5, 4, 3, 2, 1, 0], "nothing": [], '"unclosed': [], "日本": [5], "fail": [7],
-    '"fail cart"': [7], "31mFAIL": [], "本語": [5], "本日": [], "toolu_9": [], "naïve_name": [6], "naive": [6], "OR": [],
-    "apple NOT pie": [], "(apple": [4, 1, 0], '"': [7, 6, 5, 4, 3, 2, 1, 0], "apple AND pear": [1],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
 def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
-    indexed.add(*(index_prompt(number, text) for number, text in enumerate(INDEX_TEXTS)))
+    texts, searches = story_blocks("search")
+    indexed.add(*(index_prompt(number, json.loads(text)) for number, text in enumerate(texts)))
     if how == "no full text":
         monkeypatch.setattr(cm, "has_full_text", lambda db: False)
     if how != "no index":
         indexed.ready()
-    expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
-    assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
+    typed = [line.partition(" →")[0] for line in searches]
+    found = (" ".join(id_[1:] for id_ in indexed.ids(words)) for words in typed)
+    assert [f"{words} → {numbers}".rstrip() for words, numbers in zip(typed, found)] == searches
 
 
 def test_a_round_of_calls_is_found_by_those_that_have_no_event_of_their_own(indexed):
