@@ -14501,46 +14501,10 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert f"/p/{name}: " in done.stderr
 
 
-def node_directory(folder: Any) -> None:
-    """Write what the Node.js monitor keeps of a session with a subagent, and of one that a person has hidden."""
-    main = {**NODE, "sessionId": "0123456789abcdef"}
-    named = {"parentSessionId": main["sessionId"], "data": {"subagent": {"type": "explore", "agentId": "a7"}}}
-    call = {"toolName": "Task", "toolInput": {"subagent_type": "explore"}}
-    events = [
-        {**main, "eventType": "user_prompt", "hookType": "UserPromptSubmit", "data": {"message": "plan it"}},
-        {**main, "eventType": "tool_call", "hookType": "PreToolUse", "data": call},
-        {**main, **named, "sessionId": "a7", "eventType": "subagent_start", "hookType": "SubagentStart"},
-        {**main, **named, "sessionId": "a7", "eventType": "subagent_stop", "hookType": "SubagentStop"},
-        {**main, "eventType": "tool_result", "hookType": "PostToolUse", "data": call},
-        {**main, "eventType": "session_end", "hookType": "Stop",
-         "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
-    ]  # fmt: skip
-    events = [{**event, "id": f"n{at}", "timestamp": NOW_MS + 1000 * at} for at, event in enumerate(events)]
-    times = {"startTime": NOW_MS, "endTime": NOW_MS + 9000}
-    meta = {**NODE, **times, "status": "completed", "childSessionIds": []}
-    used = {"totalInput": 5, "totalOutput": 6, "totalCacheRead": 7, "totalCacheCreation": 8}
-    metas = [
-        {**meta, "sessionId": "0123456789abcdef", "label": "The plan", "isPinned": True, "tokenUsage": used},
-        {**meta, "sessionId": "fedcba9876543210", "hidden": True, "model": "claude-opus-4-5", "tokenUsage": used,
-         "manualParentSessionId": "0123456789abcdef"},
-        {**meta, "sessionId": "beef0001", "agentType": "explore", "isPinned": True, "tokenUsage": used},
-    ]  # fmt: skip
-    files = {f"sessions/{it['sessionId']}/meta.json": json.dumps(it, indent=2) for it in metas}
-    for event in events[:4]:
-        name = f"{event['timestamp']}-{event['sessionId']}-{event['id']}"
-        files[f"processed/{name}.json"] = json.dumps(event, indent=2)
-    files[f"raw/{events[4]['timestamp']}-x.json"] = json.dumps(events[4], indent=2)
-    # As its daemon keeps them: while a Task runs all events of its session have an id that it makes up.
-    moved = [{**event, "sessionId": "beef0001", "parentSessionId": main["sessionId"]} for event in events[4:]]
-    files["sessions/0123456789abcdef/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in events[:2])
-    files["sessions/beef0001/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in moved)
-    hidden = {**events[0], "id": "f1", "sessionId": "fedcba9876543210"}
-    files["sessions/fedcba9876543210/events.jsonl"] = json.dumps(hidden)
-    write_files(folder, {**files, "config.json": "{}", "daemon.state.json": "{}", "daemon.log": "x"})
-
-
 def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, tmp_path: Any) -> None:
-    node_directory(tmp_path)
+    # As its daemon keeps a session with a subagent, and one that a person has hidden: while a Task runs all events of its
+    # session have an id that it makes up.
+    shutil.copytree(ROOT + "/.ci/stories/node-monitor", tmp_path, dirs_exist_ok=True)
     done = in_process(running, "import", str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "12 events imported, 0 were stored already\n"), done.stderr
     sessions = running.sessions()
