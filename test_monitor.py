@@ -11413,18 +11413,6 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-# One question each: a question to the browser for every element takes seconds.
-BROWSER_SEEN = """(selector) => [...document.querySelectorAll(selector)].filter((part) => {
-  const box = part.getBoundingClientRect();
-  return box.width && box.height && getComputedStyle(part).visibility === 'visible';
-})"""
-BROWSER_ROWS = f"""() => ({BROWSER_SEEN})('[data-testid=row]')
-  .sort((one, other) => one.ariaRowIndex - other.ariaRowIndex)
-  .map((el) => ({{ id: el.dataset.eventId, status: el.dataset.status, y: el.getBoundingClientRect().y,
-    tool: el.querySelector('.c-tool').innerText, session: el.querySelector('.c-session').innerText,
-    text: el.innerText.replace(/\\s+/g, ' ') + ' ' }}))"""
-
-
 @dataclasses.dataclass
 class BrowserTab:
     """A page of a monitor, and whatever its console said."""
@@ -11434,6 +11422,7 @@ class BrowserTab:
     said: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.page.add_init_script(path=ROOT + "/.ci/page.js")
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
         self.page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
@@ -11457,7 +11446,7 @@ class BrowserTab:
 
     def rows(self, words: str = "", status: str = "") -> list[dict[str, Any]]:
         """Return the visible rows that show some words, from the top."""
-        rows = self.page.evaluate(BROWSER_ROWS)
+        rows = self.page.evaluate("look.rows()")
         return [row for row in rows if words in row["text"] and status in ("", row["status"])]
 
     def row_with(self, words: str, tool: str = "", timeout_s: float = 15) -> Any:
@@ -11471,9 +11460,7 @@ class BrowserTab:
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page on one line, "" when it is hidden."""
-        seen = f"({BROWSER_SEEN})('[data-testid={testid}]')"
-        parts = self.page.evaluate(f"{seen}.map((part) => part.innerText)")
-        return " ".join("".join(parts[:1]).split())
+        return " ".join(self.page.evaluate("(testid) => look.text(testid)", testid).split())
 
     def shows(self, testid: str, *words: str) -> None:
         for each in words:
@@ -11491,16 +11478,11 @@ class BrowserTab:
 
     def rail(self) -> list[tuple[str, str]]:
         """Return the sessions of the rail, from the top: id and state."""
-        items = "[...document.querySelectorAll('[data-testid=session]')]"
-        found = self.page.evaluate(f"{items}.map((el) => [el.dataset.sessionId, el.dataset.state])")
-        return [(session, state) for session, state in found]
+        return list(map(tuple, self.page.evaluate("look.rail()")))
 
     def counts(self) -> dict[str, int]:
         """Return the counters in the top bar that are not 0; -1 where one says "?"."""
-        number = "Number(el.querySelector('b').textContent.replace('?', '-1'))"
-        counter = f"[el.dataset.testid.slice(8), {number}]"
-        counters = f"[...document.querySelectorAll('.counter')].map((el) => {counter})"
-        return {name: int(number) for name, number in self.page.evaluate(counters) if number}
+        return dict(self.page.evaluate("look.counts()"))
 
     def choose(self, session: str, words: str) -> None:
         """Choose an entry of a session's menu."""
@@ -11608,6 +11590,10 @@ LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(1
 def press_tab_until(tab: BrowserTab, testid: str) -> None:
     focused = "document.activeElement.dataset.testid"
     assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
+
+
+def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
+    return dict(tab.page.evaluate("(given) => look.bar(...given)", [target, at_ms]))
 
 
 def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
@@ -11740,17 +11726,6 @@ def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool
     return [browser_bar(tab, target, at_ms)["colour"] or "-" for at_ms in moments] == words.split()
 
 
-def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
-    """True if the last lines of the last text in the drawer are seen, and have these words."""
-    return bool(tab.page.evaluate(
-        """(words) => {
-          const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
-          const { top, bottom } = block?.getBoundingClientRect() ?? {};
-          return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
-        }""", words
-    ))  # fmt: skip
-
-
 def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
     """True if the link in the clipboard leads to details with these words."""
     link = tab.page.evaluate("navigator.clipboard.readText()")
@@ -11759,11 +11734,6 @@ def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
     return True
 
 
-BROWSER_FITS = """[document.documentElement, document.body, ...document.querySelectorAll(
-  '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
-)].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
-BROWSER_WIDTHS = "['.rail', '.drawer'].map((part) => Math.round(document.querySelector(part).offsetWidth))"
-BROWSER_FOCUS = "document.activeElement.dataset.act || document.activeElement.id"
 # What the page shows: (tab, session, what comes before the colon, words) → if it does
 BROWSER_LOOKS: dict[str, Any] = {
     "row": lambda tab, _, status, words: [row["status"] for row in tab.rows(words + " ")] == [status],
@@ -11785,12 +11755,14 @@ BROWSER_LOOKS: dict[str, Any] = {
     "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
     "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
     "hits": lambda tab, _, __, words: tab.page.locator("[data-testid=hit]").count() == int(words),
-    "focus": lambda tab, _, __, words: tab.page.evaluate(BROWSER_FOCUS) == words,
+    "focus": lambda tab, _, __, words: (
+        tab.page.evaluate("document.activeElement.dataset.act || document.activeElement.id") == words
+    ),
     "bars": browser_bars,
-    "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
+    "widths": lambda tab, _, __, words: tab.page.evaluate("look.widths()") == words,
     "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
-    "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
-    "end": browser_end,
+    "fits": lambda tab, *_: tab.page.evaluate("look.fits()"),
+    "end": lambda tab, _, __, words: tab.page.evaluate("(words) => look.ends(words)", words),
     "copied": browser_copied,
     "true": lambda tab, _, __, words: tab.page.evaluate(words),
 }
@@ -11919,34 +11891,6 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running,
     tab.said.clear()
 
 
-def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
-    """Return the middle of a call's bar in the page and its colour there; with `at_ms`, that moment in its lane."""
-    return dict(tab.page.evaluate(
-        """([target, at]) => {
-          const { timeline, store } = contextuate;
-          const row = store.rows.find((row) => row.target === target);
-          const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
-          const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
-          const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
-          const end = row.outcome ? row.time + row.duration : Date.now();
-          const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
-          const x = at === null ? middle : place(at);
-          const y = 24 + 2 + index * 20 + 4 - timeline.top;  // above the words in a bar
-          const canvas = document.querySelector('#timeline-canvas');
-          const box = canvas.getBoundingClientRect();
-          const scale = canvas.width / box.width;
-          const copy = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
-          const pen = copy.getContext('2d', { willReadFrequently: true });
-          pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
-          const pixel = pen.getImageData(0, 0, 1, 1).data;
-          const hex = [...pixel.slice(0, 3)].map((part) => part.toString(16).padStart(2, '0')).join('');
-          const names = ['bar', 'red', 'amber'].filter((name) =>
-            getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim() === '#' + hex);
-          return { x: box.x + x, y: box.y + y, colour: names.join() };
-        }""", [target, at_ms]
-    ))  # fmt: skip
-
-
 def test_the_timeline_moves_by_wheel_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
@@ -12068,24 +12012,7 @@ def test_every_colour_of_a_terminal_can_be_read_in_both_themes(tab):
         tab.page.emulate_media(color_scheme=scheme)
         tab.row_with("paint").click()
         tab.shows("drawer", "b255")
-        assert tab.page.evaluate(BROWSER_CONTRASTS)[0] >= 4.5, scheme
-
-
-BROWSER_CONTRASTS = """() => {
-  const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const light = (...colours) => {
-    for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
-    const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
-      .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const block = [...document.querySelectorAll('.drawer .block')].at(-1);
-  return [...block.querySelectorAll('span')].map((el) => {
-    const style = getComputedStyle(el);
-    const [a, b] = [light(getComputedStyle(block).backgroundColor, style.backgroundColor), light(style.color)];
-    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  }).sort((one, other) => one - other);
-}"""
+        assert tab.page.evaluate("look.contrast()") >= 4.5, scheme
 
 
 def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
