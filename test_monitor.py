@@ -12173,8 +12173,9 @@ def emit_talk(monitor: RunningMonitor) -> None:
     """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
     calls = "prompt Fix *it*; call make; result make; call lint; failure lint => no"
     agent = "@s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
-    monitor.emit(*hooks(f"{calls}; {agent}"), *edited("1", "2"), agent_words("It is **done**"))
-    monitor.emit(*hooks("answer It is **done**"), *edited("2", "4", "s2"))
+    monitor.emit(*hooks(f"{calls}; {agent}"), *edited("1", "2"))
+    said = "It is **done**"
+    monitor.emit(agent_words(said), *hooks(f"answer {said}"), *edited("2", "4", "s2"))
 
 
 def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
