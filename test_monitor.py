@@ -6317,6 +6317,13 @@ USAGE_MODEL = "claude-opus-4-5-20251101"
 USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
 
 
+def session_after(story: SessionStory, hook: str, at: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Let one more hook arrive; return the session then."""
+    story.time += 1000
+    story.deliver(payload(hook, story.session, **fields), at)
+    return story.now()
+
+
 def usage_transcript(name: str) -> str:
     (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
     return path
@@ -6514,7 +6521,7 @@ def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name
     for model, counts in own["modelUsage"].items():
         assert [usage["models"][model][each] for each in ee.COUNT_NAMES] == [counts[each] for each in ours]
     assert usage["models"].keys() == own["modelUsage"].keys()
-    shown = session_story().say("SessionEnd", reason="other", usage=usage)
+    shown = session_after(session_story(), "SessionEnd", reason="other", usage=usage)
     assert shown["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
     agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
     assert set(usage["agents"]) == {"", *agents}
@@ -6956,7 +6963,7 @@ def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path
 @pytest.mark.parametrize("note", [None, 7, [], "x", {}, *({"parentAgentId": it} for it in (7, "gone", "a1"))])
 def test_an_odd_note_makes_no_odd_agent(note):
     story = session_story()
-    story.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    session_after(story, "SubagentStart", agent_id="a1", agentMeta=note, agentDescription=[note])
     json.dumps(story.play("look → a1 working, a1.below -; stop a1"))
 
 
@@ -6991,7 +6998,7 @@ def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival(order):
     story = session_story()
     start, story.time = story.time, story.time + 60_000
     for output in order:
-        shown = story.say("Stop", at=start + output * 1000, usage=usage_data(output))
+        shown = session_after(story, "Stop", start + output * 1000, usage=usage_data(output))
     totals = {"totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0}
     assert shown["tokenUsage"] == totals
     assert shown["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
@@ -7002,9 +7009,10 @@ def test_each_agent_has_its_own_tokens(tmp_path):
     *events, end = recorded("parallel")
     story = SessionStory(session=end["session_id"])
     for each in events:
-        shown = story.deliver(each)
-    assert [agent["tokenUsage"] for agent in shown["agents"]] == [None, None]  # not read yet
-    shown = story.deliver({**end, "usage": usage})
+        story.deliver(each)
+    assert [agent["tokenUsage"] for agent in story.now()["agents"]] == [None, None]  # not read yet
+    story.deliver({**end, "usage": usage})
+    shown = story.now()
     outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in shown["agents"])
     assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
 
@@ -7021,7 +7029,7 @@ USAGE_ODD = [
 
 @pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
 def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
-    shown = session_story().say("Stop", usage=usage)
+    shown = session_after(session_story(), "Stop", usage=usage)
     totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
     assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
     assert shown["state"] == "idle" and json.dumps(shown["model"])
