@@ -69,7 +69,7 @@ import time
 import types
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -5373,9 +5373,29 @@ def test_without_a_status_line_the_context_is_estimated(model, used, percent, si
 # to the cent.
 # ---------------------------------------------------------------------------
 
+
+def story_blocks(name: str) -> list[list[str]]:
+    """Return the lines of each block of .ci/stories/NAME.txt but for the first one, which explains the others."""
+    blocks = install_text(f"{ROOT}/.ci/stories/{name}.txt").rstrip().split("\n\n")
+    return [block.split("\n") for block in blocks[1:]]
+
+
+def stories(name: str, mark: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the stories of a file by their titles: each line below as what comes before and after the mark."""
+    cut = {title: [line.partition(mark)[::2] for line in lines] for title, *lines in story_blocks(name)}
+    return {title: [(got.strip(), then.strip()) for got, then in lines] for title, lines in cut.items()}
+
+
 USAGE_MACHINE = "box"
 USAGE_MODEL = "claude-opus-4-5-20251101"
 USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
+
+
+def session_after(story: SessionStory, hook: str, at: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Let one more hook arrive; return the session then."""
+    story.time += 1000
+    story.deliver(payload(hook, story.session, **fields), at)
+    return story.now()
 
 
 def usage_transcript(name: str) -> str:
@@ -5463,25 +5483,14 @@ def transcript(tmp_path: Any) -> Transcript:
     return Transcript(str(tmp_path))
 
 
-# Rule → steps, and the total that is read after each (`-`: nothing new). Words are lines MESSAGE=TOKENS: with `<` but
-# for their last bytes, with `>` these alone; `huge` is a long line of something else.
-USAGE_STORIES = {
-    "a last line without its end waits for it": "add m1=5 m2=7< → 5; add m2=7> → 12",
-    "another file is read from its start": "add m1=5 m2=6 → 11; replace m9=100 m2=6 m2=6 m2=6 → 111",
-    "a shortened file is read from its start": "add m1=5 m2=6 → 11; write m9=100 → 111",
-    "of several lines of a message the largest numbers count": "add m1=1 → 1; add m1=40 → 40; add m1=7 → -; add m1=41 → 41",
-    "a file that went keeps its count": "read → -; add m1=5 → 5; remove → -; restart → 5",
-    "what a killed process counted and did not store comes next": "add m1=5 → 5; restart → 5; read → -",
-    "a line longer than is waited for stops nothing": "add m1=5 huge m2=6 → 11",
-}
+USAGE_GROWING = stories("usage-growing", " → ")
 
 
-@pytest.mark.parametrize("rule", USAGE_STORIES)
+@pytest.mark.parametrize("rule", USAGE_GROWING)
 def test_a_transcript_that_grows_is_counted_as_the_table_says(rule, transcript, monkeypatch):
     monkeypatch.setattr(ee, "TRANSCRIPT_LINE_LIMIT_BYTES", 4000)
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
-    for part in USAGE_STORIES[rule].split("; "):
-        step, _, total = part.partition(" → ")
+    for step, total in USAGE_GROWING[rule]:
         transcript.do(step)
         assert str(transcript.total() or "-") == total, step
 
@@ -5532,7 +5541,7 @@ def write_files(folder: Any, files: dict[str, str]) -> None:
 
 
 def usage_written(folder: Any, files: str) -> tuple[str, str]:
-    """Write the transcripts of a step of USAGE_LAYOUTS; return path and session of the first."""
+    """Write the transcripts of a step of usage-layouts.txt; return path and session of the first."""
     named = dict(re.findall(r"(\S+): (.*?)(?: \||$)", files))
     first = next(iter(named))
     session = os.path.basename(first)
@@ -5544,7 +5553,7 @@ def usage_written(folder: Any, files: str) -> tuple[str, str]:
 
 
 def usage_words(usage: Any) -> str:
-    """Return what each agent used of each model, as USAGE_LAYOUTS says it."""
+    """Return what each agent used of each model, as usage-layouts.txt says it."""
     parts = []
     for agent, models in sorted(usage["agents"].items()) if usage else ():
         used = [f"{model} {counts['input']}/{counts['output']}" for model, counts in sorted(models.items())]
@@ -5552,61 +5561,13 @@ def usage_words(usage: Any) -> str:
     return re.sub(r"claude-(\w+)-4-5", r"\1", " | ".join(parts)) or "-"
 
 
-USAGE_ADVISED = '{"type":"advisor_message","model":"claude-sonnet-4-5","input_tokens":50,"output_tokens":7}'
-# Rule → transcripts (with ` | ` between them, a hook names the first), and what is then counted of each agent (`-`:
-# nothing new). What comes after ` || ` is appended.
-USAGE_LAYOUTS = {
-    "agents of workflows lie deeper": (
-        "s1: a 1/2 | s1/subagents/agent-b: b 10/20 | s1/subagents/workflows/run/agent-c: c 100/200 "
-        "| s1/subagents/workflows/run/journal: d 1000/2000 → opus 1/2 | b: opus 10/20 | c: opus 100/200"
-    ),
-    "an advisor's tokens are those of its model, and beside the sum": (
-        's1: a 2/3 iterations=[{"type":"message","input_tokens":2},ADVISED]; a 2/4 iterations=[ADVISED] → opus 2/4 sonnet 50/7'
-    ),
-    "the API's own compaction is beside the sum, too": (
-        's1: a 2/3 iterations=[{"type":"compaction","input_tokens":90,"output_tokens":9},"odd",7] → opus 92/12'
-    ),
-    "odd iterations are none": 's1: a 2/3 iterations={"type":"advisor_message"} → opus 2/3',
-    "a fork counts only what is its own": "s1: a 1/5; b 1/6 → opus 2/11 || s2: a 1/5; b 1/6 → - || s2: c 1/7 → opus 1/7",
-    "a worktree's folder does not exist": (
-        "projects/-app-worktree/s1: gone | projects/-app/s1: a 1/2 | projects/-app/s1/subagents/agent-b: b 10/20 "
-        "| projects/-other/s2: c 100/200 → opus 1/2 | b: opus 10/20"
-    ),
-    "only below projects/ is looked elsewhere": "sessions/-gone/s1: gone | sessions/-app/s1: a 1/2 → -",
-    "a link to the transcript": (
-        "s1: ->synced/one.jsonl | synced/one: a 1/2 | synced/one/subagents/agent-b: b 10/20 "
-        "| s1/subagents/agent-c: c 100/200 → opus 1/2 | b: opus 10/20 | c: opus 100/200"
-    ),
-    "sidechains of old clients are no main agent": 's1: a 1/2; b 10/20 model="haiku" isSidechain=true → opus 1/2 | sidechain: haiku 10/20',
-    "a gateway's one id, no requests, other input": 's1: a 1/2 id="relay" requestId=null; b 3/4 id="relay" requestId=null → opus 4/6',
-    "a gateway's one id, other requests": 's1: a 1/2 id="relay"; b 1/2 id="relay" → opus 2/4',
-    "a gateway's one id counts in every session": (
-        's0: x 1/2 id="relay" requestId=null → opus 1/2 || s1: x 3/4 id="relay" requestId=null → opus 3/4'
-    ),
-    "one message in lines that grow, no request": "s1: a 5/1 requestId=null; a 5/40 requestId=null → opus 5/40",
-    "messages without an id": "s1: a 1/2 id=null; a 1/2 id=null; b 1/2 id=null → opus 2/4",
-    "copies with other uuids": 's1: a 1/2; a 1/2 uuid="copy"; b 1/2 uuid="c" → opus 2/4',
-    "the client's sums have what no line has": "s1: a 10/1; sums opus 30/5 haiku 7/7 startTime=1 → haiku 7/7 opus 30/5",
-    "the client's sums include those of agents": "s1: a 10/1; sums opus 30/5 startTime=1 | s1/subagents/agent-b: b 20/4 → opus 10/1 | b: opus 20/4",
-    "the client's sums under another name of the model": "s1: a 10/1; sums opus[1m] 30/5 → opus 10/1 opus[1m] 20/4",
-    "the client's sums are less than the lines": "s1: a 10/1; sums opus 3/5 startTime=1 → opus 10/5",
-    "the client's sums of a fork whose copies name their origin": 's1: a 10/1 sessionId="s0"; sums opus 30/5 startTime=1 → opus 10/1',
-    "odd sums of the client": 's1: a 1/2; sums modelUsage={"m":7,"":{}} startTime="x" → opus 1/2',
-    "the client's sums count once for a session and its forks": (
-        "s1: a 10/1 → opus 10/1 || s1: sums opus 25/2 startTime=7 → opus 25/2 "  # a /compact
-        "|| s1: b 10/1 → opus 35/3 || s1: sums opus 35/3 startTime=7 → - "  # resumed
-        "|| s2: a 10/1; b 10/1; c 10/1 → opus 10/1 || s2: sums opus 45/4 startTime=7 → - "  # a fork
-        "|| s3: d 10/1 → opus 10/1 || s3: sums opus 12/1 startTime=8 → opus 12/1 "  # after /clear
-        "|| s1: sums opus 40/3 startTime=7 → opus 40/3"
-    ),
-}  # fmt: skip
+USAGE_LAYOUTS = stories("usage-layouts", " → ")
 
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
 def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
     reader = ee.UsageReader(f"{tmp_path}/home")
-    steps = USAGE_LAYOUTS[rule].replace("ADVISED", USAGE_ADVISED).split(" || ")
-    for files, used in (step.split(" → ") for step in steps):
+    for files, used in USAGE_LAYOUTS[rule]:
         path, session = usage_written(tmp_path, files)
         usage = usage_read(reader, path, session)
         assert usage_words(usage) == used, files
@@ -5614,7 +5575,7 @@ def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
         assert usage_read(reader, path, session) is None, "nothing is new the second time"
     reader.close()
     assert not os.path.exists(f"{tmp_path}/home/emit.log")
-    if len(steps) == 1 and files.startswith("s1: ") and "->" not in files:
+    if len(USAGE_LAYOUTS[rule]) == 1 and files.startswith("s1: ") and "->" not in files:
         ((_, events, _),) = cm.import_batches(
             cm.import_sources([str(tmp_path)], []), USAGE_MACHINE, lambda _: False, []
         )
@@ -5634,7 +5595,7 @@ def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name
     for model, counts in own["modelUsage"].items():
         assert [usage["models"][model][each] for each in ee.COUNT_NAMES] == [counts[each] for each in ours]
     assert usage["models"].keys() == own["modelUsage"].keys()
-    shown = session_story().say("SessionEnd", reason="other", usage=usage)
+    shown = session_after(session_story(), "SessionEnd", reason="other", usage=usage)
     assert shown["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
     agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
     assert set(usage["agents"]) == {"", *agents}
@@ -5873,7 +5834,7 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
 
 
 def words_of(events: Iterable[dict[str, Any]]) -> str:
-    """Return what was said in some events, as WORDS_STORIES says it."""
+    """Return what was said in some events, as usage-words.txt says it."""
     said = [event for event in events if event["eventType"] == ee.WORDS]
     assert len({event["id"] for event in said}) == len(said)
     about = ((it.get("agentId") or it["data"].get("role") or "", it["data"]["text"]) for it in said)
@@ -5888,38 +5849,19 @@ def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
     return spaced.replace(" ", "\\u0020")
 
 
-# Rule → transcripts as in USAGE_LAYOUTS, `|| ` begins the next step; then what is new of what was said, in order.
-WORDS_STORIES = {
-    "each message once, and nothing the second time": "s1: a 1/2; b 1/2 → done; done || s1: c 1/2 → done",
-    "an agent's are its own": "s1: a 1/2 | s1/subagents/agent-b: b 10/20 → b: done; done",
-    "a sidechain's are not the main agent's": "s1: b 10/20 isSidechain=true → sidechain: done",
-    "a fork repeats nothing": "s1: a 1/2 → done || s2: a 1/2 uuid=\"new\"; b 1/2 → done",
-    "a line again": "s1: a 1/2; a 1/2 uuid=\"again\" → done",
-    "every text of a message, no thinking": f"s1: a 1/2 message={words_text('one', ' ', 'two')} → one; two",
-    "what the client wrote itself is no agent's": f"s1: a 1/2 message={words_text('x', model='<synthetic>')} → ",
-    "prompts before the first hook": "s1: user what; a 1/2 → user: what; done",
-    "a prompt that a hook has reported": "s1: user what timestamp=\"LATE\"; a 1/2 → done",
-    "a fork repeats no prompt": "s1: user what; a 1/2 → user: what; done || s2: user what; a 1/2; b 1/2 → done",
-    "what no person typed": "s1: user <task-notification>x; user x isMeta=true; user x isSidechain=true; a 1/2 → done",
-    "an agent's prompt is in its call": "s1: a 1/2 | s1/subagents/agent-b: user find; b 1/2 → b: done; done",
-    "a command after !": (
-        's1: user message={"content":"<bash-input>ls</bash-input>"} timestamp="LATE"; user <bash-stdout>x → shell: ls'
-    ),
-}  # fmt: skip
+USAGE_WORDS = stories("usage-words", " →")
 
 
-@pytest.mark.parametrize("rule", WORDS_STORIES)
+@pytest.mark.parametrize("rule", USAGE_WORDS)
 def test_what_was_said_is_read_once_and_in_order(tmp_path, rule):
     late = "2026-11-24T12:00:00.000Z"
     at_ms = ee.iso_time_ms(late)
     reader = ee.UsageReader(f"{tmp_path}/home")
-    for files, said in (
-        step.split(" → ") for step in WORDS_STORIES[rule].replace("LATE", late).split(" || ")
-    ):
-        path, session = usage_written(tmp_path, files)
+    for files, said in USAGE_WORDS[rule]:
+        path, session = usage_written(tmp_path, files.replace("LATE", late))
         event = {**usage_event(path, session), "since": at_ms}
         events = reader.events(event)
-        assert words_of(events) == said.strip(), files
+        assert words_of(events) == said, files
         assert all(it["sessionId"] == session and it["timestamp"] <= at_ms for it in events[:-1])
         assert words_of(reader.events(event)) == ""
     reader.close()
@@ -6095,7 +6037,7 @@ def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path
 @pytest.mark.parametrize("note", [None, 7, [], "x", {}, *({"parentAgentId": it} for it in (7, "gone", "a1"))])
 def test_an_odd_note_makes_no_odd_agent(note):
     story = session_story()
-    story.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    session_after(story, "SubagentStart", agent_id="a1", agentMeta=note, agentDescription=[note])
     json.dumps(story.play("look → a1 working, a1.below -; stop a1"))
 
 
@@ -6130,7 +6072,7 @@ def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival(order):
     story = session_story()
     start, story.time = story.time, story.time + 60_000
     for output in order:
-        shown = story.say("Stop", at=start + output * 1000, usage=usage_data(output))
+        shown = session_after(story, "Stop", start + output * 1000, usage=usage_data(output))
     totals = {"totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0}
     assert shown["tokenUsage"] == totals
     assert shown["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
@@ -6141,9 +6083,10 @@ def test_each_agent_has_its_own_tokens(tmp_path):
     *events, end = recorded("parallel")
     story = SessionStory(session=end["session_id"])
     for each in events:
-        shown = story.deliver(each)
-    assert [agent["tokenUsage"] for agent in shown["agents"]] == [None, None]  # not read yet
-    shown = story.deliver({**end, "usage": usage})
+        story.deliver(each)
+    assert [agent["tokenUsage"] for agent in story.now()["agents"]] == [None, None]  # not read yet
+    story.deliver({**end, "usage": usage})
+    shown = story.now()
     outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in shown["agents"])
     assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
 
@@ -6160,26 +6103,16 @@ USAGE_ODD = [
 
 @pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
 def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
-    shown = session_story().say("Stop", usage=usage)
+    shown = session_after(session_story(), "Stop", usage=usage)
     totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
     assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
     assert shown["state"] == "idle" and json.dumps(shown["model"])
 
 
-USAGE_FAMILIES = {
-    "claude-opus-5-5": "opus-5-5", "claude-opus-4-5-20251101": "opus-4-5", "claude-opus-4-20250514": "opus-4",
-    "claude-opus-4-0": "opus-4", "claude-sonnet-4-5@20250929": "sonnet-4-5",
-    "us.anthropic.claude-sonnet-4-5-20250929-v1:0": "sonnet-4-5", "anthropic/claude-sonnet-5.5": "sonnet-5-5",
-    "claude-opus-4-6[1m]": "opus-4-6", "claude-3-7-sonnet-20250219": "sonnet-3-7",
-    "claude-3-5-haiku-latest": "haiku-3-5", "claude-3-opus-20240229": "opus-3", "gpt-6": "", "": "",
-    "claude-fable-5-2": "fable-5-2", "claude-mythos-5-2": "mythos-5-2", "claude-opus-99": "opus-99",
-    "opus": "opus", "claude-opus-latest": "opus", "anthropic/claude-fable[1m]": "fable", "sonnet[1m]": "sonnet", "opusplan": "",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("model", USAGE_FAMILIES)
-def test_the_family_of_a_model_is_found_in_any_clouds_spelling(model):
-    assert cm.model_family(model) == USAGE_FAMILIES[model]
+@pytest.mark.parametrize("line", story_blocks("prices")[0])
+def test_the_family_of_a_model_is_found_in_any_clouds_spelling(line):
+    model, _, family = line.partition(" →")
+    assert cm.model_family(model) == family.strip()
 
 
 def test_every_price_follows_the_rules_of_the_price_list():
@@ -6191,39 +6124,14 @@ def test_every_price_follows_the_rules_of_the_price_list():
         assert 0.02 * price.input < price.cache_read < 0.13 * price.input, family
 
 
-USAGE_OPUS, USAGE_MINE = "claude-opus-4-1-20250805", {"input": 100, "output": 200}
-USAGE_EXACT = {**USAGE_MINE, "cacheRead": 7, "cacheWrite5m": 8, "cacheWrite1h": 9}
-USAGE_EACH = {"input": 1, "output": 1, "cache_read": 1, "cache_creation": 2, "cache_creation_1h": 1}
-
-
-@pytest.mark.parametrize(
-    ("models", "prices", "millions", "cost"),
-    [
-        (USAGE_OPUS, {}, {"input": 1}, 15),
-        (USAGE_OPUS, {}, {"output": 1}, 75),
-        (USAGE_OPUS, {}, {"cache_read": 1}, 1.5),
-        (USAGE_OPUS, {}, {"cache_creation": 1}, 18.75),
-        (USAGE_OPUS, {}, {"cache_creation": 1, "cache_creation_1h": 1}, 30),
-        (USAGE_OPUS, {USAGE_OPUS: USAGE_MINE}, {"input": 1}, 100),
-        (USAGE_OPUS, {"opus-4-1": USAGE_MINE}, {"input": 1}, 100),
-        (USAGE_OPUS, {"opus": USAGE_MINE}, {"input": 1}, 100),
-        ("claude-sonnet-4-5", {"opus": USAGE_MINE}, {"input": 1}, 3),
-        ("my-model", {"my-model": USAGE_MINE}, {"output": 1}, 200),
-        ("my-model", {"my-model": USAGE_MINE}, {"cache_read": 1}, 10),
-        ("my-model", {"my-model": USAGE_EXACT}, USAGE_EACH, 100 + 200 + 7 + 8 + 9),
-        ("some-model", {}, {"output": 1}, None),
-        # An alias costs what the newest of its kind does.
-        ("claude-fable-5-2 claude-mythos-5-2 anthropic/claude-fable[1m]", {}, USAGE_EACH, 74.2),
-        ("opus claude-opus-latest", {}, USAGE_EACH, 37.2),
-        ("sonnet[1m]", {}, USAGE_EACH, 18.6),
-        ("claude-opus-99 opusplan", {}, USAGE_EACH, None),
-    ],
-)
-def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(models, prices, millions, cost):
+@pytest.mark.parametrize("line", story_blocks("prices")[1])
+def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(line):
+    models, *given = re.fullmatch(r"(.*?) (\{.*\}) (\{.*\}) → (.*)", line).groups()
+    prices, millions, cost = map(json.loads, given)
     tokens = cm.Tokens(**{kind: number * 1_000_000 for kind, number in millions.items()})
     for model in models.split():
         assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
-    half = {"some-model": tokens, USAGE_OPUS: tokens}
+    half = {"some-model": tokens, "claude-opus-4-1-20250805": tokens}
     assert cm.PriceList({}).estimate(cm.SessionUsage(1, half)) is None
 
 
@@ -6867,52 +6775,8 @@ AGENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "agents")
 AGENT_LETTERS = {
     "idle": "i", "working": "w", "waiting permission": "P", "waiting question": "Q", "failed": "F", "ended": "e",
 }  # fmt: skip
-# Recording, the states of its sessions one after the other, and (calls, failed, interrupted, prompts) of all.
-AGENT_STATES = [
-    ("codex/answers", "iwPwiwPiwPiwiwiwi", (6, 0, 3, 6)),
-    ("codex/ask-kill", "iwQwiwi", (2, 0, 0, 2)),
-    ("codex/esc-in-tool", "iwi", (1, 0, 1, 1)),
-    ("codex/esc-thinking", "iwi", (0, 0, 0, 1)),
-    ("codex/exec-cmd", "iwie", (1, 0, 0, 1)),
-    ("codex/exec-error", "iwe", (0, 0, 0, 1)),
-    ("codex/exec-fail", "iwie", (1, 0, 0, 1)),
-    ("codex/misc", "iwiwiwi iwi", (2, 0, 1, 3)),
-    ("codex/no-daemon-kill", "iw", (1, 0, 0, 1)),
-    ("codex/no-daemon-term", "iw", (1, 0, 0, 1)),
-    ("codex/no-daemon", "iwie", (1, 0, 0, 1)),
-    ("codex/patch-approval", "iwPi", (1, 0, 1, 1)),
-    ("codex/perm-esc", "iwPi", (1, 0, 1, 1)),
-    ("codex/perm-yes", "iwPwi", (1, 0, 0, 1)),
-    ("codex/resume", "iwi", (0, 0, 0, 1)),
-    ("codex/subagent", "iwPwiwiwi", (4, 0, 1, 3)),
-    ("codex/tools", "iwiwiwiwiwiw", (3, 0, 0, 6)),
-    ("codex/tui-cmd", "iwi", (1, 0, 0, 1)),
-    ("copilot/answers", "iwiwiwPwie iwi", (4, 0, 3, 5)),
-    ("copilot/claude-settings-file", "iwie", (2, 0, 1, 1)),
-    ("copilot/esc", "iwPwPe", (2, 0, 2, 3)),
-    ("copilot/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("copilot/print-camel", "i", (0, 0, 0, 0)),
-    ("copilot/print-cmd", "iwie", (1, 0, 0, 1)),
-    ("copilot/state", "iwPwie", (1, 0, 0, 1)),
-    ("copilot/tools", "iwPwiwiwiwPwiwiwQwiwiwFe", (9, 4, 0, 8)),
-    ("gemini/esc", "iwiwPie", (1, 0, 1, 2)),
-    ("gemini/kill", "iwie", (0, 0, 0, 1)),
-    ("gemini/misc", "iwQwiwiwPwiwiwiwie iwie", (6, 0, 2, 7)),
-    ("gemini/perm-no", "iwPwPwie", (2, 0, 1, 2)),
-    ("gemini/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("gemini/print-cmd", "iwie", (1, 0, 0, 1)),
-    ("gemini/resume", "iwie", (0, 0, 0, 1)),
-    ("gemini/tools", "iwPwiwiwiwPwiwiwie", (5, 2, 0, 6)),
-    ("kimi/esc", "iwPwiwiwPwiwPwiwie iwi", (4, 3, 1, 6)),
-    ("kimi/print-cmd", "iwi", (1, 0, 0, 1)),
-    ("kimi/tools", "iwPwiwPwiwiwiwiwiwiwQiwFe", (10, 3, 2, 9)),
-    ("qwen/answers", "iwPwiwPiwPie iwie", (1, 0, 0, 4)),
-    ("qwen/esc", "iwPiwiwie", (0, 0, 0, 3)),
-    ("qwen/perm-yes", "iwPwie", (1, 0, 0, 1)),
-    ("qwen/print-cmd", "iwi", (1, 0, 0, 1)),
-    ("qwen/sub-ask", "iwPwiwPwiwQwie", (3, 0, 0, 3)),
-    ("qwen/tools", "iwPwiwiwiwPwiwiwiwFe", (2, 1, 0, 7)),
-]
+# Recording → the states of its sessions, then calls, failed, interrupted and prompts of all.
+AGENT_STATES = {name: row for name, *row in map(str.split, story_blocks("agents")[0])}
 
 
 def agent_payloads(name: str) -> list[dict[str, Any]]:
@@ -6939,23 +6803,24 @@ def agent_states(events: Iterable[dict[str, Any]]) -> tuple[cm.Sessions, dict[st
     return book, dict(states)
 
 
-@pytest.mark.parametrize(("name", "states", "counts"), AGENT_STATES, ids=[row[0] for row in AGENT_STATES])
-def test_a_recorded_agent_has_the_states_of_its_screen(name, states, counts):
+@pytest.mark.parametrize("name", AGENT_STATES)
+def test_a_recorded_agent_has_the_states_of_its_screen(name):
+    states, counts = AGENT_STATES[name][:-4], AGENT_STATES[name][-4:]
     book, found = agent_states(agent_event(name, *it) for it in enumerate(agent_payloads(name)))
-    assert list(found.values()) == states.split()
+    assert list(found.values()) == states
     assert {session.agent for session in book.sessions.values()} == {name.partition("/")[0]}
     names = ("toolCalls", "toolErrors", "interrupted", "prompts")
-    assert tuple(sum(it.counts[each] for it in book.sessions.values()) for each in names) == counts
+    assert [str(sum(it.counts[each] for it in book.sessions.values())) for each in names] == counts
 
 
 def test_every_recording_of_an_agent_has_a_row():
     found = [path[len(AGENT_RECORDINGS) + 1 : -6] for path in glob.glob(f"{AGENT_RECORDINGS}/*/*.jsonl")]
-    assert {it for it in found if not it.startswith("transcripts")} == {row[0] for row in AGENT_STATES}
+    assert {it for it in found if not it.startswith("transcripts")} == {*AGENT_STATES}
 
 
 def test_payloads_of_all_agents_in_one_stream_stay_apart():
     by_session = collections.defaultdict(list)  # some sessions are in two recordings
-    for name, *_ in AGENT_STATES:
+    for name in AGENT_STATES:
         for number, hook in enumerate(agent_payloads(name)):
             event = agent_event(name, number, hook)
             stream = by_session[event["sessionId"]]
@@ -6970,36 +6835,14 @@ def test_payloads_of_all_agents_in_one_stream_stay_apart():
     assert agent_states(next(taken[session]) for session in order)[1] == alone
 
 
-# Recording, number of the payload → the reason of a wait or failure (kind, tool, detail), and the agents then.
-AGENT_DETAILS = [
-    ("codex/patch-approval", 3, ("permission", "apply_patch", "new.txt"), []),
-    ("codex/ask-kill", 2, ("question", "AskUserQuestion", "Which colour?"), []),
-    ("codex/subagent", 14, None, [("[[scn:inner]] do it", "working")]),
-    ("codex/subagent", 17, None, [("[[scn:inner]] do it", "ended")]),
-    ("gemini/tools", 19, None, []),
-    ("gemini/tools", 18, ("permission", "Write", "new.txt"), []),
-    ("copilot/perm-yes", 4, ("permission", "Bash", "touch /home/dev/proj/perm-p.txt"), []),
-    ("copilot/tools", 35, None, [("inner job", "working")]),
-    ("copilot/tools", 42, ("error", None, 'error: {"message":"fake: bad request","type":"fake_error","code":"fake"}'),
-     [("inner job", "ended")]),
-    ("qwen/sub-ask", 2, ("permission", "Bash", "touch /tmp/perm-g.txt"), []),
-    ("qwen/sub-ask", 4, None, []),  # it was granted, and runs
-    ("kimi/tools", 5, None, []),
-    ("qwen/sub-ask", 16, None, [("inner job", "working")]),
-    ("kimi/tools", 4, ("permission", "Bash", "touch /tmp/perm-k.txt"), []),
-    ("kimi/tools", 42, None, [("inner job", "working")]),
-    ("kimi/tools", 52, ("error", None, "APIStatusError: 400 fake: bad request"), [("inner job", "ended")]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "number", "reason", "agents"), AGENT_DETAILS)
-def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, reason, agents):
-    given = agent_payloads(name)[: number + 1]
+@pytest.mark.parametrize("row", story_blocks("agents")[1])
+def test_a_recorded_agent_says_what_it_waits_for_and_who_works(row):
+    name, number, expected = re.fullmatch(r"(\S+) (\d+) →(.*)", row).groups()
+    given = agent_payloads(name)[: int(number) + 1]
     book = agent_states(agent_event(name, *it) for it in enumerate(given))[0]
     (session,) = book.each_json(with_hidden=True)
-    found = session["reason"] and tuple(session["reason"][it] for it in ("kind", "tool", "detail"))
-    assert found == reason
-    assert [(it["label"], it["state"]) for it in session["agents"]] == agents
+    words = " {kind} {tool}: {detail}".format_map(session["reason"]) if session["reason"] else ""
+    assert words + "".join(f" | {it['label']}: {it['state']}" for it in session["agents"]) == expected
 
 
 # Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
@@ -7199,80 +7042,36 @@ def notice_of(kind: str = "permission", label: str = "shop", detail: str = "", s
     return cm.Notice("k1", kind, "s1", label, "box", detail, since)
 
 
-NOTICE_WRONG = {
-    'expected either "url" or "command"': [{}, {"url": "http://a/b", "command": ["x"]}],
-    "url: expected an http or https URL": [{"url": it} for it in ("", "ntfy.sh/x", "file:///x", "http://", 1, "http://a:x")],
-    "format: expected": [{"url": "http://a/b", "format": "mail"}],
-    "command: expected a list of texts": [{"command": it} for it in ([], "notify-send", ["a", 1], [""])],
-    "when: expected a list of permission": [{"url": "http://a/b", "when": it} for it in ("all", ["sometimes"], [1])],
-    "afterSeconds: expected": [{"url": "http://a/b", "afterSeconds": it} for it in (-1, True, "30", 1e9)],
-    "quietHours: expected": [{"url": "http://a/b", "quietHours": it} for it in ("22-7", "24:00-07:00", 22, "22:00-07:60")],
-    "link: expected": [{"url": "http://a/b", "link": "javascript:alert(1)"}],
-    "sound: unknown key": [{"url": "http://a/b", "sound": True}],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "given"), [(it, row) for it, rows in NOTICE_WRONG.items() for row in rows])
-def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, words, given):
-    path = tmp_path / "c.json"
+@pytest.mark.parametrize("line", story_blocks("notices")[1])
+def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, line):
+    target, _, words = line.partition(" → ")
+    path, given = tmp_path / "c.json", json.loads(target)
     path.write_text(json.dumps({"notify": [{"url": "https://ntfy.example/geheim"}, given]}))
     with pytest.raises(cm.ConfigError) as caught:
         cm.load_settings(str(path))
     assert f"{path}: notify: target 2: {words}" in str(caught.value) and "geheim" not in str(caught.value)
 
 
-# What happens (as in the stories of sessions) → the notices: kind and detail
-NOTICE_STORIES = {
-    "call t1 Bash make; ask Bash make": "permission Bash: make",
-    "call t1 AskUserQuestion Which one?; ask AskUserQuestion Which one?": "question AskUserQuestion: Which one?",
-    "call t1 ExitPlanMode 1. Build; ask ExitPlanMode 1. Build": "plan ExitPlanMode: 1. Build",
-    "stop; idle": "input Claude is waiting for your input",
-    "notify agent_needs_input Choose a mode": "dialog Choose a mode",
-    "call t1 Bash make; call t2 Bash ls; ask Bash make; ask Bash ls": "permission Bash: make|permission Bash: ls",
-    "error rate_limit": "failed rate_limit",
-    "5x fails Bash no": "stuck Bash failed 5 times the same way: no",
-    "end logout": "ended logout",
-    "call t1 Bash make": "", "stop": "", "call t1 Bash make; ask Bash make; hide": "",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("steps", "expected"), NOTICE_STORIES.items())
-def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expected: str) -> None:
+@pytest.mark.parametrize("line", story_blocks("notices")[0])
+def test_each_kind_of_notice_comes_from_the_state_of_a_session(line: str) -> None:
+    steps, _, expected = line.partition(" →")
     story = SessionStory()
     story.play(f"start startup; prompt; {steps}")
     found = cm.notices_of(story.book.sessions["s1"], None)
-    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected
+    assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected.strip()
     assert len({it.key for it in found}) == len(found)
     again = cm.notices_of(session_restored(story.book).sessions["s1"], 91.2)
     assert again[: len(found)] == found, "the same after a restart"
     assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
 
 
-# Edits `SESSION PATH [MINUTE] [FIELD=VALUE]…`, then which sessions collide: `SESSION: PATH with SESSION`.
-COLLISION_STORIES = {
-    "one session alone": "a /r/x 0; a /r/x 1 → ",
-    "two sessions, one file": "a /r/x 0; b /r/x 9 → a: /r/x with b; b: /r/x with a",
-    "by a subagent": "a /r/x 0 agent_id=g; b /r/x 1 → a: /r/x with b; b: /r/x with a's g",
-    "after more than ten minutes": "a /r/x 0; b /r/x 11 → ",
-    "other files": "a /r/x 0; b /r/y 1 → ",
-    "other machines": "a /r/x 0; b /r/x 1 machine=far → ",
-    "worktrees of one repository": "a /r/x 0 root=/r; b /w/x 1 root=/w project=/r → a: /r/x with b; b: /w/x with a",
-    "other repositories": "a /r/x 0 root=/r; b /w/x 1 root=/w → ",
-    "one knows no repository": "a /r/x 0 root=/r; b /r/x 1 → a: /r/x with b; b: /r/x with a",
-    "a relative path": "a /r/x 0; b x 1 → a: /r/x with b; b: /r/x with a",
-    "a file in no known directory": "a x 0 cwd=; b x 1 cwd= → ",
-    "a call that failed": "a /r/x 0; b /r/x 1 hook=PostToolUseFailure → ",
-    "a tool that only reads": "a /r/x 0; b /r/x 1 tool=Read → ",
-    "a notebook": "a /r/x 0; b /r/x 1 tool=NotebookEdit key=notebook_path → a: /r/x with b; b: /r/x with a",
-    "a patch": "a /r/x 0; b PATCH 1 tool=apply_patch key=input → a: /r/x with b; b: /r/x with a",
-    "the same conversation after /clear": "a /r/x 0; clear a b; b /r/x 1 → ",
-}  # fmt: skip
+COLLISION_STORIES = stories("collisions", " →")
 
 
 @pytest.mark.parametrize("rule", COLLISION_STORIES)
 def test_sessions_that_edit_the_same_file_collide(rule):
     book, at, number = cm.Sessions(own_machine=SESSION_MACHINE), NOW_MS, 0
-    steps, _, expected = COLLISION_STORIES[rule].partition(" → ")
+    ((steps, expected),) = COLLISION_STORIES[rule]
 
     def say(hook: str, session: str, machine: str = SESSION_MACHINE, **fields: Any) -> None:
         nonlocal number
@@ -7292,20 +7091,14 @@ def test_sessions_that_edit_the_same_file_collide(rule):
         given = dict(field.split("=") for field in rest[1:])
         machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
         at = NOW_MS + int(rest[0]) * 60_000
-        place = (
-            {"git": {"branch": "main", "root": root, "project": given.get("project", root)}} if root else {}
-        )
         if session not in book.sessions:
-            say("SessionStart", session, machine, source="startup", **place)
+            git = {"branch": "main", "root": root, "project": given.get("project", root)}
+            say("SessionStart", session, machine, source="startup", **({"git": git} if root else {}))
         target = "*** Begin Patch\n*** Update File: x\n@@\n" if path == "PATCH" else path
         agent = {"agent_id": given["agent_id"], "agent_type": "x"} if "agent_id" in given else {}
-        tool = {
-            "tool_name": given.get("tool", "Edit"),
-            "tool_use_id": f"t{number}",
-            "tool_input": {given.get("key", "file_path"): target},
-            "cwd": given.get("cwd", "/r"),
-        }
-        say(given.get("hook", "PostToolUse"), session, machine, **tool, **agent)
+        tool = {"tool_name": given.get("tool", "Edit"), "tool_input": {given.get("key", "file_path"): target}}
+        about = {"tool_use_id": f"t{number}", "cwd": given.get("cwd", "/r"), **agent}
+        say(given.get("hook", "PostToolUse"), session, machine, **tool, **about)
         if number % 2:
             book = session_restored(book)
     shown = {name: book.to_json(session)["collisions"] for name, session in book.sessions.items()}
@@ -7313,13 +7106,8 @@ def test_sessions_that_edit_the_same_file_collide(rule):
             for name, found in sorted(shown.items()) for it in found]  # fmt: skip
     assert "; ".join(said) == expected
     assert all(it["time"] == at for found in shown.values() for it in found)
-    notices = [
-        it
-        for session in book.sessions.values()
-        for it in cm.notices_of(session, None)
-        if it.kind == "collision"
-    ]
-    assert len(notices) == bool(expected), "one message for both"
+    notices = [it.kind for session in book.sessions.values() for it in cm.notices_of(session, None)]
+    assert notices.count("collision") == bool(expected), "one message for both"
 
 
 def test_a_process_with_older_figures_does_not_wait(tmp_path, monkeypatch) -> None:
@@ -8012,11 +7800,9 @@ def test_test_event_goes_the_hooks_way(running: RunningMonitor) -> None:
 @contextlib.contextmanager
 def tailing(monitor: RunningMonitor, *options: str) -> Iterator[Any]:
     """Run `tail`, and give a function that returns its next line, without those of the session "chosen-r"."""
-    command, about = (
-        [sys.executable, "-m", "contextuate_monitor", "tail", *options],
-        {"cwd": ROOT, "text": True},
-    )
-    with subprocess.Popen(command, env=monitor.environment, stdout=subprocess.PIPE, **about) as tail:
+    command = [sys.executable, "-m", "contextuate_monitor", "tail", *options]
+    about = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=monitor.environment, **about) as tail:
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [lines.put(line) for line in tail.stdout or ()], daemon=True).start()
 
@@ -8086,34 +7872,12 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     assert printed("export") == exported, "no monitor is needed"
 
 
-UUID_OF_ITERM = "8A6F2D3C-1111-2222-3333-444455556666"
-# Variables as NAME=VALUE, with `;` between them → name and command of the terminal
-TERMINALS = """
-TMUX=/tmp/tmux-0/default,81,0;TMUX_PANE=%3 → tmux %3: tmux -S /tmp/tmux-0/default select-window -t %3 \\; select-pane -t %3 \\; switch-client -t %3
-TMUX=/tmp/a b;$(id),81,0;TMUX_PANE=%3;SSH_CONNECTION=::1 1 ::2 22 → ssh ::1
-TMUX=/tmp/x,81,0;TMUX_PANE=3;TERM_PROGRAM=tmux → tmux
-TMUX=-f/tmp/x,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
-TMUX==ls,81,0;TMUX_PANE=%3;TERM_PROGRAM=tmux → tmux
-TMUX=/tmp/x,81,0;TMUX_PANE=%٣;TERM_PROGRAM=tmux → tmux
-KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=unix:@kitty-12 → kitty 4: kitty @ --to unix:@kitty-12 focus-window --match id:4
-KITTY_WINDOW_ID=4;KITTY_LISTEN_ON=tcp:evil.example:1 → kitty 4
-KITTY_WINDOW_ID=4 or 1;TERM_PROGRAM=$(id) →
-WEZTERM_PANE=2;TERM_PROGRAM=WezTerm → WezTerm 2: wezterm cli activate-pane --pane-id 2
-ITERM_SESSION_ID=w0t1p0:UUID → iTerm: open 'iterm2:///reveal?sessionid=UUID'
-SSH_CONNECTION=10.0.0.5 50000 10.0.0.1 22 → ssh 10.0.0.5
-OTHER=1 →
-""".replace("UUID", UUID_OF_ITERM)
-
-
-@pytest.mark.parametrize("line", TERMINALS.strip().splitlines())
+@pytest.mark.parametrize("line", story_blocks("terminals")[0])
 def test_a_terminal_has_a_name_and_a_command_of_checked_values_only(line):
     given, _, expected = line.partition(" →")
     variables = dict(re.findall(r"(?:^|;)([A-Z_]+)=([^\n]*?)(?=;[A-Z_]+=|$)", given))
-    found = cm.terminal_of(
-        ee.build_event(hook_wrapped(payload("SessionStart"), terminal=variables), 1, "x")["data"].get(
-            "terminal", {}
-        )
-    )
+    event = ee.build_event(hook_wrapped(payload("SessionStart"), terminal=variables), 1, "x")
+    found = cm.terminal_of(event["data"].get("terminal", {}))
     name, _, command = expected.strip().partition(": ")
     assert found == (({"name": name, "command": command} if command else {"name": name}) if name else None)
 
@@ -8166,12 +7930,8 @@ def test_go_makes_the_tmux_window_of_a_session_the_current_one(
         assert where["name"] == "tmux " + tmux("display-message", "-p", "-t", "work", "#{pane_id}")
         looking = subprocess.Popen([*command, "attach"], env=environment, stdin=terminal, stdout=terminal)
         eventually(lambda: tmux("list-clients"))
-        tmux(
-            "new-window",
-            "-t",
-            "work",
-            f"cd {ROOT}; {sys.executable} -m contextuate_monitor go in-t; exec sleep 600",
-        )
+        go = f"cd {ROOT}; {sys.executable} -m contextuate_monitor go in-t; exec sleep 600"
+        tmux("new-window", "-t", "work", go)
         eventually(lambda: tmux("display-message", "-p", "-t", "work", "#{window_index}") == "0")
     finally:
         tmux("kill-server")
@@ -8337,27 +8097,12 @@ def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
         box.kill()
 
 
-# Machines as NAME KEY, on build-box with the key h → the lines (*: its name is another's, too)
-MACHINE_LINES = {
-    "one": ("build-box h", ["build-box 1"]),
-    "one name, two machines": ("build-box h, build-box abcdef", ["build-box (abcd) 1*", "build-box (h) 1*"]),
-    "a machine without a key has our name": ("build-box build-box", ["build-box 1*"]),
-    "two others have one name": ("mac 111122, mac 333344", ["mac (1111) 1*", "mac (3333) 1*"]),
-    "a renamed machine": ("old h, build-box h", ["build-box 2"]),
-    "containers": ("111111111111 h/1, 222222222222 h/2, 333333333333 h/3", ["build-box, 3 containers 3"]),
-    "one container": ("111111111111 h/1", ["111111111111 1"]),
-    "named containers": ("web h/1, web h/2, 1111aaaa1111 h/3", ["1111aaaa1111 1", "web 2"]),
-    "a container with its host's name": ("build-box h, build-box h/1", ["build-box 2"]),
-    "containers of an unknown host": ("111111111111 j/1, 222222222222 k/2", ["2 containers 2"]),
-    "containers of two hosts": (
-        "mac k, 111111111111 k/1, 222222222222 k/2, 333333333333 h/1, 444444444444 h/2",
-        ["build-box, 2 containers 2", "mac 1", "mac, 2 containers 2"],
-    ),
-}
+MACHINE_LINES = stories("machines", " → ")
 
 
-@pytest.mark.parametrize(("machines", "lines"), MACHINE_LINES.values(), ids=MACHINE_LINES)
-def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, machines, lines):
+@pytest.mark.parametrize("case", MACHINE_LINES)
+def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, case):
+    ((machines, lines),) = MACHINE_LINES[case]
     settings = cm.Settings(str(tmp_path), "", "build-box", ee.default_values())
     settings.__dict__["machine_key"] = "h"
     by_key: dict[str, dict[str, Any]] = {}
@@ -8366,7 +8111,7 @@ def test_machines_with_one_name_are_apart_and_containers_without_one_together(tm
         about = by_key.setdefault(key, {"machineKey": key, "events": 0, "dropped": 0, "clockSkewMs": 0})
         about.update(machineId=name, events=about["events"] + 1, lastSeen=number)
     found = cm.machine_lines(by_key.values(), settings)
-    assert [f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found] == lines
+    assert "; ".join(f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found) == lines
 
 
 def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
@@ -9355,41 +9100,15 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
 
 REDIS_PASSWORD = "correct-horse-battery-9217"
 REDIS_WRONG_PASSWORD = "wrong-staple-4711"
-REDIS_LOGIN = {"password": REDIS_PASSWORD}
-# What is wrong → the server, the keys of the section `redis`, the words of the reason.
-REDIS_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "wrong password": ("locked", {"password": REDIS_WRONG_PASSWORD}, "password"),
-    "no password": ("locked", {}, "password"),
-    "wrong user": ("ruled", {"username": "nobody", **REDIS_LOGIN}, "user|password"),
-    "no rights": ("ruled", {"username": "nothing", **REDIS_LOGIN}, "right|permission|NOPERM"),
-    "another channel": ("ruled", {"username": "elsewhere", **REDIS_LOGIN}, "channel|NOPERM"),
-    "nothing listens": ("stopped", {}, "refused.*running"),
-    "no such host": ("plain", {"host": "no-such-host.invalid"}, "host|name"),
-    "no such socket": ("plain", {"url": "unix:///nowhere/redis.sock"}, "/nowhere/redis.sock"),
-    "TLS to a plain port": ("plain", {"tls": True}, "TLS"),
-    "plain to a TLS port": ("tls", {"tls": False}, "TLS"),
-    "unknown authority": ("tls", {"caFile": "STRANGE/ca.crt"}, "certificate|caFile"),
-    "another host's certificate": ("tls elsewhere", {}, "certificate|host name"),
-    "no client certificate": ("tls asking", {}, "certFile|client certificate"),
-    "no CA file": ("tls", {"caFile": "/nowhere/ca.crt"}, "/nowhere/ca.crt"),
-    "read-only replica": ("replica", {}, "replica|read-only"),  # its monitor can listen
-    "no such database": ("plain", {"db": 99}, "db|database"),
-}
-REDIS_CLIENT = {"certFile": "CERTIFICATES/client.crt", "keyFile": "CERTIFICATES/client.key"}
-# What works → the server, the keys, the database that has the events then.
-REDIS_WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "TLS, a password, a database": ("tls locked", {"host": "localhost", **REDIS_LOGIN, "db": 5}, "5"),
-    "TLS without verification": ("tls", {"caFile": None, "verify": False}, "0"),
-    "a client certificate": ("tls asking", REDIS_CLIENT, "0"),
-    "a password from the environment": ("ruled", {"username": "team", "password": REDIS_WRONG_PASSWORD}, "0"),
-    "a url, another channel": (
-        "locked", {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:PORT/3", "channel": "other:channel"}, "3",
-    ),
-    "a url with TLS": (
-        "tls locked", {"tls": False, "url": f"rediss://default:{REDIS_PASSWORD}@localhost:PORT/0"}, "0",
-    ),
-    "a url of a socket, no stream": ("plain", {"url": "unix://SOCKET", "streamMaxLength": 0}, "0"),
-}  # fmt: skip
+
+
+def redis_cases(name: str) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Return the cases of a file by their titles: server, keys of the section `redis`, what comes of it."""
+    cases = {title: (*row[0][0].partition(" {"), row[0][1]) for title, row in stories(name, " → ").items()}
+    return {title: (server, json.loads("{" + keys), then) for title, (server, _, keys, then) in cases.items()}
+
+
+REDIS_FAULTS, REDIS_WAYS = redis_cases("redis-faults"), redis_cases("redis-ways")
 
 
 @pytest.fixture(scope="module")
@@ -9420,9 +9139,16 @@ def redis_servers() -> Iterator[Any]:
 
         def configure(name: str, keys: dict[str, Any]) -> tuple[RedisServer, dict[str, Any]]:
             server = servers[name]
-            text = json.dumps(server.settings(**keys)).replace("STRANGE", strange.directory)
-            text = text.replace("CERTIFICATES", ours.directory).replace("SOCKET", server.socket_path)
-            return server, json.loads(text.replace("PORT", str(server.port)))
+            words = {
+                "STRANGE": strange.directory,
+                "CERTIFICATES": ours.directory,
+                "SOCKET": server.socket_path,
+            }
+            words |= {"PORT": str(server.port), "PASSWORD": REDIS_PASSWORD, "WRONG": REDIS_WRONG_PASSWORD}
+            text = json.dumps(server.settings(**keys))
+            return server, json.loads(
+                functools.reduce(lambda it, pair: it.replace(*pair), words.items(), text)
+            )
 
         yield configure
 
@@ -10558,60 +10284,13 @@ def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
 # Browser: the page in headless Chromium against a real monitor
 #
 # Most tests share one page and one monitor (`tab`), which has no session when a test begins. What is sent to the
-# monitor is written as a story, see `hooks`. BROWSER_SHOWS says what the page shows of which events.
+# monitor is written as a story, see `hooks`. .ci/stories/page.txt says what the page shows of which events.
 # ---------------------------------------------------------------------------
 
 
 def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
     with open(os.path.join(ROOT, "index.html"), encoding="utf-8") as file:
         assert [number for number, line in enumerate(file, 1) if len(line.rstrip("\n")) > 120] == []
-
-
-# An expression over the section "Parsers" of the page -> its value.
-PAGE_PARSES: list[tuple[str, Any]] = [
-    ("oneLine('a\\u001b[1mb\\nc')", "ab c"),
-    ("(walkAnsi('x\\u001b[31my', {}, (text, { fg }) => seen.push([text, fg ?? null])), seen)", [["x", None], ["y", 1]]),
-    ("diffLines('a\\nb', 'a\\nc').map(({ kind, text }) => kind + text)", [" a", "-b", "+c"]),
-    ("diffLines('a\\nb\\nc\\nd', 'x\\nb\\nd\\ny').map(({ kind, text }) => kind + text)",
-     ["-a", "+x", " b", "-c", " d", "+y"]),
-    ("foldSame(diffLines([...Array(5e4).keys()].join('\\n'), [...Array(5e4).keys()].reverse().join('\\n')))"
-     ".filter(({ kind }) => kind !== ' ').length > 5e4", True),   # too different for the shortest way
-    ("patchedFiles('*** Add File: a\\n+b')[0].path", "a"),
-    ("lastWritten('10 %\\r50 %\\r100 %\\r\\nnext')", "100 %\nnext"),
-    ("textPieces('\\u001b[31m' + 'x\\n'.repeat(500)).map(({ lines, style }) => [lines, style.fg ?? null])",
-     [[200, None], [200, 1], [100, 1]]),
-    ("['image/png', 'image/svg+xml'].map((mimeType) => imageAddress({ data: 'AAAA', mimeType }))",
-     ["data:image/png;base64,AAAA", ""]),
-    ("[imageAddress({ file: { base64: 'AA…A', type: 'image/png' } }), jsonOf('[1'), jsonOf(' {}')]", ["", None, {}]),
-    ("markdownBlocks('- [x] a\\n\\n  ```\\n    b\\n\\n  ```\\n\\n- [ ] c')[0].items.map(({ text, done }) => [text, done])",
-     [["a\n```\n  b\n\n```", True], ["c", False]]),
-    ("markdownBlocks('3. a\\n\\n4. b')[0].items.map(({ start }) => start)", [3, 4]),
-    ("markdownBlocks('a|b\\n--|--\\n1\\\\|2|`x`')[0].rows[1]", ["1|2", "`x`"]),
-    ("markdownBlocks('# T\\n\\n- a')", [
-        {"kind": "h", "text": "T"},
-        {"kind": "list", "items": [{"depth": 0, "ordered": False, "start": 1, "text": "a", "inset": 2}]}]),
-    ("markdownSpans('a `b`').map(({ kind }) => kind)", ["text", "code"]),
-    ("turnsOf([{ time: 3, seq: 1, agent: '', kind: 'answer', text: 'Done.' },"
-     " { time: 2, seq: 2, agent: '', kind: 'words', text: 'Done. ' }, { time: 9, seq: 6, agent: '', kind: 'answer',"
-     " text: 'Done.' }, { time: 8, seq: 5, agent: '', kind: 'prompt', text: 'go' }, { time: 4, seq: 3, agent: 'a', kind:"
-     " 'call', row: 1 }]).map(({ prompt, items }) => [prompt?.text, items.map(({ kind, text }) => text ?? kind)])",
-     [[None, ["Done. ", "agent"]], ["go", ["Done."]]]),   # an answer is shown once; a turn later it is another one
-    ("turnsOf([{ time: 1, seq: 1, kind: 'call', row: 1 }, { time: 2, seq: 2, kind: 'call', agent: 'a', row: 2 }, { time: 3,"
-     " seq: 3, kind: 'call', row: 3 }, { time: 4, seq: 4, kind: 'usage', in: 5, out: 1, weight: 2 }, { time: 5, seq: 5,"
-     " kind: 'prompt' }, { time: 6, seq: 6, kind: 'usage', in: 9, out: 3, weight: 4 }]).map(({ items, used }) =>"
-     " [items.map(({ kind, rows }) => rows ?? kind), used.in, used.out])",
-     [[[[1, 3], "agent"], 5, 1], [[], 4, 2]]),
-    ("usedOf({ models: { a: { input: 1, output: 2, cacheRead: 4 }, b: { input: 3 } } })", {"in": 8, "out": 2, "weight": 14.4}),
-    ("replaceTexts('a\\nb\\nc', [{ old_string: 'b', new_string: '' }, { old_string: 'c', new_string: '$&' }])", "a\n$&"),
-    ("[replaceTexts('a', [{ old_string: 'b', new_string: 'c' }]) ?? null, patchText({ before: '[redacted:x]', after: '' }, 'f')]",
-     [None, ""]),
-    ("patchText({ before: null, after: '' }, 'a\"b')", 'diff --git "a/a\\"b" "b/a\\"b"\nnew file mode 100644\n'),
-    ("filter('Build -\"two words\"')", [["", "build", False], ["", "two words", True]]),
-    ("filter('status:Failed -tool:bash x:y')", [
-        ["status", "failed", False], ["tool", "bash", True], ["", "x:y", False]]),
-    ("filter('>5s <1.5m >200ms')", [[">", 5000, False], ["<", 90000, False], [">", 200, False]]),
-    ("filter('  - > >5 status: a-b')", [[">", 5000, False], ["", "a-b", False]]),
-]  # fmt: skip
 
 
 def by_page(expression: str) -> Any:
@@ -10630,8 +10309,10 @@ def by_page(expression: str) -> Any:
 
 def test_what_parses_needs_no_page() -> None:
     helpers = "const filter = (text) => parseFilter(text).map((it) => [it.field, it.value, it.isNot]);"
-    values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in PAGE_PARSES)
-    assert by_page(f"(() => {{ {helpers} return [{values}]; }})()") == [value for _, value in PAGE_PARSES]
+    expressions = story_blocks("parsers")
+    values = ", ".join(f"(() => {{ const seen = []; return {words}; }})()" for words, _ in expressions)
+    expected = [json.loads(value.removeprefix("= ")) for _, value in expressions]
+    assert by_page(f"(() => {{ {helpers} return [{values}]; }})()") == expected
 
 
 class EditHistory:
@@ -10674,11 +10355,8 @@ class EditHistory:
                 if lines == [""]:
                     break
             tool, given = ("Edit", edits[0]) if len(edits) == 1 else ("MultiEdit", {"edits": edits})
-            reply = (
-                {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
-                if tool == "Edit"
-                else {}
-            )
+            reply = {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
+            reply = reply if tool == "Edit" else {}
         path.write_text(text)
         reply |= {"filePath": str(path), "originalFile": before, "userModified": False}
         self.calls.append({"tool": tool, "input": {"file_path": str(path), **given}, "output": reply})
@@ -10762,10 +10440,15 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
 
     Calls are of Bash: `call make`, then `result make took 3 => its output` or `failure make => its error`; `ask make`
     asks for permission, `batch 1 2` ends `make 1` and `make 2`; `question WORDS`, `reply WORDS` are of AskUserQuestion;
-    `play NAME` is a recording. With `start_ms` payloads have times, counted from there, and a machine.
+    `play NAME` is a recording; `60x STEP` is a step for each number from 0 on, which stands for its #.
+    With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
-    for step in re.split(r"; +", story.strip()):
+    steps = (
+        re.fullmatch(r"(?:(\d+)x )?(.*)", it, re.DOTALL).groups() for it in re.split(r"; +", story.strip())
+    )
+    each = (it.replace("#", str(n)) if times else it for times, it in steps for n in range(int(times or 1)))
+    for step in each:
         second, who, agent, verb, words, took, said = STORY_STEP.fullmatch(step).groups()
         if verb == "play":
             about = {"session_id": who or session, "story": next(STORY_NUMBERS)}
@@ -10817,18 +10500,6 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-# One question each: a question to the browser for every element takes seconds.
-BROWSER_SEEN = """(selector) => [...document.querySelectorAll(selector)].filter((part) => {
-  const box = part.getBoundingClientRect();
-  return box.width && box.height && getComputedStyle(part).visibility === 'visible';
-})"""
-BROWSER_ROWS = f"""() => ({BROWSER_SEEN})('[data-testid=row]')
-  .sort((one, other) => one.ariaRowIndex - other.ariaRowIndex)
-  .map((el) => ({{ id: el.dataset.eventId, status: el.dataset.status, y: el.getBoundingClientRect().y,
-    tool: el.querySelector('.c-tool').innerText, session: el.querySelector('.c-session').innerText,
-    text: el.innerText.replace(/\\s+/g, ' ') + ' ' }}))"""
-
-
 @dataclasses.dataclass
 class BrowserTab:
     """A page of a monitor, and whatever its console said."""
@@ -10838,6 +10509,7 @@ class BrowserTab:
     said: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.page.add_init_script(path=ROOT + "/.ci/page.js")
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
         self.page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
@@ -10861,7 +10533,7 @@ class BrowserTab:
 
     def rows(self, words: str = "", status: str = "") -> list[dict[str, Any]]:
         """Return the visible rows that show some words, from the top."""
-        rows = self.page.evaluate(BROWSER_ROWS)
+        rows = self.page.evaluate("look.rows()")
         return [row for row in rows if words in row["text"] and status in ("", row["status"])]
 
     def row_with(self, words: str, tool: str = "", timeout_s: float = 15) -> Any:
@@ -10875,9 +10547,7 @@ class BrowserTab:
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page on one line, "" when it is hidden."""
-        seen = f"({BROWSER_SEEN})('[data-testid={testid}]')"
-        parts = self.page.evaluate(f"{seen}.map((part) => part.innerText)")
-        return " ".join("".join(parts[:1]).split())
+        return " ".join(self.page.evaluate("(testid) => look.text(testid)", testid).split())
 
     def shows(self, testid: str, *words: str) -> None:
         for each in words:
@@ -10895,16 +10565,11 @@ class BrowserTab:
 
     def rail(self) -> list[tuple[str, str]]:
         """Return the sessions of the rail, from the top: id and state."""
-        items = "[...document.querySelectorAll('[data-testid=session]')]"
-        found = self.page.evaluate(f"{items}.map((el) => [el.dataset.sessionId, el.dataset.state])")
-        return [(session, state) for session, state in found]
+        return list(map(tuple, self.page.evaluate("look.rail()")))
 
     def counts(self) -> dict[str, int]:
         """Return the counters in the top bar that are not 0; -1 where one says "?"."""
-        number = "Number(el.querySelector('b').textContent.replace('?', '-1'))"
-        counter = f"[el.dataset.testid.slice(8), {number}]"
-        counters = f"[...document.querySelectorAll('.counter')].map((el) => {counter})"
-        return {name: int(number) for name, number in self.page.evaluate(counters) if number}
+        return dict(self.page.evaluate("look.counts()"))
 
     def choose(self, session: str, words: str) -> None:
         """Choose an entry of a session's menu."""
@@ -11005,454 +10670,17 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     assert said == []
 
 
-# A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
-# `hooks`), or what a person does:
-#     give SESSION: FIELDS of its JSON that the page gets
-#     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
-#     back, forward   width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
-#     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
-# In a PART, <NAME> is the part of that data-testid. What the page shows:
-#     row STATUS: words of the one row that has them        rows STATUS: how many there are
-#     rail STATE: words of the session in the rail          rail: all its sessions
-#     counter STATE: its number in the top bar              found WORDS: how many the monitor finds
-#     open TOOL / words of its target: what the drawer shows, between semicolons
-#     in, not in NAME: words of a part, or not              no NAME: the part is away or empty; no row: words
-#     kept SESSION FIELD: what the monitor has              agents: of how many agents there are rows
-#     link: the address; linked: parts of it                bars TARGET SECONDS…: the timeline's colours in its lane then
-#     true: what holds in the page                          … & …: both
-BROWSER_SHOWS = r"""
-a call and its result are one row
-    prompt fix the cart             | rail working: fix the cart
-    call make cart                  | row running: Bash make cart & rail working: Bash: make cart
-    result make cart => It is made  | row done: Bash make cart 1.2 s
-                                    | open Bash / make cart: make cart; Output Copy It is made
-
-a call that failed is marked, with its error, and one that a prompt interrupts
-    call make; failure make => Exit code 2 | row failed: Bash make & open Bash / make: Exit code 2
-    call ls; prompt stop that       | row interrupted: Bash ls & rail working: stop that
-
-who waits for a permission is named, with what is asked
-    call rm build; ask rm build     | row waiting: Bash rm build & rail waiting: Allow Bash: rm build
-                                    | counter waiting: 1 & title: (1) Contextuate Monitor
-    result rm build                 | row done: Bash rm build & rail working: No tool running
-                                    | counter waiting: 0 & title: Contextuate Monitor
-
-a turn or a session that is over says where and how much, or why
-    prompt go; call make; result make; answer All done | rail idle: shop Turn just ended, 1 call & row event: Answer All done
-    prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
-    prompt go; end logout           | rail ended: shop /logout
-
-calls that only their batch ended failed, as the monitor counts
-    play p-perm                     | rows failed: 2 & errors: 2
-                                    | open Write / perm.txt: you haven't granted it yet
-
-files and edits are shown with numbers and as a diff
-    play simple                     | open Bash / echo hello: Say hello; echo hello; Output Copy hello; 24 ms
-                                    | open Write / note.txt: note.txt; 1 line one 2 line two
-                                    | open Read / note.txt: note.txt; 1 line one 2 line two
-                                    | open Edit / note.txt: note.txt; +1 −1; − line two; + line 2
-                                    | open Prompt / do it: [[scn:simple]] please do it & every row opens
-
-errors are shown whole
-    play failing                    | open Bash / exit 3: A failing command; Exit code 3; out err; failed
-                                    | open Bash / sleep 5: Exit code 143; Command timed out after 1s; 1.0 s
-                                    | open Read / does-not-exist.txt: File does not exist & every row opens
-    @two play apierror529           | open Turn failed / : server_error; 529 fake: Overloaded
-
-tasks are named, with their change
-    play tasks                      | open TaskCreate / : Task 1; First task; Do the first thing
-                                    | open TaskUpdate / : Task 1; in_progress → completed & every row opens
-
-tools of MCP servers and their questions are named
-    play mcp                        | open demo › echo / : hello mcp; echo: hello mcp
-                                    | open demo › fail / : boom; fail: boom; failed
-                                    | open Question / Your name?: Your name?; demo & every row opens
-
-questions are shown with their answers
-    play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
-                                    | no row: Permission request
-                                    | every row opens
-
-a call that started an agent shows its task and result, and leads to it
-    @old play v2.0.77-subagent      | open Task / : do it; Inner result: 42; 3,608
-    play subagent                   | every row opens
-                                    | open Agent / inner job: general-purpose; do the inner job; Inner result: 42; Totals
-    click <jump>                    | linked: a= & agents: 1
-
-background commands, any characters and long output are shown
-    play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
-    @two play unicode               | every row opens
-    @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt & true: document.querySelector('.drawer').textContent.includes('777')
-
-the keyboard leads from the first visit to raw JSON
-                                    | in firstvisit: contextuate_monitor.py install
-    tab send-test
-    press Enter                     | row event: Test event: & no firstvisit
-    press j Enter                   | in drawer: Test event
-    press r                         | in drawer: "hookType": "Notification"
-    press Escape                    | no drawer
-    press ?                         | true: document.querySelector('dialog[open]') !== null
-
-words filter the table, also by a link and when a result brings them
-    @w prompt work of w; @i prompt work of i; @i answer finished | rows: 3
-    press /
-    type no such words              | true: document.querySelector('#tablenote').innerText.includes('No loaded row matches “no such words”')
-    other same link                 | other true: document.querySelector('#tablenote').innerText.includes('“no such words”')
-    press Escape                    | rows: 3
-    fill <filter>: finished         | rows: 1 & row event: finished
-    fill <filter>:                  | rows: 3
-    @w call make                    | row running: Bash make
-    fill <filter>: boom             | rows: 0
-    @w failure make => boom         | row failed: Bash make
-
-what one tab does is kept and shown in every tab, and a mistake undone
-    @one prompt work of one; @one call make one; @two prompt work of two
-    other #s=one                    | other open Bash / make one: make one
-    menu one: Rename
-    fill dialog input: named elsewhere
-    press Enter                     | kept one label: "named elsewhere" & other in rail: named elsewhere
-                                    | other true: document.title.includes('named elsewhere')
-    menu one: Pin                   | kept one isPinned: true & other rail: one two
-    menu one: Unpin                 | kept one isPinned: false
-    menu one: Pin                   | kept one isPinned: true
-    click #toast >> text=Undo       | kept one isPinned: false
-    menu one: Hide                  | kept one hidden: true
-    click #toast >> text=Undo       | kept one hidden: false
-    menu one: Set parent            | true: [...document.querySelectorAll('dialog option')].map((el) => el.value).join() === ',two'
-    select dialog select: two
-    click dialog button.first       | kept one parentSessionId: "two"
-                                    | other true: document.querySelector('.child')?.dataset.sessionId === 'one'
-                                    | other in panehead-facts: below work of two
-    menu one: Set parent
-    select dialog select:
-    click dialog button.first       | kept one parentSessionId: null
-                                    | other true: document.querySelector('.child') === null
-    menu one: Hide                  | kept one hidden: true & rail: two & no row: work of one
-    click text=Show hidden (1)      | row event: work of one
-    menu one: Unhide                | kept one hidden: false
-    menu one: Delete
-    click dialog >> text=Cancel     | kept one hidden: false
-    menu one: Delete
-    click dialog >> button.danger   | rail: two & other rail: two & other no link
-                                    | other no drawer & other row event: work of two
-
-keys reach who waits, menus and the rail
-    @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
-    press w                         | link: #s=asks & no row: busy work
-    press m                         | in menu: Rename
-    press ArrowDown Enter
-    type By keys
-    press Enter                     | kept asks label: "By keys"
-    press Escape                    | no link
-    focus <rail>
-    press Home ArrowDown ArrowDown Enter | link: #s=asks
-    press P                         | kept asks isPinned: true
-    press R
-    fill dialog input: named
-    press Enter                     | kept asks label: "named"
-    press C                         | true: navigator.clipboard.readText().then((text) => text === 'claude --resume asks')
-    press H                         | kept asks hidden: true & kept busy hidden: false
-
-a session is replayed as it went
-    +0 call a; +20 result a took 20; +30 call b; +50 result b took 20; +60 call c; +80 result c took 20; +90 call d; +110 result d took 20
-    load #s=s1                      | row done: Bash d
-    press y                         | in replay: of 1 min 50 s & rows running: 1 & no row: Bash d
-    press Space                     | true: document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'
-                                    | linked: #s=s1&replay=
-    fill <replay> input[type=range]: 70000 | rows done: 2 & row running: Bash c 10 s
-    load #s=s1&replay={70 s}        | row running: Bash c 10 s & rows done: 2
-    select <replay> select: 60
-    fill <replay> input[type=range]: 0
-    focus <table>
-    press Space                     | rows done: 4
-    press Escape                    | no replay & link: #s=s1
-
-the keyboard stays in details, replay and head
-    call make 1; call make 2
-    load #s=s1                      | open Bash / make 1: make 1
-    focus .drawerbody
-    result make 1 => here it is     | in drawer: here it is & focus: body
-    press Escape y                  | in replay: of
-    focus <replay> input[type=checkbox]
-    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
-    press Escape R                  | true: document.querySelector('dialog[open]') !== null
-                                    | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
-    focus [aria-label='Show all sessions']
-    press Enter                     | focus: grid
-
-history finds what is stored and opens it
-    @one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing
-    @two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed | found zebra: 3
-    load #history&q=zebra           | hits: 3
-                                    | true: [...document.querySelectorAll('.hit mark')].map((el) => el.textContent).join() === 'zebra,zebra,zebra'
-                                    | in hits: <b>
-    select [aria-label=Type]: tool_result | hits: 1
-    click <hit>                     | in drawer: zebra crossing & linked: q=zebra; type=tool_result; e=
-    other same link                 | other in drawer: zebra crossing
-    select [aria-label=Type]:       | hits: 3
-    press Escape / Space
-    type crossing                   | hits: 1
-    press Enter j                   | in drawer: zebra crossing
-    press /
-    fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
-    fill <history-query>: zebra     | hits: 3
-                                    | true: [...document.querySelectorAll('[aria-label=Tool] option')].map((el) => el.value).join() === ',Bash'
-    select [aria-label='Session state']: working | hits: 0 & linked: state=working
-    select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
-    select [aria-label='Session state']: | hits: 3
-    select [aria-label=Time]: custom
-    fill [aria-label=To]: 2020-01-01T00:00
-    press Tab                       | hits: 0
-    fill [aria-label=From]: 2020-01-01T00:00
-    fill [aria-label=To]: 2099-01-01T00:00
-    press Tab                       | hits: 3 & linked: when=custom&from=
-    select [aria-label=Time]:
-    fill <history-query>:           | hits: 4
-
-Back and Forward go through views, sessions and details
-    @one prompt work of one; @one call make 1; @two prompt work of two | row event: work of two
-    click [data-session-id=one]     | link: #s=one & open Bash / make 1: make 1
-    press 3                         | in sheet: Statistics
-    back                            | in drawer: make 1 & linked: s=one; e=
-    back                            | no drawer & link: #s=one & no row: work of two
-    back                            | no link & row event: work of two
-    forward                         | link: #s=one & no row: work of two
-
-keys of single letters can be switched off
-    prompt work                     | row event: work
-    press ?
-    click text=Keys of a single letter
-    press Escape 3 t                | no sheet & true: document.querySelector('#timeline').offsetHeight > 0
-    load                            | row event: work
-    press 3 Escape                  | no sheet
-    click [aria-label='Keyboard shortcuts']
-    click text=Keys of a single letter
-    press Escape 3                  | in sheet: Statistics
-
-a wait is one row, and lanes are in the rail's order
-    @w prompt work; @w call rm; @w ask rm; @i prompt idle; @i answer done; @x prompt other | counter waiting: 1
-                                    | rows waiting: 1 & no row: Permission request
-                                    | true: contextuate.timeline.shown.map((lane) => lane.sid).join() === 'w,x,i'
-
-tools are sorted up and down
-    call make; result make; question which; reply which | calls: 2
-    load #stats                     | in stats: 2 calls
-    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'AskUserQuestion'
-    click table[aria-label=Tools] th >> text=Tool | true: document.querySelector('table[aria-label=Tools] tbody td').innerText === 'Bash'
-                                    | true: document.querySelector('th[aria-sort]').ariaSort === 'descending'
-
-widths are kept
-    call make                       | open Bash / make: make & widths: 320 560
-    focus #rail-split
-    press ArrowRight
-    pull #drawer-split -60          | widths: 336 620
-    load same link                  | in drawer: make & widths: 336 620
-
-statistics count what happened and lead to it
-    @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
-    @one call make 2; @one result make 2; @one call make 3; @one result make 3
-    @two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2 | calls: 5
-    load #stats                     | in stats: 5 calls; 2 failed; 1 min 05 s; make 1; make 9; Exit code 2; first work; testbox
-    click <stats> tr.open >> text=make 1 | in drawer: slow output
-    press Escape                    | no drawer
-    select [aria-label=Time]: 1h    | link: #stats&when=1h
-    click <stats> table[aria-label=Sessions] tr.open >> text=first work | row done: Bash make 1 & link: #s=one
-    press m
-    click <menu> >> text=Session statistics | linked: session=one & in stats: 3 calls & not in stats: make 9
-
-links bring back session, event and search
-    @one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2 | found zebra: 2
-    click [data-session-id=one]     | no row: zebra & open Bash / make: first output
-    other same link                 | other in drawer: first output & other no row: zebra
-    go #history&q=zebra             | hits: 2
-    go #history&q=make              | hits: 1
-    go #s0=two&e={zebra 1}          | in drawer: zebra 1
-    press Escape                    | no drawer
-    go #s0=two&e={zebra 1}          | in drawer: zebra 1
-    load #s=one&e=none              | row done: Bash make & no drawer
-
-a counter filters rail and table
-    @w prompt work of w; @i prompt work of i; @f prompt work of f; @e prompt work of e; @n prompt work of n
-    @i answer finished; @f error server_error; @e end logout; @n call rm x; @n ask rm x | counter ended: 1
-    click <counter-working>         | rail: w & rows: 1
-    click <counter-idle>            | rail: i & rows: 2
-    click <counter-failed>          | rail: f & rows: 2
-    click <counter-ended>           | rail: e & rows: 2
-    click <counter-waiting>         | rail: n & rows: 2
-    press Escape                    | rows: 9
-
-views are reached by key, click and link
-    prompt first                    | row event: first
-    press 2                         | in sheet: History & linked: #history
-    load same link                  | in sheet: History
-    press 3                         | in sheet: Statistics & linked: #stats
-    load same link                  | in sheet: Statistics
-    press 4                         | in sheet: Status & linked: #status
-    load same link                  | in sheet: Status
-                                    | true: [...document.querySelectorAll('.views [aria-current]')].map((el) => el.dataset.view).join() === 'status'
-    press 1                         | row event: first
-    click <view-history>            | in sheet: History
-    press Escape                    | row event: first
-
-the timeline shows each agent and how its calls went
-    prompt go; call a; result a took 40; @s1/a1 agent; @s1/a1 call b; @s1/a1 failure b took 20 => no
-    @other prompt else; @other call rm; @other ask rm | true: contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label]).join('; ') === 'other,,0,else; s1,,0,go; s1,a1,1,explorer'
-    focus #timeline-canvas
-    press + + +                     | bars a: bar & bars b: red & bars rm: amber
-    point b                         | in tip: Bash; b; failed; 20 s; go › explorer
-    hit b                           | in drawer: Bash; no
-    press Escape                    | no drawer
-    lane 3                          | linked: a=a1
-
-the timeline shows who waited for a person and how long
-    +0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60; +180 call rejected; +180 ask rejected
-    +240 prompt not that; +250 question ?; +310 reply ?; +320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents
-    load                            | row done: Bash granted
-                                    | bars granted 40 140 6 200 235 245 280 315 330: amber bar - amber amber - amber - -
-                                    | bars agents 200 400 590: - amber amber
-    +600 @s1/a1 result agents took 100 | bars agents 400 590: amber bar
-
-a brushed part of the timeline filters the table
-    prompt go; call make; result make | rows: 2
-    brush 0.3 0.5                   | in range: – & rows: 0
-    other same link                 | other in range: – & other rows: 0
-    click <range>                   | rows: 2
-    brush 0.6 0.999                 | in range: – & rows: 2
-    press Escape                    | no range
-
-a task of the day: does anyone need me and what for, blocked or just done, until I have seen it
-    @d prompt write notes; @d answer Done; @d idle Claude is waiting for your input
-    @b prompt fix the cart; @b call rm build; @b ask rm build | rail: b d & rail waiting: shop Allow Bash: rm build
-                                    | true: [...document.querySelectorAll('.session')].map((el) => el.dataset.need).join() === 'blocked,turn'
-    press w                         | link: #s=b & in ask: Allow Bash?; rm build; Answer it in the terminal
-    press e                         | rail: d b & true: document.querySelector('[data-session-id=b]').dataset.need === 'seen'
-    load same link                  | rail: d b & title: (1) fix the cart – Contextuate Monitor
-    @b/a1 agent; @b/a1 call rm more; @b/a1 ask rm more | rail: b d & title: (2) fix the cart – Contextuate Monitor
-
-a task of the day: how a 19,000-line output ended
-    @f prompt build it; @f call npm test; @f result npm test => 19,000 LINES | row done: Bash npm test
-    load
-    click [data-session-id=f]
-    click <row> >> text=npm test
-    click <to-end>                  | end: test 18999
-
-a task of the day: send a colleague this failure
-    @f call no rule; @f failure no rule => Exit code 2 no rule to make it | row failed: Bash no rule
-    click [data-session-id=f]
-    click <row> >> text=no rule
-    click [aria-label='Copy link']  | copied: no rule to make it
-
-a task of the day: a command run earlier, and the cost today per project
-    @old prompt long ago; @old call make zebra; @old end other | found zebra: 1
-    press 2
-    fill <history-query>: zebra     | hits: 1 & in hits: make zebra
-    press Escape 3
-    select [aria-label=Time]: today | in sheet: Projects Project Sessions Calls Failed Tokens in Cached Tokens out Cost
-
-a task of the day: which project, which machine
-    @a prompt one; @b prompt two    | counter working: 2
-    give b: {"project": "/src/shop"}
-    give a: {"project": "/src/shop", "branch": "fix/cart", "machineId": "mac", "machineKey": "k1"} | in rail: mac; fix/cart
-    press o
-    click <menu> >> text=Group by project | in rail: shop 2
-    give a: {"project": "/new/shop"}
-    give b: {"state": "waiting", "reason": {"kind": "dialog"}} | in rail: shop 1, 1 needs you & true: [...document.querySelectorAll('.group')].map((el) => el.title).join() === '/src/shop,/new/shop'
-    press o
-    click <menu> >> text=Group by machine | true: [...document.querySelectorAll('.group b')].some((el) => el.textContent === 'mac') & rail: b a
-    load                            | true: document.querySelectorAll('.group').length === 1 & not in rail: Working
-
-a task of the day: read a question and go there
-    question Which colour, and why? | rail waiting: Answer: Which colour, and why?
-    give s1: {"terminal": {"name": "tmux shop:2.1", "command": "tmux switch-client -t shop:2.1"}}
-    press w                         | in ask: A question; Which colour, and why?; Answer it in tmux shop:2.1
-    click text=Copy command to go there | true: navigator.clipboard.readText().then((text) => text === 'tmux switch-client -t shop:2.1')
-    @z prompt other                 | counter working: 1
-    give z: {"state": "waiting", "reason": {"kind": "dialog", "detail": "Trust this directory?"}} | counter waiting: 2
-    click [data-session-id=z]       | in ask: Trust this directory?; Answer it in the terminal
-
-a task of the day: why did it fail, and the failed calls of one session
-    call a; failure a => first wrong; call b; result b; call c; failure c => second wrong; @o call d; @o failure d => other
-    click [data-session-id=s1]
-    press n Enter                   | in drawer: first wrong
-    press n                         | in drawer: second wrong
-    press n                         | in drawer: first wrong
-    press N                         | in drawer: second wrong
-    press Escape
-    click text=2 failed             | rows: 2 & rows failed: 2 & linked: q=status
-    click text=2 failed             | rows: 3
-
-a task of the day: what a finished subagent did
-    prompt go; @s1/a1 agent; @s1/a1 call look; @s1/a1 result look => found it; @s1/a1 stop seen; answer done | rail idle: 1 call
-    click [data-session-id=s1]
-    click text=1 finished agent     | in rail: Hide 1 finished agent; explorer
-    click .agent                    | linked: a=a1 & row done: Bash look & no row: go
-
-a task of the day: a command run earlier, found by a filter that is kept
-    prompt go; call make 1; failure make 1 => no; call make 2; result make 2 took 20; call ls; result ls | rows: 4
-    press /
-    type make -status:failed        | rows: 1 & row done: Bash make 2
-    fill <filter>: tool:bash >10s   | rows: 1 & row done: Bash make 2
-    fill <filter>: tool:bash machine:nowhere | rows: 0
-    fill <filter>: "make 1"         | rows: 1 & row failed: Bash make 1
-    click <filters>
-    click <menu> >> text=Save       | no menu
-    fill <filter>:                  | rows: 4
-    load
-    press s
-    click <menu> >> text=make 1     | rows: 1 & row failed: Bash make 1
-    click <filters>
-    click <menu> >> text=Forget
-    click <filters>
-    click <menu> >> text=Show all   | rows: 4
-
-several sessions are chosen and hidden
-    @a prompt one; @b prompt two; @c prompt three | counter working: 3
-    click [data-session-id=a]
-    press x
-    click [data-session-id=b]
-    press x                         | in chosen: 2 chosen
-    press H                         | kept a hidden: true & kept b hidden: true & rail: c & no chosen & kept c hidden: false
-
-demo: nothing sticks out at any width, with or without the drawer
-    width 360                       | fits
-    width 1024                      | fits
-    width 1440                      | fits
-    click <row>:not([hidden]) >> nth=2 | details
-    width 360                       | fits
-    width 1024                      | fits
-    width 1440                      | fits
-
-demo: a phone shows one pane at a time and everything fits
-    width 360                       | in banner: demo --remove
-                                    | true: document.querySelector('[data-testid=banner]').offsetHeight < 40
-    click text=Got it               | no banner
-    load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
-                                    | no banner & fits
-    click [data-need=turn]          | no rail & fits & open Edit / : Edit
-                                    | fits
-    click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
-    click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
-    click [aria-label='Close (Esc)'] | no drawer
-    click [aria-label='Back to the sessions'] | rows: 0 & in rail: Needs you
-    click [data-state=idle] [aria-label=Actions]
-    click <menu> >> text=Replay     | in replay: 60×
-"""
-
-
-def browser_stories() -> dict[str, list[tuple[str, str]]]:
-    """Return BROWSER_SHOWS by its titles: (what happens, what the page then shows)."""
-    stories: dict[str, list[tuple[str, str]]] = {}
-    for block in BROWSER_SHOWS.strip().split("\n\n"):
-        title, *lines = block.split("\n")
-        parts = (line.partition(" | ") for line in lines)
-        stories[title] = [(got.strip(), shown.strip()) for got, _, shown in parts]
-    return stories
+BROWSER_STORIES = stories("page", " | ")
+LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
 
 
 def press_tab_until(tab: BrowserTab, testid: str) -> None:
     focused = "document.activeElement.dataset.testid"
     assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
+
+
+def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
+    return dict(tab.page.evaluate("(given) => look.bar(...given)", [target, at_ms]))
 
 
 def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
@@ -11478,21 +10706,69 @@ BROWSER_ACTS: dict[str, Any] = {
     "forward": lambda tab, *_: tab.page.go_forward(),
     "width": lambda tab, pixels, _: tab.page.set_viewport_size({"width": int(pixels), "height": 900}),
     "brush": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 8),
+    "pan": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 60),
     "point": lambda tab, target, _: tab.page.mouse.move(**browser_place(tab, target)),
     "hit": lambda tab, target, _: tab.page.mouse.click(**browser_place(tab, target)),
     "pull": lambda tab, what, _: tab.drag(what.split()[0], 3, 3 + int(what.split()[1]), 300),
     "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
+    "run": lambda tab, script, _: tab.page.evaluate(script),
+    "send": lambda tab, hook, words: tab.monitor.emit(browser_sent(hook, **json.loads(words))),
+    "tool": lambda tab, name, words: tab.monitor.emit(*call_and_result(name, **json.loads(words))),
+    "event": lambda tab, session, words: tab.monitor.emit({"sessionId": session, **json.loads(words)}),
+    "gauges": lambda tab, session, words: tab.monitor.emit(browser_gauges(session, **json.loads(words))),
+    "down": lambda tab, part, _: browser_press_down(tab, part),
+    "up": lambda tab, *_: tab.page.mouse.up(),
+    "cut": lambda tab, *_: tab.wire.cut(),
+    "mend": lambda tab, *_: tab.wire.mend(),
+    "hears": lambda tab, _, words: tab.hears(**json.loads(words)),
+    "talk": lambda tab, *_: emit_talk(tab.monitor),
+    "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
+    "edit": lambda tab, texts, _: tab.monitor.emit(*edited(*texts.split())),
 }
+
+
+def browser_press_down(tab: BrowserTab, part: str) -> None:
+    box = tab.page.query_selector(part).bounding_box()
+    tab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.page.mouse.down()
+
+
+def browser_sent(hook: str, **fields: Any) -> dict[str, Any]:
+    """Return a payload as it is handed over now, by a clock that is `clock` s ahead; some fields are beside it."""
+    about = {name: fields.pop(name) for name in ("agent", "machineId", "machineKey") if name in fields}
+    at_ms = cm.now_ms() + 1000 * fields.pop("clock", 0)
+    return {**timed(payload(hook, **fields), at_ms), **about}
+
+
+def browser_gauges(session: str, context: float, five: float, seven: float) -> dict[str, Any]:
+    """Return a status line: percent of the context, and of the limits of five hours and seven days."""
+    limits = {"five": (five, time.time() // 1 + 7200), "seven": (seven, time.time() // 1 + 200_000)}
+    more = {"context_window": {"used_percentage": context}, "cost": {"total_lines_added": 12}}
+    about = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms(), "machineId": "testbox"}
+    return {**about, "statusLine": status_line(session, **limits, **more)}
+
+
+def call_and_result(tool: str, tool_response: Any, **call: Any) -> list[dict[str, Any]]:
+    call |= {"tool_name": tool, "tool_use_id": str(next(STORY_NUMBERS))}
+    return [payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=tool_response)]
+
+
+def edited(old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
+    """Return the payloads of an Edit of src/a.js."""
+    given = {"file_path": "/home/dev/shop/src/a.js", "old_string": old, "new_string": new}
+    reply = {"filePath": given["file_path"], "oldString": old, "newString": new, "structuredPatch": []}
+    reply["originalFile"] = f"let a = {old};\nlet b;\n"
+    return call_and_result("Edit", reply, session=session, tool_input=given)
 
 
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
     act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
     verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
-    if verb in ("fill", "select", "menu", "give"):
+    if verb in ("fill", "select", "menu", "give", "send", "tool", "event", "gauges", "hears"):
         part, _, words = what.removesuffix(":").partition(": ")
         BROWSER_ACTS[verb](tab, part, words)
     elif verb in BROWSER_ACTS:
-        for one in re.findall(r"\{(.*?)\}", what):
+        for one in re.findall(r"\{(.*?)\}", what) if verb == "go" else ():
             (event,) = (it for it in tab.monitor.stored_events() if it["data"].get("message") == one)
             what = what.replace("{" + one + "}", event["id"])
         BROWSER_ACTS[verb](tab, what, "")
@@ -11537,11 +10813,14 @@ def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool
     return [browser_bar(tab, target, at_ms)["colour"] or "-" for at_ms in moments] == words.split()
 
 
-BROWSER_FITS = """[document.documentElement, document.body, ...document.querySelectorAll(
-  '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
-)].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
-BROWSER_WIDTHS = "['.rail', '.drawer'].map((part) => Math.round(document.querySelector(part).offsetWidth))"
-BROWSER_FOCUS = "document.activeElement.dataset.act || document.activeElement.id"
+def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
+    """True if the link in the clipboard leads to details with these words."""
+    link = tab.page.evaluate("navigator.clipboard.readText()")
+    tab.load(link[link.index("#") :])
+    tab.shows("drawer", words)
+    return True
+
+
 # What the page shows: (tab, session, what comes before the colon, words) → if it does
 BROWSER_LOOKS: dict[str, Any] = {
     "row": lambda tab, _, status, words: [row["status"] for row in tab.rows(words + " ")] == [status],
@@ -11552,6 +10831,7 @@ BROWSER_LOOKS: dict[str, Any] = {
     "open": browser_opens,
     "every": browser_opens_all,
     "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
+    "is": lambda tab, _, part, words: tab.text(part) == words,
     "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
     "no": lambda tab, _, it, words: not {"row": tab.rows(words), "link": tab.link()}.get(it, tab.text(it)),
     "link": lambda tab, _, __, words: tab.link() == words,
@@ -11562,25 +10842,44 @@ BROWSER_LOOKS: dict[str, Any] = {
     "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
     "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
     "hits": lambda tab, _, __, words: tab.page.locator("[data-testid=hit]").count() == int(words),
-    "focus": lambda tab, _, __, words: tab.page.evaluate(BROWSER_FOCUS) == words,
+    "focus": lambda tab, _, __, words: (
+        tab.page.evaluate("document.activeElement.dataset.act || document.activeElement.id") == words
+    ),
     "bars": browser_bars,
-    "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
+    "widths": lambda tab, _, __, words: tab.page.evaluate("look.widths()") == words,
     "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
-    "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
-    "end": lambda *given: browser_end(*given),
-    "copied": lambda *given: browser_copied(*given),
+    "fits": lambda tab, *_: tab.page.evaluate("look.fits()"),
+    "end": lambda tab, _, __, words: tab.page.evaluate("(words) => look.ends(words)", words),
+    "copied": browser_copied,
     "true": lambda tab, _, __, words: tab.page.evaluate(words),
 }
 
 
-@pytest.mark.parametrize("rule", browser_stories())
+# Alerts: what a page in the background says, in `alerts`
+BROWSER_ALERTS = """
+window.alerts = [];
+window.Notification = class extends Notification {
+  constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
+};
+document.hasFocus = () => false;
+const make = AudioContext.prototype.createOscillator;
+AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
+"""
+
+
+@pytest.mark.parametrize("rule", BROWSER_STORIES)
 def test_the_page_shows(request, open_tab, rule):
     if rule.startswith("demo: "):
         tab = open_tab(request.getfixturevalue("shared_demo"))
     else:
         tab = request.getfixturevalue("tab")
+    if rule.startswith("cut off: "):
+        tab = open_tab(tab.monitor)
+        tab.wire = BrowserWire(tab)
+    elif rule.startswith("alerts: "):
+        tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
-    for act, shown in browser_stories()[rule]:
+    for act, shown in BROWSER_STORIES[rule]:
         if act.startswith("other "):
             link = act.removeprefix("other ")
             tabs["other"] = open_tab(tab.monitor, tab.link() if link == "same link" else link)
@@ -11592,73 +10891,7 @@ def test_the_page_shows(request, open_tab, rule):
             place, _, words = look.removeprefix("other ").partition(": ")
             kind, _, more = place.partition(" ")
             looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
-            eventually(looks, 20, look)
-
-
-def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
-    numbers = range(1, 61)
-    tab.emit("; ".join([*(f"call make {n}" for n in numbers), "batch " + " ".join(map(str, numbers))]))
-    tab.row_with("make 60")
-    outcomes = "store.rows.map((row) => row.outcome).sort()"
-    eventually(lambda: tab.store(outcomes) == ["interrupted"] * 10 + ["refused"] * 50)
-
-
-def test_failed_rows_are_ticks_beside_the_scroll_bar(tab: BrowserTab) -> None:
-    tab.monitor.emit(*many_calls(range(60), "s1"), *hooks("call x; failure x => no"))
-    tab.until("(document.querySelector('#ticks path').getAttribute('d') || '').split('M').length === 2")
-    tab.until("document.querySelector('#ticks').getBoundingClientRect().bottom <= innerHeight")
-
-
-def test_the_program_of_a_session_is_shown_filtered_and_resumed(tab):
-    tab.emit("@c prompt by claude; @x prompt by codex; @x/a1 agent; @x/a1 call make")
-    for session, agent in (("x", "codex"), ("q", "else")):
-        tab.monitor.emit({**timed(payload("Stop", session), cm.now_ms(), "m"), "agent": agent})
-    eventually(lambda: tab.page.locator(".machine", has_text="codex").is_visible(), what="its program")
-    filters = {"agent:codex": "by codex", "agent:claude": "by claude", "sub:explore": "by codex"}
-    for words, shown in filters.items():
-        tab.page.fill("#filter", words)
-        eventually(lambda it=shown: {row["session"].partition(" \u203a")[0] for row in tab.rows()} == {it})
-    tab.page.fill("#filter", "")
-    copied = "navigator.clipboard.readText()"
-    for session, command in (("x", "codex resume x"), ("c", "claude --resume c")):
-        tab.page.evaluate(f"location.hash = '#s={session}'")
-        eventually(lambda session=session: tab.store("location.hash") == f"#s={session}")
-        tab.page.evaluate("document.activeElement.blur()")
-        eventually(lambda command=command: (tab.press("Shift+C"), tab.page.evaluate(copied) == command)[1])
-    for session, count in (("c", 1), ("q", 0)):  # how to resume, if known
-        tab.page.click(f"[data-session-id={session}]", button="right")
-        entry = tab.page.locator("[role=menuitem]", has_text="Copy resume command")
-        playwright.sync_api.expect(entry).to_have_count(count)
-        tab.press("Escape")
-    tab.page.evaluate("location.hash = '#s=x'")
-    tab.emit("@x call make 5; @x result make 5; @x failure make 5 => Exit code 3")  # read in a transcript
-    eventually(lambda: tab.rows("make 5", "failed"), what="a call that has failed after all")
-    tab.press("3")
-    tab.shows("stats", "Programs Program Sessions Calls", "claude 1 0 0", "codex 1 2 1", "else 1 0 0")
-
-
-def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
-    tab = open_tab(running)
-    minutes = {"a": 10, "b": 0, "c": -20}  # by how much the clock of each session's machine is wrong
-
-    def emit(session: str, story: str) -> None:
-        tab.emit(story, session=session, start_ms=cm.now_ms() + minutes[session] * 60_000, machine=session)
-
-    for session in minutes:
-        emit(session, f"prompt work of {session}")
-    eventually(lambda: tab.counts() == {"working": 3} and tab.page.title() == "Contextuate Monitor")
-    for number, session in enumerate(("c", "a"), 1):
-        since = max(one["stateSince"] for one in running.sessions().values())
-        eventually(lambda since=since: cm.now_ms() > since + 1)  # two waits, two times
-        emit(session, f"call rm {session}; ask rm {session}")
-        eventually(lambda number=number: tab.page.title() == f"({number}) Contextuate Monitor")
-    eventually(lambda: tab.rail() == [("c", "waiting"), ("a", "waiting"), ("b", "working")])
-    assert re.search("Needs you.*Working", tab.text("rail"))
-    timers = "[...document.querySelectorAll('[data-state=waiting] .timer')].map((el) => el.textContent)"
-    eventually(lambda: all(re.fullmatch(r"[1-9]\d? s", words) for words in tab.page.evaluate(timers)))
-    emit("c", "result rm c")
-    eventually(lambda: tab.rail()[0] == ("a", "waiting") and ("c", "working") in tab.rail())
-    assert tab.page.title() == "(1) Contextuate Monitor"
+            eventually(looks, 20, f"{act} | {look}")
 
 
 @pytest.fixture(scope="module")
@@ -11745,35 +10978,7 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running,
     tab.said.clear()
 
 
-def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
-    """Return the middle of a call's bar in the page and its colour there; with `at_ms`, that moment in its lane."""
-    return dict(tab.page.evaluate(
-        """([target, at]) => {
-          const { timeline, store } = contextuate;
-          const row = store.rows.find((row) => row.target === target);
-          const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
-          const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
-          const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
-          const end = row.outcome ? row.time + row.duration : Date.now();
-          const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
-          const x = at === null ? middle : place(at);
-          const y = 24 + 2 + index * 20 + 4 - timeline.top;  // above the words in a bar
-          const canvas = document.querySelector('#timeline-canvas');
-          const box = canvas.getBoundingClientRect();
-          const scale = canvas.width / box.width;
-          const copy = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
-          const pen = copy.getContext('2d', { willReadFrequently: true });
-          pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
-          const pixel = pen.getImageData(0, 0, 1, 1).data;
-          const hex = [...pixel.slice(0, 3)].map((part) => part.toString(16).padStart(2, '0')).join('');
-          const names = ['bar', 'red', 'amber'].filter((name) =>
-            getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim() === '#' + hex);
-          return { x: box.x + x, y: box.y + y, colour: names.join() };
-        }""", [target, at_ms]
-    ))  # fmt: skip
-
-
-def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
+def test_the_timeline_moves_by_wheel_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
     quarter = 15 * 60_000
@@ -11800,19 +11005,6 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     for _ in range(4):
         tab.page.mouse.wheel(0, -4000)
     tab.until("contextuate.timeline.span === 60_000")
-    tab.page.focus("#time-out")
-    tab.press("Enter " * 11)
-    tab.until(f"contextuate.timeline.span === {DAY_MS} && document.querySelector('#time-out').disabled")
-    tab.drag("#timeline-canvas", 0.5, 0.7, 60)
-    eventually(lambda: tab.page.is_visible("#time-now"))
-    tab.page.click("#time-now")
-    eventually(lambda: not tab.page.is_visible("#time-now"))
-    tab.press("t")
-    tab.hides("timeline")
-    tab.load().row_with("make")
-    assert tab.text("timeline") == "", "it stays away"
-    tab.press("t")
-    eventually(lambda: tab.text("timeline"))
 
 
 # Alone, as an address is, and all others at once.
@@ -11900,222 +11092,19 @@ def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
     tab.said.clear()
 
 
-def test_colours_of_a_terminal_are_colours_and_no_text(tab):
-    words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
-    tab.emit(f"call make; result make => {words} \x1b]0;title\x07end\x1b[2J")
-    tab.row_with("make").click()
-    tab.shows("drawer", "red green orange plain end")
-    spans = "[...document.querySelectorAll('.drawer .block span')]"
-    found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
-    assert [text for text, _ in found] == ["red", "green", "orange"]
-    assert len({colour for _, colour in found}) == 3
-    tab.page.click("[aria-label='Copy: Output']")
-    assert tab.page.evaluate("navigator.clipboard.readText()") == "red green orange plain end"
+def test_every_colour_of_a_terminal_can_be_read_in_both_themes(tab):
     codes = "".join(f"\x1b[38;5;{n}mf{n}\x1b[0m \x1b[48;5;{n}mb{n}\x1b[0m " for n in range(256))
     tab.emit(f"call paint; failure paint => Exit code 2\n{codes} \x1b[2mdim\x1b[0m")
     for scheme in ("light", "dark"):
         tab.page.emulate_media(color_scheme=scheme)
         tab.row_with("paint").click()
         tab.shows("drawer", "b255")
-        assert tab.page.evaluate(BROWSER_CONTRASTS)[0] >= 4.5, scheme
-
-
-BROWSER_CONTRASTS = """() => {
-  const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const light = (...colours) => {
-    for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
-    const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
-      .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const block = [...document.querySelectorAll('.drawer .block')].at(-1);
-  return [...block.querySelectorAll('span')].map((el) => {
-    const style = getComputedStyle(el);
-    const [a, b] = [light(getComputedStyle(block).backgroundColor, style.backgroundColor), light(style.color)];
-    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  }).sort((one, other) => one - other);
-}"""
-# A 3 × 2 image, as a tool of an MCP server returns it.
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGM4EaABQQxwFgBO1AeBToSARAAAAABJRU5ErkJggg=="
-LINES_19000 = "\n".join(f"\x1b[32mok\x1b[0m test {number}" for number in range(19_000))
-
-
-def browser_end(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
-    """True if the last lines of the last text in the drawer are seen, and have these words."""
-    return bool(tab.page.evaluate(
-        """(words) => {
-          const [block] = [...document.querySelectorAll('.drawerbody .block')].slice(-1);
-          const { top, bottom } = block?.getBoundingClientRect() ?? {};
-          return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
-        }""", words
-    ))  # fmt: skip
-
-
-def browser_copied(tab: BrowserTab, _session: str, __: str, words: str) -> bool:
-    """True if the link in the clipboard leads to details with these words."""
-    link = tab.page.evaluate("navigator.clipboard.readText()")
-    tab.load(link[link.index("#") :])
-    tab.shows("drawer", words)
-    return True
-
-
-def test_long_output_opens_soon_is_searched_and_shows_its_end_when_it_failed(tab: BrowserTab) -> None:
-    tab.emit(f"call good; result good => {LINES_19000}; call bad; failure bad => Exit code 1\n{LINES_19000}")
-    tab.load("#s=s1").row_with("bad").click()
-    eventually(lambda: browser_end(tab, "", "", "test 18999"), what="the end of what failed")
-    tab.row_with("good").click()
-    tab.shows("drawer", "19,000 lines")
-    assert tab.page.evaluate("document.querySelector('.drawerbody').scrollTop") == 0
-    tab.until("document.querySelectorAll('.piece:empty').length === 0")
-    tab.page.fill("[aria-label='Find in Output']", "TEST 1234")
-    tab.shows("drawer", "1 of 11")
-    seen = """(() => { const [range] = CSS.highlights.get('found'); const { top } = range.getBoundingClientRect();
-      return top > 100 && top < innerHeight && range.toString() === 'test 1234' && range.endContainer.data; })()"""
-    eventually(lambda: "test 1234\n" in str(tab.page.evaluate(seen)))
-    tab.press("Enter")
-    tab.shows("drawer", "2 of 11")
-    eventually(lambda: "test 12340" in str(tab.page.evaluate(seen)))
-    tab.press("Shift+Enter Shift+Enter")
-    tab.shows("drawer", "11 of 11")
-    smooth = """async () => { const body = document.querySelector('.drawerbody'); const times = [];
-      for (let at = 0; at < 40; at += 1) {
-        body.scrollTop = at / 40 * body.scrollHeight;
-        times.push(await new Promise((seen) => requestAnimationFrame(seen)));
-      }
-      return times.map((time, i) => time - (times[i - 1] ?? time)).sort((a, b) => a - b)[20]; }"""
-    assert tab.page.evaluate(smooth) < 100, "frames while scrolling, in ms: the median on any machine"
-
-
-def test_results_are_shown_as_images_trees_and_last_states(tab: BrowserTab) -> None:
-    image = {"type": "image", "data": PNG, "mimeType": "image/png"}
-    results: list[tuple[str, Any]] = [
-        ("shot", [{"type": "text", "text": "Saved"}, image, {**image, "mimeType": "image/svg+xml"}]),
-        ("tree", [{"type": "text", "text": json.dumps({"user": {"teams": [{"name": "shop"}]}})}]),
-        ("pull", {"stdout": "10 %\r100 %\nend", "stderr": ""}),
-    ]
-    for name, result in results:
-        tool = "Bash" if name == "pull" else f"mcp__x__{name}"
-        call = {"tool_name": tool, "tool_input": {"command": f"{name}\rls"}, "tool_use_id": name}
-        tab.monitor.emit(payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=result))
-    tab.row_with("x › shot").click()
-    tab.until("document.querySelector('.drawer img')?.naturalWidth === 3")
-    tab.shows("drawer", "Saved", "An image that is not whole or of no kind that is shown")
-    tab.row_with("x › tree").click()
-    tab.shows("drawer", "teams")
-    lefts = "[...document.querySelectorAll('.drawer .json .branch dt')].map((el) => el.getBoundingClientRect().left)"
-    first, *others = tab.page.evaluate(lefts)
-    assert others == [first + 12, first + 24, first + 36]
-    tab.row_with("pull").click()
-    tab.shows("drawer", "Output Copy 100 % end", "pull␍ls")
-    call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    asked = payload("PermissionRequest", **call, permission_suggestions=ANSWER_SUGGESTIONS[:1])
-    tab.monitor.emit(payload("PreToolUse", **call, tool_use_id="make"), asked)
-    tab.row_with("make").click()
-    tab.shows("drawer", "“Always allow” would mean: ")
-
-
-def test_without_the_monitor_times_stand_still(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("prompt work; call rm; ask rm")
-    tab = open_tab(tab.monitor)
-    wire = BrowserWire(tab)
-    tab.row_with("rm")
-    parts = "document.querySelectorAll('.timer, .row:not([hidden]) .c-duration')"
-    timers = f"[...{parts}].map((el) => el.innerText)"
-    later = "Date.now = ((now) => () => now() + 3600e3)(Date.now.bind(Date)); contextuate.tick()"
-    wire.cut()
-    tab.page.evaluate("contextuate.tick()")
-    before = tab.page.evaluate(timers)
-    tab.page.evaluate(later)
-    assert tab.page.evaluate(timers) == before and any(before)
-    wire.mend()
-    eventually(lambda: tab.page.evaluate(timers) != before)
-
-
-@pytest.mark.parametrize("mode", ["conversation", "changes"])
-def test_a_reader_keeps_the_place_when_the_monitor_comes_back(
-    tab: BrowserTab, open_tab: Any, mode: str
-) -> None:
-    place = "document.getElementById('reading')"
-    tab.emit("; ".join(f"prompt number {n}" for n in range(60)))
-    tab.monitor.emit(*edited("/home/dev/shop/a.js", "x\n" * 90, "x\n", "y\n" * 90))
-    tab = open_tab(tab.monitor)
-    wire = BrowserWire(tab)
-    tab.load(f"#s=s1&show={mode}")
-    tab.until(f"{place}.scrollHeight > 1200")
-    tab.page.evaluate(f"{place}.scrollTop = 300")
-    wire.cut()
-    tab.monitor.emit(*hooks("prompt the last"), *edited("/home/dev/shop/b.js", "1\n", "1", "2"))
-    wire.mend()
-    tab.shows("reading", {"conversation": "the last", "changes": "b.js"}[mode])
-    assert tab.page.evaluate(f"{place}.scrollTop") == 300
-
-
-def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
-    tab.emit("prompt one", session="full")
-    tab.emit("prompt two", session="half")
-    now = int(time.time())
-    # session, percent of the context, percent of the limits
-    for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
-        line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
-                           context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
-        about = {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox"}
-        tab.monitor.emit({**about, "statusLine": line})
-    usage = {"models": {"claude-opus-4-5": {"input": 1_000_000}}, "agents": {}, "context": 130_000}
-    usage["model"] = "claude-opus-4-5"
-    tab.emit("prompt three", session="guess")
-    tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
-    bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
-    shown = f"Object.fromEntries({bars}.filter(([, it]) => !it.hidden).map(([id, it]) => [id, it.firstChild.style.width]))"
-    eventually(lambda: tab.page.evaluate(shown) == {"full": "83%", "guess": "65%"}, 15, "bars from 60 % on")
-    tab.page.locator("[data-session-id=full]").click()
-    tab.shows("panehead-facts", "83 % context", "$0.30", "+12 −0", "medium effort")
-    assert "~" not in tab.text("panehead-facts")
-    tab.page.locator("[data-session-id=guess]").click()
-    tab.shows("panehead-facts", "~65 % context", "~$5.00")
-    tab.shows("limits", "5 h 62 %", "7 d 80 %")
-    tab.page.locator("[data-testid=limits]").click()
-    tab.shows("menu", "Five hours: 62 %", "Seven days: 80 %", "Not full before its reset")
-    assert tab.page.evaluate("document.querySelector('.limits .high').textContent") == "7 d 80 %"
-    tab.press("Escape")
-    tab.hides("menu")
-    assert not [row for row in tab.rows() if "status" in row["text"]], "a status line is no row"
-
-
-MARKDOWN = """# What I did
-
-Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
-
-- first
-  - nested *one*
-1. step
-
-> quoted
-
-| file | lines |
-|---|---|
-| a.ts | 3 |
-
-```ts
-const a = '<b>not bold</b>';
-```
-"""
-
-
-def test_a_patch_is_shown_as_a_diff_of_each_file(tab: BrowserTab) -> None:
-    patch = (
-        "*** Begin Patch\n*** Update File: src/a.py\n*** Move to: src/b.py\n@@ def f():\n keep\n-old line\n+new line\n"
-        "*** Delete File: gone.py\n*** End Patch\n"
-    )
-    call = {"tool_name": "apply_patch", "tool_input": {"command": patch}, "tool_use_id": "t1"}
-    done = "Success. Updated the following files:\nM src/b.py"
-    tab.monitor.emit(payload("PreToolUse", **call), payload("PostToolUse", **call, tool_response=done))
-    tab.row_with("src/a.py, gone.py").click()
-    tab.shows("drawer", "src/a.py \u2192 src/b.py", "+1 \u22121", "def f():", "new line", "deleted", done[:8])
-    assert "*** Begin Patch" not in tab.text("drawer")
+        assert tab.page.evaluate("look.contrast()") >= 4.5, scheme
 
 
 def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
-    tab.monitor.emit(payload("Stop", last_assistant_message=MARKDOWN))
+    markdown = install_text(ROOT + "/.ci/stories/answer.md")
+    tab.monitor.emit(payload("Stop", last_assistant_message=markdown))
     tab.row_with("What I did").click()
     tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
     formatted = {
@@ -12141,73 +11130,6 @@ def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
     wire = BrowserWire(tab, refuse_details)
     tab.row_with("make").click()
     tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
-def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, open_tab: Any) -> None:
-    running.emit(*hooks("prompt first"))
-    tab = open_tab(running, "#status")
-    tab.shows("status", "local, this machine", cm.__version__, str(running.pid), running.home + "/events")
-    tab.shows("status", "1 event", "testbox", "Machines")
-    tab.emit("prompt second; answer done")
-    tab.shows("status", "3 events")
-    assert "Redis" not in tab.text("status") and tab.text("banner") == ""
-    tab.page.click("[data-testid=counter-idle]")
-    tab.row_with("first")
-    tab.hides("status")
-
-
-def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
-    return {"kind": kind, "level": "warn", "words": words, "advice": advice}
-
-
-REDIS_AWAY = {
-    "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
-    "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
-    "position": "1-0", "streamState": "ok",
-    "streamReason": None, "gaps": 0,
-}  # fmt: skip
-SPOOL_LOSS = {"segments": 0, "bytes": 0, "dropped": 5}
-# What changes in the monitor's status, one after the other → the whole banner, and what the top bar says is lost.
-BROWSER_TROUBLE: list[tuple[dict[str, Any], str, str]] = [
-    ({"redis": REDIS_AWAY, "problems": [problem("redis", "Redis does not answer.", "Start it.")]},
-     "Redis does not answer. Reconnect", ""),
-    ({"redis": {**REDIS_AWAY, "state": "given_up"}, "problems": [problem("redis", "Redis did not answer 10 times.")]},
-     "Redis did not answer 10 times. Reconnect", ""),
-    ({"redis": {**REDIS_AWAY, "state": "connected"}, "problems": [problem("stream", "Redis refuses the stream.")]},
-     "Redis refuses the stream.", ""),
-    ({"redis": None, "problems": [problem("store", "Events cannot be saved: No space left."), problem("new", "Odd.")]},
-     "Events cannot be saved: No space left. Odd.", ""),
-    ({"loading": {"done": 40, "total": 100}, "problems": [problem("loading", "Sessions are being read.")]},
-     "Reading history: 40 of 100", ""),
-    ({"loading": None, "spool": SPOOL_LOSS, "problems": [problem("spool", "The spool was full.")]},
-     "", "5 events lost"),
-    ({"redis": {**REDIS_AWAY, "state": "connected", "gaps": 2},
-      "problems": [problem("spool", "The spool was full."), problem("gaps", "The stream was cut.", "Make it longer.")]},
-     "", "5 events lost, 2 gaps"),
-]  # fmt: skip
-
-
-def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: BrowserTab) -> None:
-    tab.shows("firstvisit", "The monitor is running")
-    tab.hears(redis=REDIS_AWAY)
-    tab.shows("firstvisit", "is not connected to Redis")
-    tab.hears(redis=None)
-    tab.emit("prompt first")
-    tab.row_with("first")
-    assert tab.text("banner") == "" and tab.text("loss") == ""
-    for status, banner, loss in BROWSER_TROUBLE:
-        tab.hears(**status)
-        eventually(lambda banner=banner: tab.text("banner") == banner, 15, banner)
-        eventually(lambda loss=loss: tab.text("loss") == loss, 15, loss)
-        if "Start it." in str(status):
-            assert tab.page.get_attribute("[data-testid=banner] span", "title") == "Start it."
-    tab.page.click("[data-testid=loss]")
-    tab.shows("status", "Machines", "Lost", "The spool was full.", "The stream was cut. Make it longer.")
-    tab.page.evaluate("contextuate.store.apply({ ...contextuate.store.hello, wsProtocol: 99 })")
-    tab.shows("banner", "This page is older than the monitor.")
-    tab.page.click("text=Reload the page")
-    tab.hides("banner")
-    tab.shows("status", "Machines")
 
 
 def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
@@ -12288,40 +11210,6 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     other.shows("status", "1 event")
 
 
-# Alerts: what a page in the background says, in `alerts`
-BROWSER_ALERTS = """
-window.alerts = [];
-window.Notification = class extends Notification {
-  constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
-};
-document.hasFocus = () => false;
-const make = AudioContext.prototype.createOscillator;
-AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
-"""
-
-
-def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open_tab):
-    tab.emit("@quiet prompt quiet work; @quiet call rm a; @quiet ask rm a")
-    tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
-    tab.row_with("rm a")
-    tab.emit("@first prompt first work; @first call rm b; @first ask rm b")
-    eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
-    assert tab.page.evaluate("alerts") == [], "no alerts were asked for"
-    icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
-    assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
-    tab.page.click("[data-testid=alerts]")
-    for entry in ("Notify", "Sound"):
-        tab.page.click(f"[data-testid=menu] >> text={entry}")
-    eventually(lambda: tab.page.evaluate("alerts") == ["tone", "tone"], 15, "the sound is tried out")
-    tab.press("Escape")
-    tab.emit("@next prompt next work; @next call rm -rf c; @next ask rm -rf c")
-    wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
-    eventually(lambda: wanted in tab.page.evaluate("alerts"))
-    tab.monitor.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
-    tab.until("contextuate.store.rows.some((row) => row.text === 'still')")
-    assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
-
-
 def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
     tab = open_tab(crowded, script=BROWSER_ALERTS, permissions=["notifications"])
@@ -12363,79 +11251,18 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
 
 
-def agent_words(text: str, session: str = "s1", **more: Any) -> dict[str, Any]:
-    about = {
-        "id": str(uuid.uuid4()),
-        "timestamp": int(time.time() * 1000),
-        "sessionId": session,
-        "hookType": "",
-    }
-    return {**about, "eventType": "agent_words", "data": {"text": text, "messageId": "m"}, **more}
-
-
-def edited(path: str, before: str, old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
-    """Return the payloads of one Edit."""
-    given = {"file_path": path, "old_string": old, "new_string": new, "replace_all": False}
-    reply = {
-        "filePath": path,
-        "originalFile": before,
-        "oldString": old,
-        "newString": new,
-        "structuredPatch": [],
-    }
-    call = {"tool_name": "Edit", "tool_input": given, "tool_use_id": f"{next(STORY_NUMBERS)}"}
-    end = payload("PostToolUse", session, **call, tool_response=reply, duration_ms=5)
-    return [payload("PreToolUse", session, **call), end]
-
-
-TALK = "prompt Fix *it*; call make; result make; call lint; failure lint => no; @s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+def agent_words(text: str) -> dict[str, Any]:
+    about = {"eventType": "agent_words", "hookType": "", "sessionId": "s1", "timestamp": cm.now_ms()}
+    return {**about, "id": str(uuid.uuid4()), "data": {"text": text, "messageId": "m"}}
 
 
 def emit_talk(monitor: RunningMonitor) -> None:
     """Send a session with a turn, a subagent, an edit of a file that another session edits too."""
-    path, before = "/home/dev/shop/src/a.js", "let a = 1;\nlet b;\n"
-    monitor.emit(*hooks(TALK), *edited(path, before, "1", "2"))
-    monitor.emit(
-        agent_words("It is **done**"),
-        *hooks("answer It is **done**"),
-        *edited(path, before.replace("1", "2"), "b", "c", "s2"),
-    )
-
-
-def test_a_session_is_read_as_a_conversation_and_as_changes(tab: BrowserTab) -> None:
-    emit_talk(tab.monitor)
-    tab.page.click("[data-session-id=s1]")
-    eventually(lambda: [row["tool"] for row in tab.rows("It is")] == ["Answer"], what="its last words once")
-    tab.press("c")
-    tab.shows("reading", "Fix *it*", "3 calls, 1 failed", "explorer, 1 call", "It is done")
-    assert tab.text("reading").count("It is") == 1, "a hook says it again"
-    assert tab.page.locator("#reading strong").inner_text() == "done"
-    tab.page.click("#reading summary >> nth=0")
-    tab.page.click("[data-testid=callline]:has-text('lint')")
-    tab.shows("drawer", "lint", "no")
-    tab.emit("prompt And now?")
-    tab.monitor.emit(agent_words("At once."))
-    tab.shows("reading", "And now? ", "At once.", "lint")
-    tab.press("Escape v")
-    tab.shows("reading", "1 file, +1 −1", "3 commands ran", "src/a.js", "let a = 2", "a.js: also edited by")
-    for value in "23":  # the second patch is as long as the first one
-        tab.shows("reading", f"let a = {value}")
-        tab.page.click("[data-testid=copy-patch]")
-        patch = tab.page.evaluate("navigator.clipboard.readText()")
-        assert patch.splitlines()[-4:] == ["@@ -1,2 +1,2 @@", "-let a = 1;", f"+let a = {value};", " let b;"]
-        tab.monitor.emit(*edited("/home/dev/shop/src/a.js", "let a = 2;\nlet b;\n", "2", "3"))
-    assert tab.link() == "#s=s1&show=changes"
-    tab.page.go_back()
-    tab.shows("reading", "At once.")
-    tab.press("c")
-    eventually(lambda: tab.rows("also"), what="the collision in the table")
-    assert (
-        tab.page.locator("[data-session-id=s2] .clash")
-        .get_attribute("title")
-        .startswith("a.js: also edited by")
-    )
-    tab.press("c c")
-    tab.hides("reading")
+    calls = "prompt Fix *it*; call make; result make; call lint; failure lint => no"
+    agent = "@s1/a1 agent; @s1/a1 call ls; @s1/a1 result ls"
+    monitor.emit(*hooks(f"{calls}; {agent}"), *edited("1", "2"))
+    said = "It is **done**"
+    monitor.emit(agent_words(said), *hooks(f"answer {said}"), *edited("2", "4", "s2"))
 
 
 def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium, tmp_path) -> None:
@@ -12462,11 +11289,8 @@ def test_an_exported_session_opens_without_a_monitor_or_a_network(tab, chromium,
     event = payload("PostToolUse", "big", tool_name="Bash", tool_input={"command": "ls"})
     event |= {"tool_use_id": "", "tool_response": {"stdout": ""}}
     stored = len(json.dumps(tab.monitor.stored_events()[-1]))
-    numbered = [
-        {**event, "tool_use_id": str(n), "tool_response": {"stdout": "x" * (500 - stored)}}
-        for n in range(1000)
-    ]
-    tab.monitor.emit(*numbered)
+    event["tool_response"] = {"stdout": "x" * (500 - stored)}
+    tab.monitor.emit(*({**event, "tool_use_id": str(number)} for number in range(1000)))
     assert len(tab.monitor.request("/api/export?session=big&format=html")[2]) < 1_000_000
 
 
@@ -12485,122 +11309,6 @@ def test_a_hundred_turns_with_two_thousand_calls_open_at_once(tab: BrowserTab) -
     assert took_ms < 2000  # 200 on a machine with nothing else to do
     turns = "[...document.querySelectorAll('.turn')]"
     tab.until(f"{turns}.length === 100 && {turns}.every((turn) => turn.innerText.includes('20 calls, '))", 60)
-
-
-def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
-    tab.emit("; ".join(f"call make {number}" for number in range(60)))
-    tab.load("#s=s1").row_with("make 59")
-    numbers = itertools.count(60)
-
-    def come() -> None:
-        number = next(numbers)
-        tab.emit(f"call make {number}")
-        tab.until(f"document.querySelector('#panehead').innerText.includes('{number + 1} calls')")
-        tab.row_with(f"make {number}")
-
-    def press(part: Any) -> None:
-        box = part.bounding_box()
-        tab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        tab.page.mouse.down()
-        come()
-        tab.page.mouse.up()
-
-    follows = "document.querySelector('[aria-label=Follow]').ariaPressed"
-    press(tab.row_with("make 59"))
-    tab.shows("drawer", "make 59")
-    tab.emit("; ".join(f"call make {next(numbers)}" for _ in range(40)))
-    tab.shows("new-count", "new")
-    assert tab.rows("make 59 "), "the row stays where it was clicked"
-    tab.press("Escape")
-    press(tab.page.query_selector("[aria-label=Follow]"))
-    tab.until(f"{follows} === 'false'")
-    come()
-    tab.shows("new-count", "1 new")
-    press(tab.page.query_selector("[data-testid=new-count] svg"))
-    tab.hides("new-count")
-    tab.until(f"{follows} === 'true'")
-    tab.page.focus("[aria-label=Follow]")
-    tab.press("Enter")
-    tab.until(f"{follows} === 'false'")
-    come()
-    assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
-
-
-def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -> None:
-    tab.emit("; ".join(f"@s{n} prompt word {n}" for n in range(5)))
-    eventually(lambda: len(tab.monitor.get("/api/search?q=word")["results"]) == 5)
-    tab.load("#history&q=word")
-    tab.page.focus("[data-testid=hit] >> nth=2")
-    focused = tab.page.evaluate("document.activeElement.innerText")
-    tab.emit("@s0 answer done; @s9 prompt another")
-    tab.until("contextuate.store.sessions.size === 6")
-    tab.hears()  # the view is drawn once more
-    tab.shows("sheet", "word 0")
-    assert tab.page.evaluate("document.activeElement.innerText") == focused
-    tab.page.evaluate(
-        """() => { window.moved = []; new MutationObserver((changes) => {
-          for (const { addedNodes } of changes) for (const el of addedNodes) moved.push(el.dataset.sessionId); })
-          .observe(document.getElementById('tree'), { childList: true }); }"""
-    )
-    before = [session for session, _ in tab.rail()]
-    tab.emit(f"@{before[0]} answer done")
-    eventually(lambda: [session for session, _ in tab.rail()] != before)
-    assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
-
-
-def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
-    tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
-    eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
-    tab.load("#history&q=word")
-    targets = "[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)"
-    for count in (100, 200, 250):
-        tab.until(f"document.querySelectorAll('[data-testid=hit]').length === {count}")
-        if count < 250:
-            tab.page.click("[data-testid=sheet] > div > .showmore")
-    assert sorted(tab.page.evaluate(targets)) == sorted(f"word {n}" for n in range(250))
-    start = cm.now_ms() - 60_000
-    tab.emit("+0 call make; +5 @s1 prompt before make ends; +9 result make took 9", start_ms=start)
-    eventually(lambda: len(tab.monitor.get("/api/search?q=make")["results"]) == 3)
-    tab.page.fill("[data-testid=history-query]", "make")
-    eventually(lambda: tab.page.evaluate(targets) == ["make", "before make ends"])
-    assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
-
-
-def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
-    tab.emit("prompt first work; call make 1; result make 1")
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 1)
-    tab.load("#stats")
-    tab.page.focus("[data-testid=stats] table[aria-label='Slowest calls'] tr.open")
-    tab.page.evaluate("document.querySelector('#sheet').scrollTop = 40")
-    place = "[document.activeElement.closest('table')?.ariaLabel, document.querySelector('#sheet').scrollTop]"
-    before = tab.page.evaluate(place)
-    assert before[0] == "Slowest calls"
-    tab.emit("call make 2; result make 2")
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 2)
-
-    def count_again() -> str:
-        tab.page.evaluate("contextuate.statsQuery.at = 0")  # half a minute has passed
-        return tab.text("stats")
-
-    eventually(lambda: "2 calls" in count_again() and "make 2" in tab.text("stats"))
-    assert tab.page.evaluate(place) == before
-    asked: list[str] = []
-    tab.page.on("request", lambda request: asked.append(request.url) if "/api/stats" in request.url else None)
-
-    def asks_nothing() -> None:
-        count_again()
-        tab.page.evaluate("contextuate.tick()")
-        assert asked == []
-
-    asks_nothing()  # for nothing is new
-    seq = tab.store("store.seq")
-    summary = "document.querySelector('[data-testid=stats] .summary')"
-    tab.page.evaluate(f"getSelection().selectAllChildren({summary})")
-    tab.emit("call make 3; result make 3")
-    tab.until(f"contextuate.store.seq >= {seq + 2}")
-    asks_nothing()  # for a person marks text
-    tab.page.evaluate("getSelection().removeAllRanges()")
-    eventually(lambda: "3 calls" in count_again())
 
 
 # UTC, and the day and the hour that the clock of a zone shows then: one goes back on the 25th at 01:00 UTC, one
@@ -12730,19 +11438,6 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
-def test_machines_with_one_name_are_shown_apart_and_containers_as_one(tab):
-    machines = "macbook 1111aa, macbook 2222bb, 0123456789ab c/1, ba9876543210 c/2"
-    for number, (name, key) in enumerate(re.findall(r"(\w+) ([\w/]+)", machines), 1):
-        event = hook_wrapped(payload("UserPromptSubmit", f"s{number}", prompt=key), id=str(uuid.uuid4()))
-        tab.monitor.emit({**event, "machineId": name, "machineKey": key})
-    for session, words in (("s1", "macbook (1111)"), ("s2", "macbook (2222)"), ("s3", "0123456789ab")):
-        machine = f"[data-session-id={session}] .machine"
-        tab.until(f"document.querySelector('{machine}')?.textContent === '{words}'")
-    tab.load("#status")
-    tab.until("document.body.innerText.includes('2 containers')")
-    tab.until("document.body.innerText.includes('macbook (2222)')")
-
-
 def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
     tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
@@ -12790,62 +11485,11 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
 # The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
 # ---------------------------------------------------------------------------
 
-ANSWER_RULES = [{"toolName": "Bash", "ruleContent": "make:*"}]
-ANSWER_RULE = {"type": "addRules", "rules": ANSWER_RULES, "behavior": "allow"}
-ANSWER_SUGGESTIONS = [
-    {**ANSWER_RULE, "destination": "session"},
-    {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
-]
-ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "description": "grass"}]
-ANSWER_QUESTIONS = [
-    {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
-]  # fmt: skip
-ANSWER_SIZE = {"type": "string", "enum": ["S", "M"]}
-ANSWER_FIELDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "size": ANSWER_SIZE}
-ANSWER_INPUTS = {
-    "Bash": {"command": "make"}, "AskUserQuestion": {"questions": ANSWER_QUESTIONS}, "ExitPlanMode": {"plan": "# Do it"},
-}  # fmt: skip
-ANSWER_ASKED = {
-    **{
-        tool: payload("PermissionRequest", tool_name=tool, tool_input=given, permission_suggestions=ANSWER_SUGGESTIONS)
-        for tool, given in ANSWER_INPUTS.items()
-    },
-    "form": payload("Elicitation", mcp_server_name="demo", message="Who?",
-                    requested_schema={"type": "object", "properties": ANSWER_FIELDS, "required": ["name"]}),
-}  # fmt: skip
-# What is asked, the answer → the decision (of a form: all but the event's name); None: nothing is printed.
-ANSWERS: list[tuple[str, Any, Any]] = [
-    ("Bash", {"do": "allow"}, {"behavior": "allow"}),
-    ("Bash", {"do": "always", "suggestions": [1]}, {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}),
-    ("Bash", {"do": "deny"}, {"behavior": "deny", "message": ee.DENIED_WORDS}),
-    ("Bash", {"do": "deny", "message": "Not \ud83d\n on Fridays"}, {"behavior": "deny", "message": "Not \ud83d\n on Fridays"}),
-    ("AskUserQuestion", {"do": "answer", "answers": [[1], [0, "mine"]]},
-     {"behavior": "allow", "updatedInput": {"questions": ANSWER_QUESTIONS,
-                                            "answers": {"Colour?": "Green", "Which?": ["Blue", "mine"]}}}),
-    ("ExitPlanMode", {"do": "allow"}, {"behavior": "allow", "updatedInput": ANSWER_INPUTS["ExitPlanMode"]}),
-    ("ExitPlanMode", {"do": "deny", "message": "Add tests"}, {"behavior": "deny", "message": "Add tests"}),
-    ("form", {"do": "accept", "content": {"name": "Ada", "size": "M"}},
-     {"action": "accept", "content": {"name": "Ada", "size": "M"}}),
-    ("form", {"do": "decline"}, {"action": "decline"}),
-    *[("Bash", it, None) for it in (
-        None, [], 1, "allow", {}, {"do": None}, {"do": "allowed"}, {"do": "allow", "updatedInput": {"command": "rm"}},
-        {"do": "always"}, {"do": "always", "suggestions": [2]}, {"do": "always", "suggestions": [-1]},
-        {"do": "always", "suggestions": []}, {"do": "always", "suggestions": [True]}, {"do": "always", "suggestions": [ANSWER_RULE]},
-        {"do": "deny", "message": ""}, {"do": "deny", "message": {}}, {"do": "answer", "answers": []}, {"do": "decline"},
-        {"behavior": "allow"}, {"hookSpecificOutput": {"decision": {"behavior": "allow"}}},
-    )],
-    *[("AskUserQuestion", it, None) for it in (
-        {"do": "allow"}, {"do": "always", "suggestions": [0]}, {"do": "answer", "answers": [[0]]},
-        {"do": "answer", "answers": [[0, 1], [0]]}, {"do": "answer", "answers": [[0], []]}, {"do": "answer", "answers": [["  "], [0]]},
-        {"do": "answer", "answers": [[2], [0]]},
-    )],
-    *[("form", it, None) for it in (
-        {"do": "allow"}, {"do": "accept"}, {"do": "accept", "content": {"size": "M"}},
-        {"do": "accept", "content": {"name": 1}}, {"do": "accept", "content": {"name": "A", "age": "1"}},
-        {"do": "accept", "content": {"name": "A", "age": True}}, {"do": "accept", "content": {"name": "A", "size": "L"}},
-        {"do": "accept", "content": {"name": "A", "more": 1}}, {"do": "decline", "content": {}},
-    )],
-]  # fmt: skip
+asked_rows = (line.split(" ", 2) for line in story_blocks("answers")[0])
+ANSWER_ASKED = {kind: payload(hook, **json.loads(fields)) for kind, hook, fields in asked_rows}
+# What is asked, the answer, and the decision that is printed; None: nothing is.
+answer_rows = (re.fullmatch(r"(\w+) (.*) → (.*)", line).groups() for line in story_blocks("answers")[1])
+ANSWERS = [(kind, json.loads(answer), json.loads(decision)) for kind, answer, decision in answer_rows]
 
 
 def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
@@ -12933,23 +11577,12 @@ class Asking:
         asks = self.monitor.sessions_so_far().get(session, {"asks": []})["asks"]
         return [it["eventId"] for it in asks if it["answerable"]]
 
-    def on_terminal(self, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> str:
+    def on_terminal(self, *arguments: str) -> str:
         """Run a command in a terminal of its own; return what it prints."""
         ours, theirs = os.openpty()
-        command = [
-            "setsid",
-            "--ctty",
-            "--wait",
-            *prefix,
-            sys.executable,
-            "-m",
-            "contextuate_monitor",
-            *arguments,
-        ]
+        command = ["setsid", "--ctty", "--wait", sys.executable, "-m", "contextuate_monitor", *arguments]
         terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**self.monitor.environment, **environment}, **terminal
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=self.monitor.environment, **terminal)
         os.close(theirs)
         said = b""
         with contextlib.suppress(OSError):
@@ -13149,18 +11782,6 @@ def test_a_code_is_valid_for_two_minutes(monkeypatch):
             assert place.request("/pair", "POST", json.dumps({"code": code}), origin)[0] == status
 
 
-# Ways of an agent to its own question: a shell command. It may read every file, and runs what it likes.
-ANSWER_ATTEMPTS = {
-    "the command": "$MONITOR answer s1 allow",
-    "the command, in a terminal": "script -qec '$MONITOR answer s1 allow' /dev/null",
-    "pairing": "$MONITOR answers pair", "pairing, in a terminal": "script -qec '$MONITOR answers pair' /dev/null",
-    "detached": "setsid nohup $MONITOR answer s1 allow", "the parent is gone": "(setsid nohup $MONITOR answers pair &) ; sleep 1",
-    "without its environment": "env -i CONTEXTUATE_HOME=$CONTEXTUATE_HOME PATH=$PATH script -qec '$MONITOR answers pair' /dev/null",
-    "HTTP": "curl -s -H \"$TOKEN\" -d \"{\\\"do\\\": \\\"code\\\"}\" $URL/api/answer",
-    "a message by HTTP": "curl -s -H \"$TOKEN\" -d \"$MESSAGE\" $URL/api/message",
-    "a stolen cookie": "$PYTHON -c \"$SOCKET\" $WS/ws; $PYTHON -c \"$SOCKET\" $WS2/",
-    "a made-up event": "$PYTHON -c \"$EVENT\"",
-}  # fmt: skip
 ANSWER_SOCKET = """
 import json, os, sys, websockets.sync.client as client
 with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
@@ -13191,7 +11812,7 @@ def test_an_agent_does_not_answer_itself(asking):
         "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
         "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
     }  # fmt: skip
-    for name, attempt in ANSWER_ATTEMPTS.items():
+    for name, ((attempt, _),) in stories("attempts", "\n").items():
         before = len(refused())
         attempt = attempt.replace("$MONITOR", known["MONITOR"])
         shell, options = ["bash", "-c", attempt + "; true"], {"cwd": ROOT, "timeout": 60, "env": known}
@@ -13209,7 +11830,7 @@ def test_an_agent_does_not_answer_itself(asking):
 
 
 ANSWER_WORDS = [
-    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_SUGGESTIONS[1:]}, "command: make"),
+    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
     ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
     ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
     ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
@@ -13351,7 +11972,8 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
     )
     for kind, session, act, decision in (
-        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"), ANSWERS[5][2]),
+        ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"),
+         {"behavior": "allow", "updatedInput": ANSWER_ASKED["ExitPlanMode"]["tool_input"]}),
         ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
                                            (("Green", 0), ("Blue", 1), ("Answer", 0))], None),
         ("form", "s4", lambda: [tab.page.fill(".fields input[type=text]", "Ada"), tab.page.click("[data-act=a]")],
@@ -13482,27 +12104,17 @@ def newest_first(numbers: Iterable[int]) -> list[str]:
     return [f"e{number}" for number in numbers][::-1]
 
 
-INDEX_TEXTS = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-               "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
-# What is typed → the numbers of the texts above that are found
-INDEX_SEARCHES: dict[str, list[int]] = {
-    "apple": [4, 1, 0], "APPLE": [4, 1, 0], "apple pear": [1], "app*": [4, 3, 1, 0], "app": [3], '"apple pie"': [4, 0],
-    '"pie apple"': [], "src/app.py": [3], "app.py": [3], "py.app": [], "Grusse": [2], "Grüße": [], "Grüsse": [2],
-    "gru*": [2], "*": [7, 6, 5, 4, 3, 2, 1, 0], "nothing": [], '"unclosed': [], "日本": [5], "fail": [7],
-    '"fail cart"': [7], "31mFAIL": [], "本語": [5], "本日": [], "toolu_9": [], "naïve_name": [6], "naive": [6], "OR": [],
-    "apple NOT pie": [], "(apple": [4, 1, 0], '"': [7, 6, 5, 4, 3, 2, 1, 0], "apple AND pear": [1],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
 def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
-    indexed.add(*(index_prompt(number, text) for number, text in enumerate(INDEX_TEXTS)))
+    texts, searches = story_blocks("search")
+    indexed.add(*(index_prompt(number, json.loads(text)) for number, text in enumerate(texts)))
     if how == "no full text":
         monkeypatch.setattr(cm.IndexFile, "_FULL_TEXT", ("not there",))
     if how != "no index":
         indexed.ready()
-    expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
-    assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
+    typed = [line.partition(" →")[0] for line in searches]
+    found = (" ".join(id_[1:] for id_ in indexed.ids(words)) for words in typed)
+    assert [f"{words} → {numbers}".rstrip() for words, numbers in zip(typed, found)] == searches
 
 
 def test_a_call_is_found_by_its_events_and_not_by_those_of_its_round(indexed):
@@ -13996,16 +12608,13 @@ def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[st
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
     day = DAY_MS // 1000
+    elsewhere = {"workingDirectory": "/home/dev/bank", "agent": "codex"}
     indexed.add(
         index_usage(0, "a", claude_opus_4_5=(1000, 100)),
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
         index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
         index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
-        {
-            **index_usage(30, "b", strange_model=(10, 1)),
-            "workingDirectory": "/home/dev/bank",
-            "agent": "codex",
-        },
+        {**index_usage(30, "b", strange_model=(10, 1)), **elsewhere},
         {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
     )
     figures = indexed.ready().figures()
@@ -14164,13 +12773,9 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
     assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
-    for name, wrong, words in (
-        ("state", "asleep", "waiting"),
-        ("cursor", "x", "cursor"),
-        ("limit", 9999, "limit"),
-    ):
-        client.send(requestId=words, **wanted, **{name: wrong})
-        assert words in client.next("error", requestId=words)["message"]
+    for name, wrong in (("state", "asleep"), ("cursor", "x"), ("limit", 9999)):
+        client.send(requestId=name, **wanted, **{name: wrong})
+        assert name in client.next("error", requestId=name)["message"]
     figures = running.get("/api/stats")
     assert figures["totals"]["prompts"] == 2
     labels = {row["sessionId"]: row["label"] for row in figures["sessions"]}
@@ -14285,18 +12890,6 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
     assert not os.path.exists(monitor.home + "/index.db")
 
 
-# Events as HOOK@MS[#FIELD=VALUE], of one client → which of them are stored.
-SECOND_DELIVERIES = {
-    "a call, delivered again seconds later": ("PreToolUse@0#toolUseId=a PreToolUse@4000#toolUseId=a", "0"),
-    "steps of one call are different events": ("PreToolUse@0#toolUseId=a PostToolUse@1#toolUseId=a", "01"),
-    "a prompt, at once, before or after": ("UserPromptSubmit@500 UserPromptSubmit@100", "0"),
-    "the same words again are a prompt of their own": ("UserPromptSubmit@0 UserPromptSubmit@600", "01"),
-    "each is compared with the first": ("UserPromptSubmit@0 UserPromptSubmit@400 UserPromptSubmit@800", "02"),
-    "an agent may ask twice for the same": ("PermissionRequest@0 PermissionRequest@1", "01"),
-    "calls of old clients have no id": ("PreToolUse@0 PreToolUse@1", "01"),
-}
-
-
 def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, monkeypatch: Any) -> None:
     def protect(event: Any, privacy: Any) -> Any:
         if event["id"] == "1":
@@ -14313,23 +12906,25 @@ def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, mon
     assert not os.path.exists(tmp_path / "quarantine.log")
 
 
+SECOND_DELIVERIES = stories("deliveries", " → ")
+
+
 @pytest.mark.parametrize("rule", SECOND_DELIVERIES)
 def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
-    story, kept = SECOND_DELIVERIES[rule]
+    ((story, kept),) = SECOND_DELIVERIES[rule]
     journal = cm.Journal(str(tmp_path / "events"))
     here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
     ingest = cm.Ingest(here, journal, lambda event: None)
     for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
         data = {"message": "same", **({name: value} if name else {})}
-        about = {"hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data}
-        event = {
-            **about,
+        about = {
             "id": str(number),
-            "timestamp": NOW_MS + int(at),
             "sessionId": "s",
             "machineId": "box",
+            "pid": 9,
+            "timestamp": NOW_MS + int(at),
         }
-        event["pid"] = 9
+        event = {**about, "hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data}
         ingest.take([ee.encode_json(event)])
     ingest.close()
     assert "".join(cm.line_id(line) for line in journal.lines()) == kept
@@ -14534,32 +13129,16 @@ class ClockStory:
         return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
 
 
-# Steps, and after → which sessions are kept; `off`: the machine is, and boots then; `set`: the clock, by so much.
-CLOCK_STORIES = {
-    "time that passes makes events old": "start; A; pass 20d; B → AB; pass 11d → B; pass 20d → ",
-    "a clock that stood at 1970": "set -56y; start; A; set +56y; B; stop; start → AB; pass 29d → AB; pass 2d → ",
-    "it was set while the monitor did not run": "set -56y; start; A; stop; set +56y; start; B → AB; pass 31d → ",
-    "an event of the second in which it was set": "set -56y; start; A soon; set +56y; pass 2d → A",
-    "an event of the second in which it was set back": "start; set -56y soon; A; set +56y; pass 2d → A",
-    "a kill forgets no step": "set -56y; start; A; set +56y; kill; start; B → AB; pass 31d → ",
-    "it was set before the next boot": "set -56y; start; A; stop; off 1h; set +56y; start; B → AB; pass 31d → ",
-    "the clock is 1970 after each boot": "start; A; stop; off 1h; set -56y; start; B; set +56y; C → ABC; pass 31d → ",
-    "a clock wrongly set forward": "start; A; set +4y; B → AB; stop; start → AB; set -4y; C → ABC; pass 31d → B",
-    "and found out at another boot": "start; A; set +4y; stop; start → A; stop; off 1h; set -4y; start → A",
-    "no event is too old on a day on which it was set": "start; A; pass 31d; set +2h → A; pass 1d → ",
-    "but a correction by minutes is none": "start; A; pass 31d; set +0.5h → ",
-    "weeks in which the machine was off count": "start; A; stop; off 31d; start → ",
-    "a damaged memory is none": "start; A; stop; damage; start → A; pass 31d → ",
-}
+CLOCK_STORIES = stories("clock", " →")
 
 
 @pytest.mark.parametrize("rule", CLOCK_STORIES)
 def test_events_are_deleted_by_their_real_age(tmp_path: Any, monkeypatch: Any, rule: str) -> None:
     story = ClockStory(str(tmp_path), monkeypatch)
-    for step in CLOCK_STORIES[rule].split("; "):
-        did, is_checked, kept = step.partition(" →")
-        story.step(*did.partition(" ")[::2])
-        assert not is_checked or story.kept() == kept.strip(), step
+    for steps, kept in CLOCK_STORIES[rule]:
+        for step in steps.split("; "):
+            story.step(*step.partition(" ")[::2])
+        assert story.kept() == kept, steps
 
 
 def test_the_oldest_by_real_age_is_deleted_first(tmp_path: Any, monkeypatch: Any) -> None:
@@ -14884,46 +13463,10 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert f"/p/{name}: " in done.stderr
 
 
-def node_directory(folder: Any) -> None:
-    """Write what the Node.js monitor keeps of a session with a subagent, and of one that a person has hidden."""
-    main = {**NODE, "sessionId": "0123456789abcdef"}
-    named = {"parentSessionId": main["sessionId"], "data": {"subagent": {"type": "explore", "agentId": "a7"}}}
-    call = {"toolName": "Task", "toolInput": {"subagent_type": "explore"}}
-    events = [
-        {**main, "eventType": "user_prompt", "hookType": "UserPromptSubmit", "data": {"message": "plan it"}},
-        {**main, "eventType": "tool_call", "hookType": "PreToolUse", "data": call},
-        {**main, **named, "sessionId": "a7", "eventType": "subagent_start", "hookType": "SubagentStart"},
-        {**main, **named, "sessionId": "a7", "eventType": "subagent_stop", "hookType": "SubagentStop"},
-        {**main, "eventType": "tool_result", "hookType": "PostToolUse", "data": call},
-        {**main, "eventType": "session_end", "hookType": "Stop",
-         "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
-    ]  # fmt: skip
-    events = [{**event, "id": f"n{at}", "timestamp": NOW_MS + 1000 * at} for at, event in enumerate(events)]
-    times = {"startTime": NOW_MS, "endTime": NOW_MS + 9000}
-    meta = {**NODE, **times, "status": "completed", "childSessionIds": []}
-    used = {"totalInput": 5, "totalOutput": 6, "totalCacheRead": 7, "totalCacheCreation": 8}
-    metas = [
-        {**meta, "sessionId": "0123456789abcdef", "label": "The plan", "isPinned": True, "tokenUsage": used},
-        {**meta, "sessionId": "fedcba9876543210", "hidden": True, "model": "claude-opus-4-5", "tokenUsage": used,
-         "manualParentSessionId": "0123456789abcdef"},
-        {**meta, "sessionId": "beef0001", "agentType": "explore", "isPinned": True, "tokenUsage": used},
-    ]  # fmt: skip
-    files = {f"sessions/{it['sessionId']}/meta.json": json.dumps(it, indent=2) for it in metas}
-    for event in events[:4]:
-        name = f"{event['timestamp']}-{event['sessionId']}-{event['id']}"
-        files[f"processed/{name}.json"] = json.dumps(event, indent=2)
-    files[f"raw/{events[4]['timestamp']}-x.json"] = json.dumps(events[4], indent=2)
-    # As its daemon keeps them: while a Task runs all events of its session have an id that it makes up.
-    moved = [{**event, "sessionId": "beef0001", "parentSessionId": main["sessionId"]} for event in events[4:]]
-    files["sessions/0123456789abcdef/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in events[:2])
-    files["sessions/beef0001/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in moved)
-    hidden = {**events[0], "id": "f1", "sessionId": "fedcba9876543210"}
-    files["sessions/fedcba9876543210/events.jsonl"] = json.dumps(hidden)
-    write_files(folder, {**files, "config.json": "{}", "daemon.state.json": "{}", "daemon.log": "x"})
-
-
 def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, tmp_path: Any) -> None:
-    node_directory(tmp_path)
+    # As its daemon keeps a session with a subagent, and one that a person has hidden: while a Task runs all events of its
+    # session have an id that it makes up.
+    shutil.copytree(ROOT + "/.ci/stories/node-monitor", tmp_path, dirs_exist_ok=True)
     done = in_process(running, "import", str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "12 events imported, 0 were stored already\n"), done.stderr
     sessions = running.sessions()

@@ -1,0 +1,83 @@
+// What the tests look at the page with: it runs in each page before its own script, as `look`.
+'use strict';
+window.look = {
+  all: (selector) => [...document.querySelectorAll(selector)],
+  texts: (selector) => look.all(selector).map((el) => el.textContent).join(),
+  clipboard: () => navigator.clipboard.readText(),
+
+  seen: (selector) => look.all(selector).filter((part) => {
+    const box = part.getBoundingClientRect();
+    return box.width && box.height && getComputedStyle(part).visibility === 'visible';
+  }),
+
+  // One question each: a question of a test for every element takes seconds.
+  text: (testid) => look.seen(`[data-testid=${testid}]`)[0]?.innerText ?? '',
+
+  rows: () => look.seen('[data-testid=row]')
+    .sort((one, other) => one.ariaRowIndex - other.ariaRowIndex)
+    .map((el) => ({
+      id: el.dataset.eventId, status: el.dataset.status, y: el.getBoundingClientRect().y,
+      tool: el.querySelector('.c-tool').innerText, session: el.querySelector('.c-session').innerText,
+      text: el.innerText.replace(/\s+/g, ' ') + ' ',
+    })),
+
+  rail: () => look.all('[data-testid=session]').map((el) => [el.dataset.sessionId, el.dataset.state]),
+
+  // The counters in the top bar that are not 0; -1 where one says "?".
+  counts: () => Object.fromEntries(look.all('.counter')
+    .map((el) => [el.dataset.testid.slice(8), Number(el.querySelector('b').textContent.replace('?', '-1'))])
+    .filter(([, number]) => number)),
+
+  // True if the last lines of the last text in the drawer are seen, and have these words.
+  ends: (words) => {
+    const block = look.all('.drawerbody .block').at(-1);
+    const { top, bottom } = block?.getBoundingClientRect() ?? {};
+    return top < 0 && bottom > 200 && bottom <= innerHeight && block.innerText.trimEnd().endsWith(words);
+  },
+
+  fits: () => [document.documentElement, document.body, ...look.all(
+    '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody',
+  )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth),
+
+  widths: () => ['.rail', '.drawer'].map((part) => Math.round(document.querySelector(part).offsetWidth)).join(' '),
+
+  // The middle of a call's bar in the page and its colour there; with `at`, in ms, that moment in its lane.
+  bar: (target, at) => {
+    const { timeline, store } = contextuate;
+    const row = store.rows.find((it) => it.target === target);
+    const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
+    const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
+    const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
+    const end = row.outcome ? row.time + row.duration : Date.now();
+    const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+    const x = at === null ? middle : place(at);
+    const y = 24 + 2 + index * 20 + 4 - timeline.top;  // above the words in a bar
+    const canvas = document.querySelector('#timeline-canvas');
+    const box = canvas.getBoundingClientRect();
+    const scale = canvas.width / box.width;
+    const pen = Object.assign(document.createElement('canvas'), { width: 1, height: 1 })
+      .getContext('2d', { willReadFrequently: true });
+    pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
+    const hex = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part.toString(16).padStart(2, '0')).join('');
+    const names = ['bar', 'red', 'amber'].filter((name) =>
+      getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim() === '#' + hex);
+    return { x: box.x + x, y: box.y + y, colour: names.join() };
+  },
+
+  // The lowest contrast of a text in the last block of the drawer with what is behind it.
+  contrast: () => {
+    const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const light = (...colours) => {
+      for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
+      const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
+        .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const block = look.all('.drawer .block').at(-1);
+    return Math.min(...[...block.querySelectorAll('span')].map((el) => {
+      const style = getComputedStyle(el);
+      const [a, b] = [light(getComputedStyle(block).backgroundColor, style.backgroundColor), light(style.color)];
+      return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    }));
+  },
+};
