@@ -4283,7 +4283,7 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
     ]),
     "another method is refused and the right one named": (405, {"allow": "GET"}, [
         "POST /api/status", "DELETE /api/sessions/x", "PUT /", "POST /index.html", "PATCH /api/events",
-        "OPTIONS /api/export",
+        "OPTIONS /api/export", "BREW /health",
     ]),
     "hooks are posted": (405, {"allow": "POST"}, ["GET /api/hooks", "GET /api/message"]),
     "limit is an integer from 1 to 1000": (400, {"field": "limit"}, [
@@ -4319,11 +4319,9 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
         *(f"POST /api/hooks\nContent-Length: {length}" for length in (ee.LINE_LIMIT_BYTES + 1, 999999999999)),
         f"POST /api/hooks\nTransfer-Encoding: chunked\n\n2\r\n{{}}\r\n{ee.LINE_LIMIT_BYTES - 1:x}\r\n",
     ]),
-    "a head is bounded": (431, {}, ["GET /\nX: " + "x" * 65534, "GET /" + "\nX: y" * 3000]),
-    "a first line is bounded": (414, {}, [b"GET /" + b"x" * 65532]),
+    "a head is bounded": (431, {}, ["GET /\nX: " + "x" * 65534, "GET /" + "\nX: y" * 3000, b"GET /" + b"x" * 65532]),
     "what is not HTTP": (400, {}, [b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET / FTP/1.1\r\n\r\n"]),
     "another version of HTTP": (505, {}, [b"GET / HTTP/2.0\r\n\r\n"]),
-    "an unknown method": (501, {}, [b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n"]),
 }  # fmt: skip
 
 
@@ -8292,18 +8290,11 @@ def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
 
 
 def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> None:
-    book = cm.NoticeBook([notice_target()], {})
-    first = notice_of("dialog", since=NOW_MS)._replace(by_client=True)
-    book.update("s1", [first], NOW_MS)
-    (message,) = book.due(NOW_MS + 2000, "12:00", False)
-    book.record(message)
-    second = notice_of(since=NOW_MS + 15_000, detail="make")._replace(key="k2")
-    for _ in range(2):
-        book.update("s1", [second], NOW_MS + 15_000)
-        assert book.due(NOW_MS + 60_000, "12:00", False) == []
-    book.update("s1", [], NOW_MS)
-    (over,) = book.due(NOW_MS + 60_000, "12:00", False)
-    assert (over.over, over.notice.key) == (True, "k1")
+    story, found = SessionStory(), []
+    for steps in ("start startup; prompt; call t1 Bash make; shows waiting", "wait 15s; ask Bash make"):
+        story.play(steps)
+        found += cm.notices_of(story.book.sessions["s1"], None)
+    assert [it.kind for it in found] == ["dialog", "permission"] and found[0].key == found[1].key
 
 
 NOTICE_HOSTILE = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
@@ -11103,7 +11094,7 @@ def serve_handshakes(listener: socket.socket, clients: cm.WebSocketServer) -> No
 
     access: Any = types.SimpleNamespace(port=0, check=lambda *_, **__: None)
     answers: Any = types.SimpleNamespace(adopt=adopt)
-    cm.HttpServer(listener, access, lambda _: cm.Response(404, b""), answers, answers, 2000)
+    cm.HttpServer(listener, access, answers, answers, 2000)
 
 
 def safe_serve_echo(listener: socket.socket) -> None:
