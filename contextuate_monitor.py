@@ -5897,25 +5897,19 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection until it ends."""
+        """Serve one connection until it ends or the loop takes it over; broken ones are expected."""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.deadlines.pop(request, None)
-            self._free_connections.release()
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection, unless the loop has taken it over."""
+            self.finish_request(request, client_address)
+        except (ConnectionError, TimeoutError, socket.timeout):
+            pass
+        except Exception:  # unexpected: log and continue
+            log.exception("unexpected error in an HTTP request")
         if request in self.upgraded_sockets:
             self.upgraded_sockets.discard(request)
         else:
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an unexpected error; broken connections are expected."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError, socket.timeout)):
-            log.exception("unexpected error in an HTTP request")
+            self.shutdown_request(request)
+        self.deadlines.pop(request, None)
+        self._free_connections.release()
 
 
 SAFE_HEADERS = (
@@ -6176,7 +6170,7 @@ class Answers:
         question, data = self.questions[event_id], b""
         with contextlib.suppress(OSError):
             data = question.sock.recv(16) if question.sock else b""
-        if question.is_taken and not question.done.done():
+        if question.is_taken:
             question.done.set_result(data == emit_event.ACKNOWLEDGEMENT)
         self._end(event_id)
 
@@ -6373,7 +6367,6 @@ class Answers:
         return json_response(self.answer(*wanted, "a terminal"))
 
     def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
-        """Exchange a code for a cookie."""
         is_known = self._code != "" and time.monotonic() < self._code_until
         self._tries += 1
         is_right = is_known and hmac.compare_digest(code.encode("utf-8", "replace"), self._code.encode())
@@ -6808,9 +6801,6 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[bytes, socket.socket]  # a line, and the connection to acknowledge it on
-
-
 @dataclasses.dataclass
 class HookPort:
     """The Unix socket that hooks of this user send events to, one a line, each acknowledged with one byte.
@@ -7227,8 +7217,7 @@ Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 class MessageHandlers:
     """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
 
-    A method returns the answer: a message, an encoded one, a future of one from the reader thread, or None
-    for no answer. Messages that change something are refused while stored sessions are being read.
+    It returns a message, an encoded one, a future of one, or None; while loading, QUESTIONS alone are taken.
     """
 
     QUESTIONS = frozenset(
@@ -7668,7 +7657,7 @@ class Monitor:
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
         self._notice_changes: set[str] = set()  # sessions that may have something else to say
         self._short = ""  # content of the file `short`, for prompts
-        self._arrivals = Turns()  # of Arrival
+        self._arrivals = Turns()  # of lines, each with the connection to acknowledge it on
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
         self._pid_namespace = emit_event.pid_namespace()
@@ -7822,10 +7811,9 @@ class Monitor:
         log.info("%d sessions known, %.1f s after the start", len(self.sessions.sessions), seconds)
         self.loading = None
         self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
-        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        self._tick()
         gc.freeze()
         self.feed.send_list()
-        self._send_status()
         self.history.start()
         if self.settings["persistence.enabled"]:
             self.retention.prune()
@@ -7857,7 +7845,7 @@ class Monitor:
         if not self._arrivals.waiting:
             return
         self.loop.steps += 1
-        arrivals: list[Arrival] = self._arrivals.take()
+        arrivals: list[tuple[bytes, socket.socket]] = self._arrivals.take()
         if self._arrivals.waiting:
             self.loop.call_soon(lambda: None)  # the rest in the next turn
         settled, stored = self.ingest.take([line for line, _ in arrivals])
@@ -7946,7 +7934,12 @@ class Monitor:
     def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:
         """Apply stored events, send them to clients and index; `waiting`: event id → hook's connection."""
         if self.journal.error != self.store_error:
-            self._note_store_error()
+            self.store_error = self.journal.error
+            if self.store_error:
+                log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
+            else:
+                log.info("events can be written again")
+            self._send_status()
         if not stored and not waiting:
             return
         changed: list[Session] = []
@@ -7976,7 +7969,6 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _notify(self) -> None:
-        """Pass the notices of changed sessions to the notifier."""
         if self.notifier is None:
             return
         current: dict[str, list[Notice]] = {}
@@ -7989,7 +7981,12 @@ class Monitor:
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
     def _tick(self) -> None:
-        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
+        is_sure, find = self.redis is None, self._containers.find
+        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
+        for session in gone:
+            self.ingest.read_transcripts(session.session_id)
+        self._note_changes(gone + self.sessions.tick(now_ms()))
         self.answers.look()
         if self.notifier and "limit" in self.notifier.kinds:
             limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
@@ -8037,7 +8034,7 @@ class Monitor:
                     log.warning("the publisher cannot be started: %s", error)
         if self.store_error and self.journal.is_writable():
             self.journal.error = None
-            self._note_store_error()
+            self._show(())
         if self.loading is not None:
             log.info("%s", loading_words(self.loading))
             self._send_status()
@@ -8049,23 +8046,6 @@ class Monitor:
                 removed, self._lock = self._lock, lock_file(self.settings.path("monitor.pid"), lambda: "")
                 os.close(removed)
             self.hooks.restore()
-
-    def _note_store_error(self) -> None:
-        self.store_error = self.journal.error
-        if self.store_error:
-            log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
-        else:
-            log.info("events can be written again")
-        self._send_status()
-
-    def _end_sessions_without_process(self) -> list[Session]:
-        """End the sessions of this machine whose client no longer runs."""
-        is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
-        find = self._containers.find
-        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
-        for session in gone:
-            self.ingest.read_transcripts(session.session_id)
-        return gone
 
     def search_query(self, wanted: JsonObject) -> SearchQuery:
         """Return a query of the API or of a client, whose `state` is that of sessions now."""
@@ -8146,8 +8126,6 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
         facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
-        if link["gaps"]:
-            facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
     for target in status.get("notify", ()):
@@ -8214,15 +8192,14 @@ def status_problems(
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
-    too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
-    slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
-    for kind, problem, advice in (
-        ("disk", disk.get("error"), "Correct what it names."),
-        ("disk", disk.get("overLimit") and too_much, "Raise it, or delete sessions."),
-        ("store", store["slowWriteMs"] is not None and slow, "Move CONTEXTUATE_HOME to a faster disk."),
-    ):
-        if problem:
-            add(kind, "warn", problem, None, advice)
+    if disk.get("error"):
+        add("disk", "warn", disk["error"], None, "Correct what it names.")
+    if disk.get("overLimit"):
+        words = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
+        add("disk", "warn", words, None, "Raise it, or delete sessions.")
+    if store["slowWriteMs"] is not None:
+        words = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
+        add("store", "warn", words, None, "Move CONTEXTUATE_HOME to a faster disk.")
     for refused in status["answers"]["refused"][-1:]:
         count = len(status["answers"]["refused"])
         advice = "If that was not you, look at what runs on this machine."

@@ -8290,8 +8290,9 @@ def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
 
 
 def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> None:
-    story, found = SessionStory(), []
-    for steps in ("start startup; prompt; call t1 Bash make; shows waiting", "wait 15s; ask Bash make"):
+    story, found = SessionStory(pid=7), []
+    begin = "start startup; prompt; call t1 Bash make; shows busy; shows waiting"
+    for steps in (begin, "wait 15s; ask Bash make"):
         story.play(steps)
         found += cm.notices_of(story.book.sessions["s1"], None)
     assert [it.kind for it in found] == ["dialog", "permission"] and found[0].key == found[1].key
