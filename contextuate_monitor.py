@@ -5521,12 +5521,16 @@ class Access:
     def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
         """Raise RequestError: 421 for a foreign Host (DNS rebinding), 403 for another site's Origin, 401.
 
-        `port` is the one that received it. A request that `writes` needs our Origin or the token as a bearer
-        header: browsers send cookies by themselves.
+        `port` received it. What `writes` needs our Origin or a bearer token: browsers add cookies themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
-        if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
+        host, schemes = request.one("host").lower(), ("http", "https")
+        good = {f"{scheme}://{host}" for scheme in schemes}
+        if port != self.port:  # a WebSocket on the port of its own comes from the page's
+            good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
+            good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in schemes}
+        if origin and origin.lower() not in good:
             advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
             raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
@@ -5549,21 +5553,12 @@ class Access:
         host = request.one("host").lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
-        if name and (
-            name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
-        ):
+        is_own = name.strip("[]") in self._own_names or is_loopback(name)
+        if name and (is_own or {name, host} & self._allowed):
             return name
         line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
         advice = f": if it is yours, write {line} into ~/.contextuate/monitor.config.json and run `restart`"
         raise RequestError(421, "this Host is not allowed" + advice * bool(name))
-
-    def _origins(self, host: str, name: str, port: int) -> set[str]:
-        """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
-        if port == self.port:
-            return {f"http://{host}", f"https://{host}"}
-        good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
-        good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in ("http", "https")}
-        return good
 
 
 def peer_address(sock: socket.socket) -> str:
@@ -6693,14 +6688,11 @@ class Notifier:
         self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         self._closing = False
-        sent = read_state(path).get("sent")
-        known = sent.items() if isinstance(sent, dict) else ()
-        self._book = NoticeBook(targets, {key: it for key, it in known if self._is_record(it)})
-
-    @staticmethod
-    def _is_record(it: Any) -> bool:
-        to, notice = (it.get("to"), it.get("notice")) if isinstance(it, dict) else (None, None)
-        return isinstance(to, list) and isinstance(notice, list) and len(notice) == len(Notice._fields) - 1
+        sent: dict[str, JsonObject] = {}
+        with contextlib.suppress(AttributeError, LookupError, TypeError):  # a damaged file
+            for key, it in read_state(path)["sent"].items():
+                sent[key] = {"to": [*it["to"]], "notice": Notice(key, *it["notice"][:6])[1:]}
+        self._book = NoticeBook(targets, sent)
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
@@ -6715,10 +6707,11 @@ class Notifier:
         notice = Notice(uuid.uuid4().hex, "test", "", "it works", emit_event.this_machine(), "", 0)
 
         def send() -> JsonObject:
-            outcomes = [(it, *attempt(Delivery(it, notice, False, 0))) for it in self.targets]
-            for target, is_sent, words, _ in outcomes:
+            results = []
+            for target in self.targets:
+                is_sent, words, _ = attempt(Delivery(target, notice, False, 0))
                 self._note(target, is_sent, words)
-            results = [{"name": target.name, "ok": it, "words": words} for target, it, words, _ in outcomes]
+                results.append({"name": target.name, "ok": is_sent, "words": words})
             return {"type": "notify_tested", "results": results}
 
         return self._thread.submit(send)
@@ -6930,11 +6923,10 @@ class Ingest:
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
-        """Store the events of a batch of lines.
+        """Store a batch of lines; return for each whether it is settled (or no event), and the stored events.
 
         `remote` lines came through Redis, where others may publish, too. `late`: for each line whether it
-        waited (spool, stream), so that its delay is no measure of clocks. Returns for each line whether it is
-        settled (stored, a duplicate, or no event), and the stored events.
+        waited (spool, stream), so that its delay is no measure of clocks.
         """
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
@@ -7655,12 +7647,11 @@ class Monitor:
         self.redis: RedisLink | None = None
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
-        self._notice_changes: set[str] = set()  # sessions that may have something else to say
+        self._notice_changes: set[str] = set()  # ids of sessions whose notices may have changed
         self._short = ""  # content of the file `short`, for prompts
         self._arrivals = Turns()  # of lines, each with the connection to acknowledge it on
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
-        self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
         self.retention = Retention(self)
@@ -7668,7 +7659,6 @@ class Monitor:
         self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
-        self._stopping = False
 
     # Start and stop
 
@@ -7733,11 +7723,9 @@ class Monitor:
         """Store received events, close the clients, and make `run` return; for any thread."""
 
         def begin() -> None:
-            if not self._stopping:
-                self._stopping = True
-                self.hooks.stop_listening()
-                self.clients.close_all()
-                self.loop.call_later(0.1, self.loop.stop)  # lines that have arrived are still stored
+            self.hooks.stop_listening()
+            self.clients.close_all()
+            self.loop.call_later(0.1, self.loop.stop)  # lines that have arrived are still stored
 
         self.loop.call_soon(begin)
 
@@ -7895,8 +7883,7 @@ class Monitor:
     def _take_all(self, lines: Sequence[bytes], remote: bool, late: Sequence[bool] = ()) -> bool:
         """Store lines of the spool or of Redis in order; return whether all are settled.
 
-        Events of a session whose file cannot be written, while others can, must not block the rest: they go
-        to unsaved/ and are read from the spool at the next start.
+        Where only some files cannot be written, their events go to unsaved/, for the spool of the next start.
         """
         settled, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
@@ -7971,26 +7958,25 @@ class Monitor:
     def _notify(self) -> None:
         if self.notifier is None:
             return
-        current: dict[str, list[Notice]] = {}
-        for session in filter(None, map(self.sessions.sessions.get, self._notice_changes)):
-            row = self.sessions.to_json(session) if "limit" in self.notifier.kinds else {}
-            context = (row.get("context") or {}).get("percent")
-            current[session.session_id] = notices_of(session, context)
-        current |= {it: [] for it in self._notice_changes if it not in current}
+        current: dict[str, list[Notice]] = {it: [] for it in self._notice_changes}
+        with_limits = "limit" in self.notifier.kinds
+        for session in filter(None, map(self.sessions.sessions.get, current)):
+            row = self.sessions.to_json(session) if with_limits else {}
+            current[session.session_id] = notices_of(session, (row.get("context") or {}).get("percent"))
+        if with_limits and "" in current:
+            current[""] = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
         self._notice_changes = set()
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
     def _tick(self) -> None:
         # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
-        is_sure, find = self.redis is None, self._containers.find
-        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
+        is_sure, find, namespace = self.redis is None, self._containers.find, emit_event.pid_namespace()
+        gone = self.sessions.check_processes(namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         self._note_changes(gone + self.sessions.tick(now_ms()))
         self.answers.look()
-        if self.notifier and "limit" in self.notifier.kinds:
-            limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
-            self.notifier.look({"": limits}, is_seen=True)
+        self._notice_changes.add("")  # the limits of accounts
         counts = collections.Counter(it.state for it in self.sessions.sessions.values() if not it.hidden)
         names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
         shown = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
@@ -8167,10 +8153,7 @@ def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: J
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
-    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
-
-    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
-    """
+    """Return what is wrong as [{"kind", "level", "words", "advice"}]; `foreign`: see `foreign_files`."""
     found: list[JsonObject] = []
 
     def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
@@ -8222,10 +8205,7 @@ def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject
 
 
 def lock_file(path: str, in_use: Callable[[], str]) -> int:
-    """Lock the file at `path` until this process exits, write our pid to it, and return its descriptor.
-
-    Raises StartError, with the message that `in_use` returns if another process has the lock.
-    """
+    """Lock a file until this process exits, write our pid, return its descriptor; StartError(`in_use()`)."""
     for _ in range(25):
         try:
             fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)

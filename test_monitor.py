@@ -8709,9 +8709,11 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         assert f"port {running.port} is in use" in refused.stderr
         other.config = {"socketPath": running.socket_path}
         other.write_config({})
-        refused = other.command("start", "--no-open", check=False)
-        assert refused.returncode == 1 and running.socket_path in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        for _ in range(2):
+            refused = other.command("start", "--no-open", check=False)
+            assert refused.returncode == 1 and running.socket_path in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) == 1
+            os.unlink(running.socket_path + ".lock")  # its socket is enough
         running.emit(payload("Stop"))
         running.kill()
         assert os.path.exists(running.socket_path)
@@ -8722,7 +8724,7 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-@pytest.mark.parametrize("name", ["m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json", ""])
+@pytest.mark.parametrize("name", ["m.sock", "monitor.pid", "monitor.run.json", ""])
 def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
     path = f"{running.home}/{name}"
     os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
@@ -8730,7 +8732,7 @@ def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor,
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
     running.emit(payload("Stop"))
-    assert None not in map(cm.lock_holder, (running.socket_path + ".lock", running.home + "/monitor.pid"))
+    assert cm.lock_holder(running.home + "/monitor.pid") is not None
     running.write_config({})
     eventually(lambda: in_process(running, "status").returncode == 0)
     assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
