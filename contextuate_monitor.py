@@ -5595,11 +5595,8 @@ def _proc_address(address: tuple[Any, ...]) -> str:
 
 def read_token(path: str) -> str:
     """Return the token from our 0600 file, 192 random bits; create it if there is none."""
-    with (
-        contextlib.suppress(FileNotFoundError),
-        open(path, encoding="ascii", errors="replace", opener=emit_event.open_own) as file,
-    ):
-        token = file.read().strip()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=emit_event.open_own) as file:
+        token = file.read().decode("ascii", "replace").strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)
             return token
@@ -6000,12 +5997,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _exchange_token(self, request: Request, token: str) -> Response:
         """Exchange the token of a link for a cookie, so that it stays out of the browser's history."""
-        access = self.server.access
-        self.close_connection = True  # a body is not read
+        access, self.close_connection = self.server.access, True  # a body is not read
         access.check_host(request)
         if not access.is_token(token):
-            advice = "`contextuate_monitor.py url --token` prints a new one"
-            raise RequestError(401, f"this link's token is not valid here; {advice}")
+            raise RequestError(401, "this link is not valid; `contextuate_monitor.py url --token` prints one")
         cookie = f"{TOKEN_COOKIE}_{access.port}={token}; {COOKIE_RULES}"
         # Both are relative, since a proxy may show the page below a path.
         return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
@@ -7676,10 +7671,8 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
-        ):
+        path, opener = settings.path("last-seq"), emit_event.open_own
+        with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=opener) as file:
             self.journal.seq = int(file.read(20))
         self.journal.open()
         # before any event is taken, which may have come before
@@ -7687,16 +7680,11 @@ class Monitor:
             self.ingest.seen.add(line_id(line))
         self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
-        self.clients = WebSocketServer(
-            self.loop,
-            opened=handlers.greet,
-            received=handlers.take,
-            connection_limit=settings["limits.connections"],
-            queue_limit_bytes=settings["limits.clientQueueBytes"],
-        )
+        limit, queue_bytes = settings["limits.connections"], settings["limits.clientQueueBytes"]
+        self.clients = WebSocketServer(self.loop, handlers.greet, handlers.take, limit, queue_bytes)
         self.feed = SessionFeed(self.loop, self.sessions, self.clients)
         self.page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
-        api, limit = Api(self, handlers.take_by_http), settings["limits.connections"]
+        api = Api(self, handlers.take_by_http)
         self.http = [HttpServer(it, access, api, self.answers, limit) for it in (http_socket, ws_socket)]
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
@@ -7857,10 +7845,9 @@ class Monitor:
             for segment, size in emit_event.spool_segments(spool):
                 try:
                     path = emit_event.take_segment(segment)
-                except (FileNotFoundError, BlockingIOError):
-                    continue
                 except OSError as error:
-                    log.warning("%s cannot be drained: %s", segment, error.strerror)
+                    if not isinstance(error, (FileNotFoundError, BlockingIOError)):
+                        log.warning("%s cannot be drained: %s", segment, error.strerror)
                     continue
                 log.info("draining %s (%d bytes)", os.path.basename(path), size)
                 with open(path, "rb", opener=emit_event.open_own) as file:
@@ -8048,10 +8035,8 @@ class Monitor:
         """Delete a session with its events, at the user's request."""
         save_last_seq(self.settings.home, self.journal.seq)
         if self.redis:  # the stream may still have them, and be read again
-            lines = self.journal.lines(session.session_id, backwards=True)
-            self.ingest.deleted.add(
-                [line_id(line) for line in itertools.islice(lines, self.ingest.seen.limit)]
-            )
+            lines, limit = self.journal.lines(session.session_id, backwards=True), self.ingest.seen.limit
+            self.ingest.deleted.add([line_id(line) for line in itertools.islice(lines, limit)])
         freed = self.journal.delete_session(session.session_id)
         self.retention.events_added -= freed
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
