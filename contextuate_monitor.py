@@ -5955,8 +5955,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             return json_response({"error": str(error), "field": error.field}, 400)
         except MalformedEvent as error:
             return json_response({"error": f"the body must be one JSON object: {error}"}, 400)
-        except (NoStatistics, TimeoutError) as error:
-            return json_response({"error": str(error)}, 503)
+        except (NoStatistics, TimeoutError, concurrent.futures.TimeoutError) as error:
+            return json_response({"error": str(error) or "the monitor is too busy to answer"}, 503)
         except (ConnectionError, socket.timeout):
             raise
         except Exception:  # unexpected: log and answer
@@ -7219,20 +7219,13 @@ class MessageHandlers:
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
         "mark_seen": lambda session, message: {"action": "seen"},
     }
-    CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
-        "text": lambda it: isinstance(it, str) and it != "",
-        "text, perhaps empty": lambda it: isinstance(it, str),
-        "a list of texts": lambda it: isinstance(it, list) and all(isinstance(text, str) for text in it),
-        "an integer of at least 0": lambda it: type(it) is int and it >= 0,
-        '"full" or "rows"': lambda it: it in ("full", "rows"),
-    }
-    FIELDS = {
-        **dict.fromkeys(("sessionId", "eventId", "parentSessionId"), "text"),
-        **dict.fromkeys(("limit", "before", "since", "seq", "from", "to"), "an integer of at least 0"),
-        "label": "text, perhaps empty",
-        "sessionIds": "a list of texts",
-        "view": '"full" or "rows"',
-    }
+    FIELDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (  # names, what is expected, its check
+        ("sessionId eventId parentSessionId", "text", lambda it: isinstance(it, str) and it != ""),
+        ("label", "text, perhaps empty", lambda it: isinstance(it, str)),
+        ("sessionIds", "a list of texts", lambda it: isinstance(it, list) and {*map(type, it)} <= {str}),
+        ("limit before since seq from to", "an integer of at least 0", lambda n: type(n) is int and n >= 0),
+        ("view", '"full" or "rows"', lambda it: it in ("full", "rows")),
+    )
     NEEDED = (  # type.field
         "unsubscribe.sessionIds get_events.sessionId get_event_detail.sessionId get_event_detail.eventId "
         "rename_session.label answer.sessionId answer.eventId".split()
@@ -7268,10 +7261,7 @@ class MessageHandlers:
         client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
-        try:
-            answer = done.result(120)
-        except concurrent.futures.TimeoutError:  # before Python 3.11 another than the built-in one
-            raise TimeoutError("the monitor is too busy to answer") from None
+        answer = done.result(120)
         if isinstance(answer, Exception):
             raise answer
         return with_request_id(message, answer or {"type": "done"})
@@ -7285,10 +7275,11 @@ class MessageHandlers:
                 raise RequestError(400, f"unknown type {one_line(kind, 40)!r}")
             if monitor.loading is not None and kind not in self.QUESTIONS:
                 raise RequestError(503, LOADING)
-            for name, expected in self.FIELDS.items():
-                value = message.get(name)
-                if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
-                    raise RequestError(400, f"{name}: expected {expected}")
+            for names, expected, is_good in self.FIELDS:
+                for name in names.split():
+                    value = message.get(name)
+                    if f"{kind}.{name}" in self.NEEDED if value is None else not is_good(value):
+                        raise RequestError(400, f"{name}: expected {expected}")
             answer = handler(client, message)
         except Exception as error:  # the client gets an error in any case
             answer = error
