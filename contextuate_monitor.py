@@ -7092,33 +7092,25 @@ class SessionFeed:
             self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
             sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
             self.changed.clear()
-            if self.clients.clients:
-                whole, changes = self._encode(sessions)
-            else:
-                self.sent.clear()
+            children = self.sessions.children() if len(sessions) > 1 else None
+            clients, changed = self.clients.clients.values(), []
+            rows = [self.sessions.to_json(session, children) for session in sessions if clients]
+            for row in rows:
+                before = self.sent.pop(row["sessionId"], {})
+                names = (it for it in row if it == "sessionId" or it not in before or before[it] != row[it])
+                changed.append({name: row[name] for name in names})
+                self.sent[row["sessionId"]] = row
+            _drop_oldest(self.sent, SENT_UPDATES if clients else 0)
+            is_whole = not all(client.changes for client in clients)
+            whole, changes = (
+                b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
+                for kind in (rows if is_whole else (), changed)
+            )
         self.clients.broadcast(stored, whole, changes)
 
     def _end_interval(self) -> None:
         self.updates_due = False
         self.send()
-
-    def _encode(self, sessions: Sequence[Session]) -> tuple[bytes, bytes]:
-        """Encode the updates of sessions, whole (if a client wants it) and as changes."""
-        children = self.sessions.children() if len(sessions) > 1 else None
-        rows = [self.sessions.to_json(session, children) for session in sessions]
-        changes: list[JsonObject] = []
-        for row in rows:
-            before = self.sent.pop(row["sessionId"], {})
-            changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
-            changes[-1]["sessionId"] = row["sessionId"]
-            self.sent[row["sessionId"]] = row
-        _drop_oldest(self.sent, SENT_UPDATES)
-        is_whole = not all(client.changes for client in self.clients.clients.values())
-        whole, part = (
-            b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
-            for kind in (rows if is_whole else (), changes)
-        )
-        return whole, part
 
     def send_list(self) -> None:
         """Send all sessions to every client; the list may be large and does not count as falling behind."""
