@@ -7770,9 +7770,10 @@ class Monitor:
         log.info("%d sessions known, %.1f s after the start", len(self.sessions.sessions), seconds)
         self.loading = None
         self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
-        self._tick()
+        self._pass_time()
         gc.freeze()
         self.feed.send_list()
+        self._send_status()
         self.history.start()
         if self.settings["persistence.enabled"]:
             self.retention.prune()
@@ -7938,13 +7939,16 @@ class Monitor:
         self._notice_changes = set()
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
-    def _tick(self) -> None:
+    def _pass_time(self) -> None:
         # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
         is_sure, find, namespace = self.redis is None, self._containers.find, emit_event.pid_namespace()
         gone = self.sessions.check_processes(namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         self._note_changes(gone + self.sessions.tick(now_ms()))
+
+    def _tick(self) -> None:
+        self._pass_time()
         self.answers.look()
         self._notice_changes.add("")  # the limits of accounts
         counts = collections.Counter(it.state for it in self.sessions.sessions.values() if not it.hidden)
@@ -8275,7 +8279,7 @@ def ran_at(pid: int, time_ms: int) -> bool:
     if start is None or sys.platform != "linux":
         return start is not None
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
-    return now_ms() - age_s * 1000 <= time_ms + 5000
+    return now_ms() - age_s * 1000 <= time_ms + 5000  # clocks differ by less
 
 
 class Containers:
