@@ -7940,12 +7940,13 @@ class Monitor:
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
     def _pass_time(self) -> None:
+        changed = self.sessions.tick(now_ms())
         # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
         is_sure, find, namespace = self.redis is None, self._containers.find, emit_event.pid_namespace()
         gone = self.sessions.check_processes(namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
-        self._note_changes(gone + self.sessions.tick(now_ms()))
+        self._note_changes(changed + gone)
 
     def _tick(self) -> None:
         self._pass_time()
