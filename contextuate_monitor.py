@@ -2423,7 +2423,8 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         kept = [it for it in session.waits if not it.by_client]
     else:  # a request says more than the client's status, or a notification that overtook it
         kept = [it for it in session.waits if it.event_id or it.kind == "input"]
-    session.waits = [*kept, wait]
+    began = [it.since for it in session.waits if it.by_client and it not in kept]
+    session.waits = [*kept, wait._replace(since=min([wait.since, *began]))]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
@@ -5233,6 +5234,7 @@ HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
 COOKIE_RULES = "HttpOnly; SameSite=Strict; Max-Age=31536000"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n")
 
 
 class Access:
@@ -5248,12 +5250,16 @@ class Access:
     def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
         """Raise RequestError: 421 for a foreign Host (DNS rebinding), 403 for another site's Origin, 401.
 
-        `port` is the one that received it. A request that `writes` needs our Origin or the token as a bearer
-        header: browsers send cookies by themselves.
+        `port` received it. What `writes` needs our Origin or a bearer token: browsers add cookies themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
-        if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
+        host, schemes = request.one("host").lower(), ("http", "https")
+        good = {f"{scheme}://{host}" for scheme in schemes}
+        if port != self.port:  # a WebSocket on the port of its own comes from the page's
+            good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
+            good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in schemes}
+        if origin and origin.lower() not in good:
             advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
             raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
@@ -5276,21 +5282,12 @@ class Access:
         host = request.one("host").lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
-        if name and (
-            name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
-        ):
+        is_own = name.strip("[]") in self._own_names or is_loopback(name)
+        if name and (is_own or {name, host} & self._allowed):
             return name
         line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
         advice = f": if it is yours, write {line} into ~/.contextuate/monitor.config.json and run `restart`"
         raise RequestError(421, "this Host is not allowed" + advice * bool(name))
-
-    def _origins(self, host: str, name: str, port: int) -> set[str]:
-        """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
-        if port == self.port:
-            return {f"http://{host}", f"https://{host}"}
-        good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
-        good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in ("http", "https")}
-        return good
 
 
 def peer_address(sock: socket.socket) -> str:
@@ -5299,13 +5296,6 @@ def peer_address(sock: socket.socket) -> str:
         return str(sock.getpeername()[0]).partition("%")[0].replace("::ffff:", "")
     except OSError:
         return ""
-
-
-def same_user_on_loopback(sock: socket.socket) -> bool:
-    """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
-    if not is_loopback(peer_address(sock)):
-        return False
-    return sys.platform != "linux" or peer_owner(sock)[0] == os.getuid()
 
 
 def peer_owner(sock: socket.socket) -> tuple[int, str]:
@@ -5334,11 +5324,8 @@ def _proc_address(address: tuple[Any, ...]) -> str:
 
 def read_token(path: str) -> str:
     """Return the token from our 0600 file, 192 random bits; create it if there is none."""
-    with (
-        contextlib.suppress(FileNotFoundError),
-        open(path, encoding="ascii", errors="replace", opener=emit_event.open_own) as file,
-    ):
-        token = file.read().strip()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=emit_event.open_own) as file:
+        token = file.read().decode("ascii", "replace").strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)
             return token
@@ -5421,6 +5408,16 @@ class Api:
                 return answer if isinstance(answer, Response) else json_response(answer)
         raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
+    def page(self, host: str) -> Response:
+        """Return the page, or the built-in one without its file, and its policy, for this Host header."""
+        path, ws_port, name = self._monitor.page_path, self._monitor.ws_port, re.sub(r":\d+$", "", host)
+        body = BUILT_IN_PAGE.replace("@PLACE@", json.dumps(path)[1:-1].replace("<", "\\u003c")).encode()
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            body = file.read()
+        policy = f"{page_policy(body)}connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} "
+        policy += f"wss://{name}:{ws_port} wss://{name}; img-src 'self' data:; frame-ancestors 'none'"
+        return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
+
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.get("hidden") in ("1", "true")
         pieces = encode_with_sessions({"loading": self._monitor.loading}, self._monitor.sessions, hidden)
@@ -5446,8 +5443,7 @@ class Api:
         return Response(200, b'{"events":[%b],"more":%b}' % (page, encode_json(len(lines) > limit)))
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
-        seq = query.integer("seq")
-        line = self._monitor.journal.find(event_id, query.get("session"), seq)
+        line = self._monitor.journal.find(event_id, query.get("session"), query.integer("seq"))
         if line is None:
             raise RequestError(404, "no event with this id is stored")
         return Response(200, line)
@@ -5542,18 +5538,6 @@ setInterval(() => refresh().catch(() => {}), 2000);
 """
 
 
-def page_response(path: str, ws_port: int, host: str) -> Response:
-    """Return the page, or the built-in one without its file, and its policy, for a request with this Host."""
-    place = json.dumps(path)[1:-1].replace("<", "\\u003c")
-    body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        body = file.read()
-    name = re.sub(r":\d+$", "", host)
-    policy = f"{page_policy(body)}connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} "
-    policy += f"wss://{name}:{ws_port} wss://{name}; img-src 'self' data:; frame-ancestors 'none'"
-    return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
-
-
 def page_policy(body: bytes) -> str:
     """Return the part of a page's policy that does not depend on where it comes from."""
     policy = "default-src 'none'; form-action 'none'; base-uri 'none'; "
@@ -5590,20 +5574,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
     request_queue_size = 128
     timeout = 2.0  # how often deadlines are checked, seconds
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        access: Access,
-        page: Callable[[str], Response],
-        api: Api,
-        answers: Answers,
-        limit: int,
-    ) -> None:
+    def __init__(self, sock: socket.socket, access: Access, api: Api, answers: Answers, limit: int) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
         self.server_name, self.server_port = "localhost", sock.getsockname()[1]
-        self.access, self.page, self.api, self.answers = access, page, api, answers
+        self.access, self.api, self.answers = access, api, answers
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
@@ -5639,25 +5615,19 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection until it ends."""
+        """Serve one connection until it ends or the loop takes it over; broken ones are expected."""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.deadlines.pop(request, None)
-            self._free_connections.release()
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection, unless the loop has taken it over."""
+            self.finish_request(request, client_address)
+        except (ConnectionError, TimeoutError, socket.timeout):
+            pass
+        except Exception:  # unexpected: log and continue
+            log.exception("unexpected error in an HTTP request")
         if request in self.upgraded_sockets:
             self.upgraded_sockets.discard(request)
         else:
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an unexpected error; broken connections are expected."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError, socket.timeout)):
-            log.exception("unexpected error in an HTTP request")
+            self.shutdown_request(request)
+        self.deadlines.pop(request, None)
+        self._free_connections.release()
 
 
 SAFE_HEADERS = (
@@ -5674,78 +5644,65 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     server: HttpServer
     rfile: io.BufferedReader
-    raw_requestline: bytes
-    protocol_version = "HTTP/1.1"
     timeout = REQUEST_DEADLINE_S
     disable_nagle_algorithm = True  # else a response may wait for the acknowledgement of the previous one
 
     def handle_one_request(self) -> None:
-        """Read one request, with a deadline for its head, and respond."""
+        """Read one request, by the rules of the WebSocket port, and respond; head and body have deadlines."""
         self.server.deadlines[self.connection] = time.monotonic() + REQUEST_DEADLINE_S
-        super().handle_one_request()
-
-    def parse_request(self) -> bool:
-        """Read and parse the head, by the rules of the WebSocket port, and end its deadline."""
-        line = head = self.raw_requestline
+        line = head = self.rfile.readline(HEAD_LIMIT_BYTES + 1)
         while line.endswith(b"\r\n") and line != b"\r\n" and len(head) <= HEAD_LIMIT_BYTES:
             line = self.rfile.readline(HEAD_LIMIT_BYTES + 1)
             head += line
         self.server.deadlines.pop(self.connection, None)
-        self.close_connection = True
-        if not line:  # the peer has disconnected
-            return False
+        self.command, self.request_version, self.close_connection = "GET", "HTTP/1.1", True
+        if line and (response := self._respond(head)):  # else the peer has disconnected, or it is a WebSocket
+            self._send(response)
+
+    def _respond(self, head: bytes) -> Response | None:
+        request = None
         try:
             if len(head) > HEAD_LIMIT_BYTES:
                 raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
-            self.request_head = request = parse_request_head(head.removesuffix(b"\r\n\r\n"))
+            request = parse_request_head(head.removesuffix(b"\r\n\r\n"))
+            self.command, self.request_version = request.method, request.version
+            self.close_connection = request.version != "HTTP/1.1" or "close" in request.tokens("connection")
+            if "100-continue" in request.tokens("expect") and request.version == "HTTP/1.1":
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return self._answer(request)
         except RequestError as error:
-            self.send_error(error.status, error.reason)
-            return False
-        self.command, self.path, self.request_version = request.method, request.target, request.version
-        self.close_connection = request.version != "HTTP/1.1" or "close" in request.tokens("connection")
-        if "100-continue" in request.tokens("expect") and request.version == "HTTP/1.1":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return True
-
-    def _handle(self) -> None:
-        try:
-            response = self._answer()
-            if response is None:
-                return
-        except RequestError as error:
+            self.close_connection = True  # its body may not have been read
             response = Response(error.status, encode_json({"error": error.reason}), headers=(*error.headers,))
-            if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person's
+            if request and any("text/html" in accepted for accepted in request.all("accept")):  # a person's
                 text = f"Contextuate Monitor: {error.reason}\n".encode()
                 response = response._replace(body=text, content_type="text/plain; charset=utf-8")
-            self.close_connection = True  # its body may not have been read
+            return response
         except SearchError as error:
-            response = json_response({"error": str(error), "field": error.field}, 400)
+            return json_response({"error": str(error), "field": error.field}, 400)
         except MalformedEvent as error:
-            response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
-        except TimeoutError as error:
-            response = json_response({"error": str(error)}, 503)
+            return json_response({"error": f"the body must be one JSON object: {error}"}, 400)
+        except (TimeoutError, concurrent.futures.TimeoutError) as error:
+            return json_response({"error": str(error) or "the monitor is too busy to answer"}, 503)
         except (ConnectionError, socket.timeout):
             raise
         except Exception:  # unexpected: log and answer
-            log.exception("a request could not be answered")
-            response = json_response({"error": "it could not be answered; monitor.log has the reason"}, 500)
             self.close_connection = True
-        self._send(response)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
+            log.exception("a request could not be answered")
+            return json_response({"error": "it could not be answered; monitor.log has the reason"}, 500)
 
     @functools.cached_property
-    def _is_own_user(self) -> bool:  # cached per connection, since /proc/net/tcp may be long
-        return same_user_on_loopback(self.connection)
+    def _is_own_user(self) -> bool:  # on Linux by /proc/net/tcp, which may be long: once a connection
+        """True if the connection comes from this machine and, on Linux, from our user."""
+        is_local = is_loopback(peer_address(self.connection))
+        return is_local and (sys.platform != "linux" or peer_owner(self.connection)[0] == os.getuid())
 
-    def _answer(self) -> Response | None:
-        request = self.request_head
-        path, _, query_text = self.path.partition("?")
+    def _answer(self, request: Request) -> Response | None:
+        path, _, query_text = request.target.partition("?")
         query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
         is_websocket = path == "/ws" or server.server_port != server.access.port
         if path == "/" and "token=" in query_text and not is_websocket:
             return self._exchange_token(request, query.get("token") or "")
-        method = "GET" if self.command == "HEAD" else self.command
+        method = "GET" if request.method == "HEAD" else request.method
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
         if is_websocket:
             response = handshake_response(request)
@@ -5762,16 +5719,14 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             return server.api.respond(method, path, query, body)
         if method != "GET":
             raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
-        return server.page(request.one("host"))
+        return server.api.page(request.one("host"))
 
     def _exchange_token(self, request: Request, token: str) -> Response:
         """Exchange the token of a link for a cookie, so that it stays out of the browser's history."""
-        access = self.server.access
-        self.close_connection = True  # a body is not read
+        access, self.close_connection = self.server.access, True  # a body is not read
         access.check_host(request)
         if not access.is_token(token):
-            advice = "`contextuate_monitor.py url --token` prints a new one"
-            raise RequestError(401, f"this link's token is not valid here; {advice}")
+            raise RequestError(401, "this link is not valid; `contextuate_monitor.py url --token` prints one")
         cookie = f"{TOKEN_COOKIE}_{access.port}={token}; {COOKIE_RULES}"
         # Both are relative, since a proxy may show the page below a path.
         return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
@@ -5781,44 +5736,31 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if (coding and length) or coding not in ("", "chunked") or not re.fullmatch("[0-9]{0,12}", length):
             raise RequestError(400, "a body needs either a Content-Length or Transfer-Encoding: chunked")
         self.server.deadlines[self.connection] = time.monotonic() + BODY_DEADLINE_S
+        body, size, malformed = bytearray(), int(length or 0), RequestError(400, "a chunk is malformed")
         try:
-            body = self._read_whole_body(int(length or 0), is_chunked=bool(coding))
+            while coding or not body:
+                if coding:
+                    match = CHUNK_SIZE.fullmatch(self.rfile.readline(1024))
+                    if match is None:
+                        raise malformed
+                    size = int(match[1], 16)
+                if len(body) + size > emit_event.LINE_LIMIT_BYTES:
+                    raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+                data = self.rfile.read(size)
+                if len(data) < size:
+                    raise RequestError(400, "the body ended early")
+                body += data
+                if size == 0:
+                    break
+                if coding and self.rfile.read(2) != b"\r\n":
+                    raise malformed
+            while coding and (line := self.rfile.readline(1024)) != b"\r\n":  # trailers are ignored
+                if not line.endswith(b"\r\n"):
+                    raise malformed
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time") from None
         self.server.deadlines.pop(self.connection, None)
-        return body
-
-    def _read_whole_body(self, length: int, is_chunked: bool) -> bytes:
-        if not is_chunked:
-            return self._read_body(length)
-        body = bytearray()
-        while size := self._chunk_size():
-            body += self._read_body(size, len(body))
-            if self.rfile.read(2) != b"\r\n":
-                raise RequestError(400, "a chunk is malformed")
-        while self._chunk_line() != b"\r\n":
-            pass  # trailers are ignored
         return bytes(body)
-
-    def _read_body(self, size: int, have: int = 0) -> bytes:
-        if have + size > emit_event.LINE_LIMIT_BYTES:
-            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
-        data = self.rfile.read(size)
-        if len(data) < size:
-            raise RequestError(400, "the body ended early")
-        return data
-
-    def _chunk_size(self) -> int:
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n", self._chunk_line())
-        if match is None:
-            raise RequestError(400, "a chunk is malformed")
-        return int(match[1], 16)
-
-    def _chunk_line(self) -> bytes:
-        line = self.rfile.readline(1024)
-        if not line.endswith(b"\r\n"):
-            raise RequestError(400, "a chunk is malformed")
-        return line
 
     def _send(self, response: Response) -> None:
         body = response.body
@@ -5841,16 +5783,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         else:
             self.wfile.writelines(itertools.chain([head], body))
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send an error of BaseHTTPRequestHandler as JSON."""
-        self.close_connection = True
-        self.request_version = "HTTP/1.1"
-        self.command = getattr(self, "command", None) or "GET"
-        self._send(json_response({"error": message or http.client.responses.get(code, "refused")}, code))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Do not log requests: a link may contain the token."""
-
 
 # ---------------------------------------------------------------------------
 # Answers: a person answers what a session asks, from the page or a terminal
@@ -5863,28 +5795,20 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
 PAIRING_COOKIE = "contextuate_answer"
 CODE_LIFE_S = 120
-CODE_TRIES = 3
-ANSWER_BYTES = 100 << 10  # fits into the buffer of a Unix socket
 TAKEN_DEADLINE_S = 5.0  # for a hook to print an answer
 LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
-QUESTIONS_LIMIT = 1000
 UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
-REFUSALS_SHOWN_MS = 3_600_000
 AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID"}
-AGENT_PROGRAMS = ("claude", "codex", "gemini")
 
 
 def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
-    """Return what shows that a process is, or descends from, an agent's; "" if nothing does (/proc only).
-
-    `clients`: process ids of agents that are known otherwise.
-    """
+    """Return what shows that a process descends from an agent's or one of `clients` (pids), else ""."""
     while pid > 0:
         variables: set[str] = set()
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
             variables = {it.partition("=")[0] for it in file.read().split("\0")}
         name, rest = _process_fields(pid)
-        if pid in clients or name in AGENT_PROGRAMS or variables & AGENT_VARIABLES:
+        if pid in clients or name in ("claude", "codex", "gemini") or variables & AGENT_VARIABLES:
             return f"process {pid} ({safe_line(name)}) is an agent's"
         pid = int(rest[1]) if rest else 0
     return ""
@@ -5896,16 +5820,6 @@ def _process_fields(pid: int) -> tuple[str, list[str]]:
         name, _, rest = file.read().partition("(")[2].rpartition(")")
         return name, rest.split()
     return "", []
-
-
-def holders_of(inode: str) -> list[int]:
-    """Return the ids of the processes that have a socket open."""
-    found = []
-    for path in glob.glob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(path) == f"socket:[{inode}]":
-                found.append(int(path.split("/")[2]))
-    return found
 
 
 @dataclasses.dataclass(eq=False)
@@ -5925,28 +5839,25 @@ class Answers:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor, self._settings, self._loop = monitor, monitor.settings, monitor.loop
         self.questions: dict[str, OpenQuestion] = {}  # by event id
-        self._over: dict[str, str] = {}  # event id → how the wait ended
         self._path = self._settings.path("pairings.json")
         self._pairings: list[JsonObject] = emit_event.objects_in(read_state(self._path).get("pairings"))
         self._code, self._code_until, self._tries = "", 0.0, 0
-        self._refused: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
-        self._threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
+        self._refusals: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
+        self.threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
         self._looking_until = 0.0  # of the mark in Redis, time.monotonic
 
     # Questions
 
     def take(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket]) -> None:
         """Wait for answers to stored events whose hooks wait: at a connection of `waiting`, or at Redis."""
-        asked = [entry.event for entry in stored if "answerable" in entry.event]
         at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
-        for event in asked:
-            sock, is_held = waiting.get(event["id"]), precedes_dialog(event)
-            limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
-            until = time.monotonic() + min(event["answerable"], limit_s)
-            if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
-                continue
-            self.questions[event["id"]] = OpenQuestion(event, sock, until)
-            self._monitor.sessions.answerable.add(event["id"])
+        for event in (entry.event for entry in stored if "answerable" in entry.event):
+            sock = waiting.get(event["id"])
+            limit = "answers.backgroundSeconds" if precedes_dialog(event) else "answers.waitSeconds"
+            if (sock or (at_redis and "spooled" not in event)) and len(self.questions) <= 1000:
+                until = time.monotonic() + min(event["answerable"], self._settings[limit])
+                self.questions[event["id"]] = OpenQuestion(event, sock, until)
+                self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
             self._monitor.hooks.release(sock)
             if event_id in self.questions:
@@ -5963,29 +5874,23 @@ class Answers:
         for event_id, question in list(self.questions.items()):
             session = sessions.get(question.event["sessionId"])
             wait = next((it for it in session.waits if it.event_id == event_id), None) if session else None
-            if question.is_taken or self._monitor.loading is not None:
-                continue
-            if wait is None:
-                self._end(event_id, "it was answered in the terminal, or is no longer asked")
-            elif now > question.until or (wait.held_until and question.sock and not is_seen):
-                self._end(event_id, "the client shows its own dialog")
+            is_late = now > question.until or (wait and wait.held_until and question.sock and not is_seen)
+            if (wait is None or is_late) and not question.is_taken and self._monitor.loading is None:
+                self._end(event_id)
         if is_seen and self._monitor.redis and now > self._looking_until - LOOKING_S / 2:
             self._looking_until = now + LOOKING_S
-            self._threads.submit(
-                self._at_redis, lambda client, place: client.set(place, b"1", ex=LOOKING_S), "looking"
-            )
+            self.threads.submit(self._at_redis, lambda it, key: it.set(key, b"1", ex=LOOKING_S), "looking")
 
     def _heard(self, event_id: str, _events: int) -> None:
         """The hook has printed the answer, or has gone."""
-        question = self.questions[event_id]
-        data = b""
+        question, data = self.questions[event_id], b""
         with contextlib.suppress(OSError):
             data = question.sock.recv(16) if question.sock else b""
-        if question.is_taken and not question.done.done():
+        if question.is_taken:
             question.done.set_result(data == emit_event.ACKNOWLEDGEMENT)
-        self._end(event_id, "an answer came first" if question.is_taken else "the client no longer waits")
+        self._end(event_id)
 
-    def _end(self, event_id: str, why: str) -> None:
+    def _end(self, event_id: str) -> None:
         """End one wait; its hook then prints nothing."""
 
         def push_nothing(client: Any, place: str) -> None:
@@ -5993,14 +5898,12 @@ class Answers:
             client.pexpire(place, emit_event.ANSWER_AGE_MS)
 
         question = self.questions.pop(event_id)
-        self._over[event_id] = why
-        _drop_oldest(self._over, QUESTIONS_LIMIT)
         self._monitor.sessions.answerable.discard(event_id)
         if question.sock:
             self._loop.unwatch(question.sock)
             question.sock.close()
         elif not question.is_taken:
-            self._threads.submit(self._at_redis, push_nothing, "answer", event_id)
+            self.threads.submit(self._at_redis, push_nothing, "answer", event_id)
         self._monitor.feed.changed[question.event["sessionId"]] = None
 
     def close(self) -> None:
@@ -6008,16 +5911,11 @@ class Answers:
         for question in self.questions.values():
             if question.sock:
                 question.sock.close()
-        self._threads.shutdown(wait=True)
+        self.threads.shutdown(wait=True)
 
     # Answering
 
-    def by_page(self, client: Client, message: JsonObject) -> concurrent.futures.Future[JsonObject]:
-        """Carry out an answer of a page."""
-        asked = message["sessionId"], message["eventId"], message.get("answer")
-        return self._threads.submit(lambda: self._answer(*asked, self._check_page(client)))
-
-    def _answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
+    def answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
         """Send one answer to its hook and record it, outside the loop thread; raise RequestError."""
         line = self._monitor.journal.find(event_id, session_id)
         if line is None:
@@ -6026,13 +5924,13 @@ class Answers:
         data = event["data"]
         asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
         asked["tool_input"] = data.get("toolInput")
-        if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
+        if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > 100 << 10:
             raise RequestError(400, "answer: it does not fit what is asked")
         if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
             raise RequestError(400, "too long to be shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
-        if isinstance(question, str):
-            outcome, words = "late", question
+        if question is None:
+            outcome, words = "late", "it was answered elsewhere, or the client no longer waits"
         elif question.sock:
             outcome, words = "unknown", UNKNOWN_WORDS
             with contextlib.suppress(concurrent.futures.TimeoutError):
@@ -6040,39 +5938,28 @@ class Answers:
                 outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
         else:
             outcome, words = self._send_signed(event_id, answer)
-        if isinstance(question, OpenQuestion):
-            self._loop.call(lambda: self._finish(event, by, outcome))
-        self._loop.call(lambda: self._record(event, answer, by, outcome))
+        self._loop.call(lambda: self._finish(question, event, answer, by, outcome))
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
-    def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
-        """Send an answer to the hook that waits for it; return its question, or why it is too late."""
+    def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | None:
+        """Send an answer to the hook that waits for it; return its question, None if it is too late."""
         question = self.questions.get(event_id)
-        if question is None:
-            return self._over.get(event_id, "its hook does not wait")
-        if question.is_taken:
-            return "another answer came first"
-        try:
-            if question.sock:
-                question.sock.send(encode_json(answer) + b"\n")
-        except OSError:
-            self._end(event_id, "the client no longer waits")
-            return self._over[event_id]
-        question.is_taken = True
-        return question
+        with contextlib.suppress(OSError):  # the hook has gone
+            if question is not None and not question.is_taken:
+                if question.sock:
+                    question.sock.send(encode_json(answer) + b"\n")
+                question.is_taken = True
+                return question
+        return None
 
-    def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
-        """End the wait after an answer, unless another one can be given."""
-        question = self.questions.get(event["id"])
+    def _finish(
+        self, question: OpenQuestion | None, event: JsonObject, answer: Any, by: str, outcome: str
+    ) -> None:
+        """Store an answer as an event, and end its wait unless another answer can be given."""
         if question and outcome == "failed":
             question.is_taken = False
-        elif question:
-            self._end(event["id"], "an answer came first")
-        if outcome == "delivered":
-            self._over[event["id"]] = f"it was answered from {by}"
-
-    def _record(self, event: JsonObject, answer: Any, by: str, outcome: str) -> None:
-        """Store an answer as an event."""
+        elif question and event["id"] in self.questions:
+            self._end(event["id"])
         same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
         data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
         words = {"delivered": "", "late": " (too late)", "failed": " (not delivered)"}.get(outcome, " (?)")
@@ -6141,18 +6028,18 @@ class Answers:
         secret = next((value for it, _, value in pairs if it == name), "")
         found = self._find_pairing(_digest(secret))
         if found and found.get("address") != peer_address(sock):
-            self._note_refusal(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
+            self._refused(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
             return ""
         return text_of(found.get("hash"))
 
     def _find_pairing(self, digest: str) -> JsonObject:
         return next((it for it in self._pairings if hmac.compare_digest(text_of(it.get("hash")), digest)), {})
 
-    def _check_page(self, client: Client) -> str:
+    def check_page(self, client: Client) -> str:
         """Return from where a page answers; raise RequestError without the right; in a thread."""
         pairing = self._find_pairing(client.pairing) if client.pairing else {}
         if not pairing:
-            self._refuse("a page that is not paired tried to answer; `answers pair` prints a code to pair it")
+            raise self._refused("a page that is not paired tried to answer; `answers pair` prints a code")
         self._check_process(client.sock)
         return text_of(pairing.get("name"))
 
@@ -6161,12 +6048,16 @@ class Answers:
         _, inode = peer_owner(sock) if sys.platform == "linux" else (-1, "")
         if not inode:
             return 0
-        pids, here = holders_of(inode), emit_event.pid_namespace()
+        pids, here = [], emit_event.pid_namespace()
+        for path in glob.glob("/proc/[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path) == f"socket:[{inode}]":
+                    pids.append(int(path.split("/")[2]))
         sessions = list(self._monitor.sessions.sessions.values())
         clients = frozenset(pid for it in sessions for pid, space in list(it.processes) if space == here)
         reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
         if reason or not pids:
-            self._refuse(f"an agent must not answer: {reason or 'the process cannot be found'}")
+            raise self._refused(f"an agent must not answer: {reason or 'the process cannot be found'}")
         return pids[0]
 
     def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
@@ -6176,32 +6067,34 @@ class Answers:
         if path == "/pair":
             return self._pair(text_of(given.get("code")), request, sock)
         if not request.one("authorization") or not is_loopback(peer_address(sock)):
-            self._refuse("commands that answer run on the monitor's machine, with its token")
+            raise self._refused("commands that answer run on the monitor's machine, with its token")
         # The controlling terminal, as major and minor number of its device.
         terminal, refused = [text_of(given.get("terminal"))], text_of(given.get("refused"))
         if sys.platform == "linux":
             terminal = _process_fields(pid)[1][4:5]
         if refused or terminal in ([], ["0"], [""]):
-            self._refuse(refused or f"process {pid} has no terminal, so no person uses it")
+            raise self._refused(refused or f"process {pid} has no terminal, so no person uses it")
         if given.get("do") == "code":
             self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
             self._code_until = time.monotonic() + CODE_LIFE_S
             log.info("a code to pair a browser was printed")
             return json_response({"code": self._code})
         wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
-        return json_response(self._answer(*wanted, "a terminal"))
+        return json_response(self.answer(*wanted, "a terminal"))
 
     def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
-        """Exchange a code for a cookie."""
         is_known = self._code != "" and time.monotonic() < self._code_until
         self._tries += 1
         is_right = is_known and hmac.compare_digest(code.encode("utf-8", "replace"), self._code.encode())
-        if is_right or self._tries >= CODE_TRIES:
+        if is_right or self._tries >= 3:
             self._code = ""
         if not is_right:
-            self._refuse("a wrong code was given" if is_known else "no code is valid now: run `answers pair`")
+            raise self._refused("a wrong code" if is_known else "no code is valid: `answers pair` prints one")
         secret, address = secrets.token_urlsafe(32), peer_address(sock)
-        name = f"{browser_name(request.one('user-agent'))} on {address}"
+        known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
+        agent = request.one("user-agent")
+        browser = next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
+        name = f"{browser} on {address}"
         entry = {"hash": _digest(secret), "name": name, "address": address, "at": now_ms()}
         words = f"{name} may answer from now on"
         self._loop.call(lambda: self._save_pairings([*self._pairings, entry], words))
@@ -6210,8 +6103,7 @@ class Answers:
 
     def end_pairing(self, pairing: str) -> None:
         """Take the right to answer from a browser; `pairing`: its id in the status."""
-        ended = [it for it in self._pairings if pairing and text_of(it.get("hash")).startswith(pairing)]
-        for entry in ended:
+        for entry in [it for it in self._pairings if pairing and text_of(it.get("hash")).startswith(pairing)]:
             left = [it for it in self._pairings if it is not entry]
             self._save_pairings(left, f"{entry.get('name')} may no longer answer")
             for client in list(self._monitor.clients.clients.values()):
@@ -6224,34 +6116,24 @@ class Answers:
         log.warning("%s", words)
         self._monitor.clients.broadcast((), text_frame({"type": "notice", "words": words}))
 
-    def _note_refusal(self, words: str) -> None:
-        """Log an attempt that is refused, and show it on the page; for any thread."""
+    def _refused(self, words: str) -> RequestError:
+        """Log an attempt that is refused, and show it on the page; return the error; for any thread."""
         log.warning("refused: %s", words)
-        self._refused.append((now_ms(), words))
-
-    def _refuse(self, words: str) -> NoReturn:
-        self._note_refusal(words)
-        raise RequestError(403, words)
+        self._refusals.append((now_ms(), words))
+        return RequestError(403, words)
 
     def status(self) -> JsonObject:
         """Return the paired browsers and the attempts that were refused in the last hour."""
-        pairings = [
-            {"id": text_of(it.get("hash"))[:12], "name": it.get("name"), "at": it.get("at")}
-            for it in self._pairings
-        ]
-        since = now_ms() - REFUSALS_SHOWN_MS
-        refused = [{"at": at, "words": words} for at, words in self._refused if at > since]
-        return {"pairings": pairings, "refused": refused}
+        names = [(text_of(it.get("hash"))[:12], it.get("name"), it.get("at")) for it in self._pairings]
+        since = now_ms() - 3_600_000
+        return {
+            "pairings": [dict(zip(("id", "name", "at"), it)) for it in names],
+            "refused": [{"at": at, "words": words} for at, words in self._refusals if at > since],
+        }
 
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
-
-
-def browser_name(agent: str) -> str:
-    """Return the name of a browser, from its User-Agent."""
-    known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
-    return next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
 
 
 def answer_words(event: JsonObject, answer: JsonObject) -> str:
@@ -6303,13 +6185,10 @@ def suggestion_words(suggestion: JsonObject) -> str:
 # and saves what was sent, so that a restart sends nothing twice. The rest happens in the loop thread.
 # ---------------------------------------------------------------------------
 
-NOTICE_INTERVAL_S = 0.2  # between two looks at what is due
 NOTICE_DEADLINE_S = 10.0  # of one attempt to send
 NOTICE_PAUSES_S = (2.0, 30.0)  # after the first and the second failed attempt; the third one is the last
 NOTICE_QUEUE_MS = 600_000  # a message that could not be sent for this long is dropped; so is an old end
 NOTICE_AGE_MS = 12 * 3_600_000  # what began earlier is no news to a monitor that starts
-LASTING_MS = 1000  # a shorter wait may have been answered by a hook
-WAITS = frozenset(("permission", "question", "plan", "input", "dialog"))
 LIMIT_PERCENT = 80  # of a context or an account's limit
 LIMIT_LABELS = {"fiveHour": "account, 5 hours", "sevenDay": "account, 7 days"}
 
@@ -6324,7 +6203,6 @@ class Notice(NamedTuple):
     machine: str
     detail: str
     since: int  # ms; 0: not known
-    by_client: bool = False  # as Reason.by_client
 
 
 class Delivery(NamedTuple):
@@ -6342,13 +6220,13 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     about = session.session_id, session.label[0], session.machine_id
     found: list[Notice] = []
 
-    def add(part: str, kind: str, detail: str, since: int, by_client: bool = False) -> None:
-        found.append(Notice(_notice_key(about[0], part, since), kind, *about, detail, since, by_client))
+    def add(part: str, kind: str, detail: str, since: int) -> None:
+        found.append(Notice(_notice_key(about[0], part, since), kind, *about, detail, since))
 
     for it in session.waits if session.state == "waiting" else ():
         kind = "plan" if it.tool == "ExitPlanMode" else it.kind
         detail = ": ".join(filter(None, (it.tool, it.detail)))
-        add(f"wait {it.agent_id}", kind, detail, it.since, it.by_client)  # the kind may change
+        add(f"wait {it.agent_id}", kind, detail, it.since)  # the kind may change
     if session.reason and session.state in ("failed", "ended"):
         add(session.state, session.state, session.reason.detail, session.state_since)
     for stuck in stuck_signals(session):
@@ -6376,32 +6254,24 @@ def _notice_key(*parts: Any) -> str:
 
 
 class NoticeBook:
-    """What holds now, and what was sent of it.
-
-    `sent`: key → {"to": [ids of targets], "notice": the notice without its detail}, for the next start.
-    """
+    """What holds now, and what was sent of it."""
 
     def __init__(self, targets: Sequence[NotifyTarget], sent: dict[str, JsonObject]) -> None:
-        self.targets, self.sent = targets, sent
+        self.targets = targets
+        self.sent = sent  # key → {"to": [ids of targets], "notice": without its detail}, for the next start
         # Session id ("": accounts) → key → (what holds, ids of targets for which it was queued)
         self.open: dict[str, dict[str, tuple[Notice, set[str]]]] = {}
-        self._renamed: dict[str, str] = {}  # key → that of the same wait before a hook described it
 
     def update(self, session_id: str, notices: Sequence[Notice], time_ms: int) -> None:
         """Record what holds for a session now."""
         before, after = self.open.pop(session_id, {}), {}
-        keys = [self._renamed.get(it.key, it.key) for it in notices]
-        gone = [key for key, (it, _) in before.items() if it.by_client and key not in keys]
-        for key, it in zip(keys, notices):
-            if key not in before and gone and it.kind in WAITS and not it.by_client:
-                self._renamed[key] = key = gone.pop(0)  # the request came after the client's own status
+        for it in notices:
             limit = NOTICE_QUEUE_MS if it.kind == "ended" else NOTICE_AGE_MS
-            if key in before:
-                after[key] = it._replace(key=key, since=before[key][0].since), before[key][1]
-            elif key in self.sent or not it.since or time_ms - it.since <= limit:
+            if it.key in before:
+                after[it.key] = it._replace(since=before[it.key][0].since), before[it.key][1]
+            elif it.key in self.sent or not it.since or time_ms - it.since <= limit:
                 since = min(it.since or time_ms, time_ms)
-                after[key] = it._replace(since=since), set(self.sent.get(key, {"to": ()})["to"])
-        self._renamed = {new: old for new, old in self._renamed.items() if old in after or old not in before}
+                after[it.key] = it._replace(since=since), set(self.sent.get(it.key, {"to": ()})["to"])
         if after:
             self.open[session_id] = after
 
@@ -6414,7 +6284,8 @@ class NoticeBook:
         messages = []
         for notice, queued in itertools.chain(*(notices.values() for notices in self.open.values())):
             for it in self.targets:
-                lasts = time_ms - notice.since >= max(it.after_ms, LASTING_MS)
+                # What lasts less than a second may have been answered by a hook.
+                lasts = time_ms - notice.since >= max(it.after_ms, 1000)
                 may_send = not it.is_quiet(clock) and not (it.unless_seen and is_seen)
                 if lasts and may_send and notice.kind in it.kinds and it.id not in queued:
                     queued.add(it.id)
@@ -6433,10 +6304,7 @@ class NoticeBook:
 
 
 def message_words(message: Delivery) -> tuple[str, str, str]:
-    """Return (title, text, link) of a message, all without control characters.
-
-    The first two begin with our words: to a command they never look like an option.
-    """
+    """Return (title, text, link) of a message without control characters; none begins like an option."""
 
     def plain(text: str, limit: int = 80) -> str:
         text = emit_event.redact_text(text)
@@ -6541,14 +6409,11 @@ class Notifier:
         self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         self._closing = False
-        sent = read_state(path).get("sent")
-        known = sent.items() if isinstance(sent, dict) else ()
-        self._book = NoticeBook(targets, {key: it for key, it in known if self._is_record(it)})
-
-    @staticmethod
-    def _is_record(it: Any) -> bool:
-        to, notice = (it.get("to"), it.get("notice")) if isinstance(it, dict) else (None, None)
-        return isinstance(to, list) and isinstance(notice, list) and len(notice) == len(Notice._fields) - 1
+        sent: dict[str, JsonObject] = {}
+        with contextlib.suppress(AttributeError, LookupError, TypeError):  # a damaged file
+            for key, it in read_state(path)["sent"].items():
+                sent[key] = {"to": [*it["to"]], "notice": Notice(key, *it["notice"][:6])[1:]}
+        self._book = NoticeBook(targets, sent)
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
@@ -6563,10 +6428,11 @@ class Notifier:
         notice = Notice(uuid.uuid4().hex, "test", "", "it works", emit_event.this_machine(), "", 0)
 
         def send() -> JsonObject:
-            outcomes = [(it, *attempt(Delivery(it, notice, False, 0))) for it in self.targets]
-            for target, is_sent, words, _ in outcomes:
+            results = []
+            for target in self.targets:
+                is_sent, words, _ = attempt(Delivery(target, notice, False, 0))
                 self._note(target, is_sent, words)
-            results = [{"name": target.name, "ok": it, "words": words} for target, it, words, _ in outcomes]
+                results.append({"name": target.name, "ok": is_sent, "words": words})
             return {"type": "notify_tested", "results": results}
 
         return self._thread.submit(send)
@@ -6637,15 +6503,9 @@ SENT_UPDATES = 256  # that are kept, so that the next ones have only what change
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
 SNAPSHOT_INTERVAL_S = 30.0
-SPOOL_LINES_A_TURN = 200
-SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
-PROCESS_START_SLACK_MS = 5000
 CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
-LOCK_ATTEMPTS = 25
-LOCK_PAUSE_S = 0.02
-LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
 LOADING = "stored sessions are still being read; try again in a moment"
 ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
@@ -6655,15 +6515,11 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[bytes, socket.socket]  # a line, and the connection to acknowledge it on
-
-
 @dataclasses.dataclass
 class HookPort:
-    """The Unix socket that hooks send events to, one a line, each acknowledged with one byte.
+    """The Unix socket that hooks of this user send events to, one a line, each acknowledged with one byte.
 
-    Accepts connections of this user only. `received` gets each line and its connection, which is not read
-    again before its lines are acknowledged. Raises StartError when another monitor uses the socket.
+    `received` gets each line and its connection, which is not read again before its lines are acknowledged.
     """
 
     loop: EventLoop
@@ -6718,13 +6574,11 @@ class HookPort:
             return  # dropped when an earlier line could not be stored
         self.waiting[sock] -= count
         try:
-            sock.send(emit_event.ACKNOWLEDGEMENT * count)
-        except BlockingIOError:
-            pass  # the sender does not read its acknowledgements
+            with contextlib.suppress(BlockingIOError):  # the sender does not read its acknowledgements
+                sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except OSError:
             self.drop(sock)
-            return
-        if self.waiting[sock] == 0 and sock in self.paused:
+        if sock in self.paused and self.waiting[sock] == 0:
             self.paused.discard(sock)
             self._watch(sock)
 
@@ -6741,8 +6595,7 @@ class HookPort:
         self.loop.unwatch(sock)
 
     def restore(self) -> None:
-        """Bind the socket and take the lock again when they were removed."""
-        self._lock = keep_locked(self.path + ".lock", self._lock)
+        """Bind the socket again when it was removed."""
         if self._listener is not None and not os.path.exists(self.path):
             log.warning("%s was removed; it is bound again", self.path)
             removed = self._listener
@@ -6791,11 +6644,10 @@ class Ingest:
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
-        """Store the events of a batch of lines.
+        """Store a batch of lines; return for each whether it is settled (or no event), and the stored events.
 
         `remote` lines came through Redis, where others may publish, too. `late`: for each line whether it
-        waited (spool, stream), so that its delay is no measure of clocks. Returns for each line whether it is
-        settled (stored, a duplicate, or no event), and the stored events.
+        waited (spool, stream), so that its delay is no measure of clocks.
         """
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
@@ -6880,14 +6732,10 @@ class Ingest:
 
     def _quarantine(self, line: bytes, error: Exception) -> None:
         self.counts["quarantined"] += 1
-        shown, reason = emit_event.shown_head(line, 200, self._privacy), str(error)
-        if isinstance(error, MalformedEvent):
-            log.warning("not an event (%s): %r", reason, shown)
-        elif self._privacy.metadata_only:  # an error's text may quote content
-            reason = type(error).__name__
-            log.error("an event could not be built: %s", reason)
-        else:
-            log.error("an event could not be built: %r", shown, exc_info=error)
+        shown, reason, trace = emit_event.shown_head(line, 200, self._privacy), str(error), None
+        if not isinstance(error, MalformedEvent):  # its text may quote content
+            reason, trace = type(error).__name__, None if self._privacy.metadata_only else error
+        log.warning("not an event (%s): %r", reason, shown, exc_info=trace)
         try:
             emit_event.keep_in_quarantine(self._quarantine_path, line, reason, self._privacy)
         except OSError as trouble:
@@ -6916,10 +6764,7 @@ class Ingest:
 
 
 class RegistryThread(threading.Thread):
-    """Reads the registry of this machine's clients in a thread, since their disk may be slow.
-
-    `deliver` is called in that thread with each event.
-    """
+    """Reads the registry of this machine's clients, whose disk may be slow; calls `deliver` with events."""
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
         super().__init__(name="registry", daemon=True)
@@ -6965,40 +6810,29 @@ class SessionFeed:
     sent: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # the last updates, by session id
     updates_due: bool = False
 
-    def take(self) -> tuple[bytes, bytes]:
-        """Return the updates to send now, whole and as changes; the end of the interval sends the rest."""
-        if self.updates_due or not self.changed:
-            return b"", b""
-        self.updates_due = True
-        self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
-        sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
-        self.changed.clear()
-        if not self.clients.clients:
-            self.sent.clear()
-            return b"", b""
-        children = self.sessions.children() if len(sessions) > 1 else None
-        rows = [self.sessions.to_json(session, children) for session in sessions]
-        changes: list[JsonObject] = []
-        for row in rows:
-            before = self.sent.pop(row["sessionId"], {})
-            changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
-            changes[-1]["sessionId"] = row["sessionId"]
-            self.sent[row["sessionId"]] = row
-        if len(self.sent) > SENT_UPDATES:
-            _drop_oldest(self.sent, SENT_UPDATES)
-        is_whole = not all(client.changes for client in self.clients.clients.values())
-        frames = [
-            b"".join(
-                encode_frame(Opcode.TEXT, encode_json({"type": "session_update", "session": row}))
-                for row in kind
-            )
-            for kind in (rows if is_whole else (), changes)
-        ]
-        return frames[0], frames[1]
-
     def send(self, stored: Sequence[StoredEvent] = ()) -> None:
         """Send events, and the changed sessions now or together at the end of the interval."""
-        self.clients.broadcast(stored, *self.take())
+        whole = changes = b""
+        if self.changed and not self.updates_due:
+            self.updates_due = True
+            self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+            sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
+            self.changed.clear()
+            children = self.sessions.children() if len(sessions) > 1 else None
+            clients, changed = self.clients.clients.values(), []
+            rows = [self.sessions.to_json(session, children) for session in sessions if clients]
+            for row in rows:
+                before = self.sent.pop(row["sessionId"], {})
+                names = (it for it in row if it == "sessionId" or it not in before or before[it] != row[it])
+                changed.append({name: row[name] for name in names})
+                self.sent[row["sessionId"]] = row
+            _drop_oldest(self.sent, SENT_UPDATES if clients else 0)
+            is_whole = not all(client.changes for client in clients)
+            whole, changes = (
+                b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
+                for kind in (rows if is_whole else (), changed)
+            )
+        self.clients.broadcast(stored, whole, changes)
 
     def _end_interval(self) -> None:
         self.updates_due = False
@@ -7015,41 +6849,27 @@ class SessionFeed:
                 self.clients.reply(client, encode_frame(Opcode.TEXT, message))
 
 
-@dataclasses.dataclass
 class Retention:
-    """Deletes events beyond the configured age or size, in a thread of its own.
+    """Deletes events beyond the configured age or size, in a thread; all else is in the loop thread."""
 
-    `pinned()` returns the names of the files to keep; `removed(names)` is called with the names of sessions
-    without events. Everything but deleting happens in the loop thread.
-    """
-
-    settings: Settings
-    loop: EventLoop
-    pinned: Callable[[], frozenset[str]]
-    removed: Callable[[frozenset[str]], None]
-    last_seq: Callable[[], int]
-    events_added: int = 0  # bytes since the start, less what the user deleted
-
-    def __post_init__(self) -> None:
-        self._clock = ClockMemory(self.settings.path("clock.json"))
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor, self._settings = monitor, monitor.settings
+        self.events_added = 0  # bytes since the start, less what the user deleted
+        self._clock = ClockMemory(self._settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
-    def begin(self) -> None:
-        """Prune now and periodically."""
-        self.prune()
-        self.loop.call_every(RETENTION_INTERVAL_S, self.prune)
-
     def check_clock(self, save: bool = False) -> None:
         """Record whether the clock was set; to be called at least once a second."""
-        self._clock.compare(self.last_seq(), save)
+        self._clock.compare(self._monitor.journal.seq, save)
 
     def prune(self, dry_run: bool = False, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
-        kept, added, home = self.pinned(), self.events_added, self.settings.home
-        days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
+        sessions, added, home = self._monitor.sessions.sessions, self.events_added, self._settings.home
+        kept = frozenset(session_file_name(it.session_id) for it in sessions.values() if it.pinned)
+        days, limit = self._settings["retention.days"], self._settings["retention.maxMegabytes"]
         self.check_clock(save=True)
         time_ms, steps = now_ms(), self._clock.steps
 
@@ -7061,7 +6881,7 @@ class Retention:
                 self._error = f"old events cannot be deleted: {error}"
                 log.warning("%s", self._error)
             else:
-                self.loop.call_soon(lambda: finish(plan, gone))
+                self._monitor.loop.call_soon(lambda: finish(plan, gone))
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -7069,7 +6889,7 @@ class Retention:
             if plan.files and not dry_run:
                 days = f"{plan.days[0]} to {plan.days[-1]}"
                 log.info("%d files of %s deleted, %s", len(plan.files), days, human_size(plan.size))
-            self.removed(gone)
+            self._monitor.forget_files(gone)
             done(plan)
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
@@ -7083,7 +6903,7 @@ class Retention:
         since = self.events_added - self._measured_at
         return {
             "bytes": max(0, plan.total - plan.index_size + since + index_size),
-            "limitBytes": (self.settings["retention.maxMegabytes"] or 0) << 20 or None,
+            "limitBytes": (self._settings["retention.maxMegabytes"] or 0) << 20 or None,
             "eventsBytes": max(0, plan.events + since),
             "indexBytes": index_size,
             "oldestDay": plan.oldest_day,
@@ -7102,8 +6922,7 @@ Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 class MessageHandlers:
     """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
 
-    A method returns the answer: a message, an encoded one, a future of one from the reader thread, or None
-    for no answer. Messages that change something are refused while stored sessions are being read.
+    It returns a message, an encoded one, a future of one, or None; while loading, QUESTIONS alone are taken.
     """
 
     QUESTIONS = frozenset(
@@ -7118,20 +6937,13 @@ class MessageHandlers:
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
         "mark_seen": lambda session, message: {"action": "seen"},
     }
-    CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
-        "text": lambda it: isinstance(it, str) and it != "",
-        "text, perhaps empty": lambda it: isinstance(it, str),
-        "a list of texts": lambda it: isinstance(it, list) and all(isinstance(text, str) for text in it),
-        "an integer of at least 0": lambda it: type(it) is int and it >= 0,
-        '"full" or "rows"': lambda it: it in ("full", "rows"),
-    }
-    FIELDS = {
-        **dict.fromkeys(("sessionId", "eventId", "parentSessionId"), "text"),
-        **dict.fromkeys(("limit", "before", "since", "seq", "from", "to"), "an integer of at least 0"),
-        "label": "text, perhaps empty",
-        "sessionIds": "a list of texts",
-        "view": '"full" or "rows"',
-    }
+    FIELDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (  # names, what is expected, its check
+        ("sessionId eventId parentSessionId", "text", lambda it: isinstance(it, str) and it != ""),
+        ("label", "text, perhaps empty", lambda it: isinstance(it, str)),
+        ("sessionIds", "a list of texts", lambda it: isinstance(it, list) and {*map(type, it)} <= {str}),
+        ("limit before since seq from to", "an integer of at least 0", lambda n: type(n) is int and n >= 0),
+        ("view", '"full" or "rows"', lambda it: it in ("full", "rows")),
+    )
     NEEDED = (  # type.field
         "unsubscribe.sessionIds get_events.sessionId get_event_detail.sessionId get_event_detail.eventId "
         "rename_session.label answer.sessionId answer.eventId".split()
@@ -7167,10 +6979,7 @@ class MessageHandlers:
         client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
-        try:
-            answer = done.result(120)
-        except concurrent.futures.TimeoutError:  # before Python 3.11 another than the built-in one
-            raise TimeoutError("the monitor is too busy to answer") from None
+        answer = done.result(120)
         if isinstance(answer, Exception):
             raise answer
         return with_request_id(message, answer or {"type": "done"})
@@ -7184,10 +6993,11 @@ class MessageHandlers:
                 raise RequestError(400, f"unknown type {one_line(kind, 40)!r}")
             if monitor.loading is not None and kind not in self.QUESTIONS:
                 raise RequestError(503, LOADING)
-            for name, expected in self.FIELDS.items():
-                value = message.get(name)
-                if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
-                    raise RequestError(400, f"{name}: expected {expected}")
+            for names, expected, is_good in self.FIELDS:
+                for name in names.split():
+                    value = message.get(name)
+                    if f"{kind}.{name}" in self.NEEDED if value is None else not is_good(value):
+                        raise RequestError(400, f"{name}: expected {expected}")
             answer = handler(client, message)
         except Exception as error:  # the client gets an error in any case
             answer = error
@@ -7264,13 +7074,8 @@ class MessageHandlers:
             line = self._monitor.journal.find(event_id, session_id, message.get("seq"))
             event = parse_stored(line) if line is not None else None
             offers = emit_event.objects_in(event["data"].get("permission_suggestions")) if event else []
-            ids = {"sessionId": session_id, "eventId": event_id}
-            return {
-                "type": "event_detail",
-                **ids,
-                "event": event,
-                "offers": list(map(suggestion_words, offers)),
-            }
+            about = {"type": "event_detail", "sessionId": session_id, "eventId": event_id}
+            return {**about, "event": event, "offers": list(map(suggestion_words, offers))}
 
         return self._monitor.reader.submit(read)
 
@@ -7300,7 +7105,9 @@ class MessageHandlers:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
 
     def _on_answer(self, client: Client, message: JsonObject) -> Answer:
-        return self._monitor.answers.by_page(client, message)
+        answers = self._monitor.answers
+        asked = message["sessionId"], message["eventId"], message.get("answer")
+        return answers.threads.submit(lambda: answers.answer(*asked, answers.check_page(client)))
 
     def _on_end_pairing(self, client: Client, message: JsonObject) -> None:
         self._monitor.answers.end_pairing(text_of(message.get("pairing")))
@@ -7318,9 +7125,8 @@ class MessageHandlers:
         self._store_action(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
-        for session in list(self._monitor.sessions.sessions.values()):
-            if not session.hidden:
-                self._store_action(session, {"action": "hide", "hidden": True})
+        for session in [it for it in self._monitor.sessions.sessions.values() if not it.hidden]:
+            self._store_action(session, {"action": "hide", "hidden": True})
         self._monitor.feed.send_list()
 
     def _on_delete_session(self, client: Client, message: JsonObject) -> None:
@@ -7336,8 +7142,8 @@ class MessageHandlers:
             raise RequestError(400, "events are kept in memory only, there is nothing to delete")
         dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
         pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
-        done = pruned.set_result
-        self._monitor.retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
+        retention, done = self._monitor.retention, pruned.set_result
+        retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
         return pruned
 
     def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
@@ -7430,10 +7236,7 @@ def publisher_state(home: str) -> JsonObject:
 
 
 class Status:
-    """The monitor's state for the API and the clients: status, configuration, sessions, metrics.
-
-    Reads the monitor's parts, in the loop thread, and changes nothing.
-    """
+    """The monitor's state for the API and the clients, read from its parts in the loop thread."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -7451,10 +7254,8 @@ class Status:
         """Return the response of /api/status and the `status` message."""
         monitor = self._monitor
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
-        shown = [
-            {**machines[key], "clockSkewMs": skew_ms(key)}
-            for key in itertools.islice(reversed(machines), MACHINES_SHOWN)
-        ]
+        keys = itertools.islice(reversed(machines), MACHINES_SHOWN)
+        shown = [{**machines[key], "clockSkewMs": skew_ms(key)} for key in keys]
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
@@ -7525,21 +7326,8 @@ class Status:
         raise RequestError(404, "no session with this id is known")
 
 
-def steady_part(status: JsonObject) -> list[object]:
-    """Return the part of a status whose changes the clients get at once: all but counters and times."""
-    index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
-    names = ("problems", "store", "spool", "loading", "demo", "limits", "answers", "otherMachines")
-    steady = [status[name] for name in names] + [len(status["machines"]), index["state"]]
-    steady += [index["state"] != "ready" and 100 * index["done"] // (index["total"] or 1)]
-    steady += [redis.get(name) for name in ("state", "attempt")]
-    return steady + [publisher.get(name) for name in ("running", "state", "stream")]
-
-
 class Monitor:
-    """The running program: `run` serves until `stop`.
-
-    Everything but `__init__` happens in the loop thread.
-    """
+    """The running program: `run` serves until `stop`; all but `__init__` happens in the loop thread."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -7559,23 +7347,18 @@ class Monitor:
         self.redis: RedisLink | None = None
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
-        self._notice_changes: set[str] = set()  # sessions that may have something else to say
+        self._notice_changes: set[str] = set()  # ids of sessions whose notices may have changed
         self._short = ""  # content of the file `short`, for prompts
-        self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self._arrivals = Turns()  # of Arrival
+        self._arrivals = Turns()  # of lines, each with the connection to acknowledge it on
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
-        self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
-        self.retention = Retention(
-            settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
-        )
+        self.retention = Retention(self)
         self._containers = Containers()
         self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
-        self._stopping = False
 
     # Start and stop
 
@@ -7593,10 +7376,8 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
-        ):
+        path, opener = settings.path("last-seq"), emit_event.open_own
+        with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=opener) as file:
             self.journal.seq = int(file.read(20))
         self.journal.open()
         # before any event is taken, which may have come before
@@ -7604,21 +7385,12 @@ class Monitor:
             self.ingest.seen.add(line_id(line))
         self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
-        self.clients = WebSocketServer(
-            self.loop,
-            opened=handlers.greet,
-            received=handlers.take,
-            connection_limit=settings["limits.connections"],
-            queue_limit_bytes=settings["limits.clientQueueBytes"],
-        )
+        limit, queue_bytes = settings["limits.connections"], settings["limits.clientQueueBytes"]
+        self.clients = WebSocketServer(self.loop, handlers.greet, handlers.take, limit, queue_bytes)
         self.feed = SessionFeed(self.loop, self.sessions, self.clients)
         self.page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
-        page = functools.partial(page_response, self.page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
-        limit = settings["limits.connections"]
-        self.http = [
-            HttpServer(it, access, page, api, self.answers, limit) for it in (http_socket, ws_socket)
-        ]
+        self.http = [HttpServer(it, access, api, self.answers, limit) for it in (http_socket, ws_socket)]
         self.retention.check_clock()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
@@ -7628,8 +7400,7 @@ class Monitor:
         self.loading = {"done": 0, "total": self.journal.seq}
         self._advance(self._load())
 
-    def _write_about(self) -> None:
-        """Write what other processes need to find this monitor."""
+    def _write_about(self) -> None:  # for other processes, to find this monitor
         emit_event.write_atomically(self.settings.path("monitor.run.json"), encode_json(self.about) + b"\n")
 
     def run(self) -> None:
@@ -7643,17 +7414,14 @@ class Monitor:
 
     def stop(self) -> None:
         """Store received events, close the clients, and make `run` return; for any thread."""
-        self.loop.call_soon(self._begin_stop)
 
-    def _begin_stop(self) -> None:
-        if self._stopping:
-            return
-        self._stopping = True
-        self.hooks.stop_listening()
-        for client in list(self.clients.clients.values()):
-            self.clients.close(client, CloseCode.GOING_AWAY, "the monitor stops")
-        # Lines that have arrived are still stored and acknowledged.
-        self.loop.call_later(0.1, self.loop.stop)
+        def begin() -> None:
+            self.hooks.stop_listening()
+            for client in list(self.clients.clients.values()):
+                self.clients.close(client, CloseCode.GOING_AWAY, "the monitor stops")
+            self.loop.call_later(0.1, self.loop.stop)  # lines that have arrived are still stored
+
+        self.loop.call_soon(begin)
 
     def _close(self) -> None:
         while self._arrivals.waiting:
@@ -7683,61 +7451,61 @@ class Monitor:
     # Loading: snapshots, then later events
 
     def _advance(self, steps: Iterator[bool]) -> None:
-        """Do long work for some milliseconds a turn, so that hooks and clients never wait.
-
-        `steps` yields after each piece of work: True to pause for 0.1 s.
-        """
-        deadline = time.monotonic() + SLICE_S
+        """Do long work for some ms a turn; `steps` yields after each piece of it: True to pause for 0.1 s."""
+        deadline = time.monotonic() + 0.004
         for must_pause in steps:
             if must_pause or time.monotonic() >= deadline:
                 self.loop.call_later(0.1 * must_pause, functools.partial(self._advance, steps))
                 return
 
     def _load(self) -> Iterator[bool]:
-        """Restore the sessions: load snapshots, then apply the events stored after them.
-
-        Events that arrive meanwhile are only stored; they are applied later, in order of arrival.
-        """
+        """Restore the sessions: load snapshots, then apply later events, also those that arrive meanwhile."""
         checkpoint, rows = self.history.load_snapshots()
         self._generation = self.history.generation if checkpoint else -1
-        self._connect_sources()
+        unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
+        for path, _ in emit_event.spool_segments(unsaved):
+            emit_event.make_spool(spool)
+            os.rename(path, os.path.join(spool, os.path.basename(path)))
+        if self.settings["mode"] == "redis":
+            self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
+        else:
+            self.ingest.registry.start()
+        self.loop.call_every(TICK_INTERVAL_S, self._check_files)
         try:
             self.sessions.restore(rows)
         except ValueError as error:
             log.warning("snapshots of sessions cannot be used, so all events are read again: %s", error)
             checkpoint, self._generation = 0, -1
-        begun = self._applied = checkpoint
-        while self._applied < self.journal.seq:
+        begun = applied = checkpoint  # seq up to which the stored events are in the sessions
+        while applied < self.journal.seq:
             until = self.journal.seq
-            for line in self.journal.lines(after=self._applied):
-                self._applied = line_seq(line)
+            for line in self.journal.lines(after=applied):
+                applied = line_seq(line)
                 try:
                     self._apply(parse_stored(line))
                 except MalformedEvent:
                     shown = emit_event.shown_head(line, 200, self.settings.privacy)
                     log.warning("a stored line is not an event and is skipped: %r", shown)
-                self.loading = {"done": self._applied - begun, "total": self.journal.seq - begun}
+                self.loading = {"done": applied - begun, "total": self.journal.seq - begun}
                 yield False
-            self._applied = max(self._applied, until)
-        self._end_loading(begun)
-
-    def _end_loading(self, begun: int) -> None:
+            applied = max(applied, until)
         seconds = (now_ms() - self.started_at) / 1000
         log.info("%d sessions known, %.1f s after the start", len(self.sessions.sessions), seconds)
         self.loading = None
         self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
-        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        self._pass_time()
         gc.freeze()
         self.feed.send_list()
         self._send_status()
         self.history.start()
         if self.settings["persistence.enabled"]:
-            self.retention.begin()
+            self.retention.prune()
+            self.loop.call_every(RETENTION_INTERVAL_S, self.retention.prune)
             self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         if self.notifier:
             self._notice_changes = set(self.sessions.sessions)
-            self.loop.call_every(NOTICE_INTERVAL_S, self._notify)
+            self.loop.call_every(0.2, self._notify)
 
     def _snapshot_steps(self) -> Iterator[bool]:
         """Save snapshots of changed sessions, or of all in a new index file; a start continues from them."""
@@ -7753,18 +7521,6 @@ class Monitor:
         if changed:
             self.history.save_snapshots(generation, {"": self.sessions.snapshot("")}, checkpoint)
 
-    def _connect_sources(self) -> None:
-        """Start to read this machine's spool or, in Redis mode, the events of all machines."""
-        unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
-        for path, _ in emit_event.spool_segments(unsaved):
-            emit_event.make_spool(spool)
-            os.rename(path, os.path.join(spool, os.path.basename(path)))
-        if self.settings["mode"] == "redis":
-            self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
-        else:
-            self.ingest.registry.start()
-        self.loop.call_every(TICK_INTERVAL_S, self._check_files)
-
     # Received events
 
     def _store_received(self) -> None:
@@ -7772,7 +7528,7 @@ class Monitor:
         if not self._arrivals.waiting:
             return
         self.loop.steps += 1
-        arrivals: list[Arrival] = self._arrivals.take()
+        arrivals: list[tuple[bytes, socket.socket]] = self._arrivals.take()
         if self._arrivals.waiting:
             self.loop.call_soon(lambda: None)  # the rest in the next turn
         settled, stored = self.ingest.take([line for line, _ in arrivals])
@@ -7786,10 +7542,7 @@ class Monitor:
         self._show(stored, {match[1].decode(): sender for match, sender in found if match})
 
     def _drain_spool(self) -> Iterator[bool]:
-        """Store the events of the spool's segments; remove each segment when all of them are stored.
-
-        After a failure a segment is read again from its beginning; ids show what is stored already.
-        """
+        """Store the spool's segments, and remove each that is stored; after a failure it is read again."""
         self._is_draining, spool = True, self.settings.path("spool")
         try:
             events, _ = emit_event.take_dropped(spool)
@@ -7799,14 +7552,13 @@ class Monitor:
             for segment, size in emit_event.spool_segments(spool):
                 try:
                     path = emit_event.take_segment(segment)
-                except (FileNotFoundError, BlockingIOError):
-                    continue
                 except OSError as error:
-                    log.warning("%s cannot be drained: %s", segment, error.strerror)
+                    if not isinstance(error, (FileNotFoundError, BlockingIOError)):
+                        log.warning("%s cannot be drained: %s", segment, error.strerror)
                     continue
                 log.info("draining %s (%d bytes)", os.path.basename(path), size)
                 with open(path, "rb", opener=emit_event.open_own) as file:
-                    while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
+                    while lines := list(itertools.islice(file, 200)):
                         yield False
                         if not self._take_all([it.strip() for it in lines if it.strip()], remote=False):
                             return
@@ -7818,15 +7570,14 @@ class Monitor:
             self._is_draining = False
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
-        since = now_ms() - LATE_MS
+        since = now_ms() - 60_000  # what waited longer in the stream is no measure of clocks
         late = [it.position is not None and position_key(it.position)[0] < since for it in lines]
         return self._take_all([remote.line for remote in lines], remote=True, late=late)
 
     def _take_all(self, lines: Sequence[bytes], remote: bool, late: Sequence[bool] = ()) -> bool:
         """Store lines of the spool or of Redis in order; return whether all are settled.
 
-        Events of a session whose file cannot be written, while others can, must not block the rest: they go
-        to unsaved/ and are read from the spool at the next start.
+        Where only some files cannot be written, their events go to unsaved/, for the spool of the next start.
         """
         settled, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
@@ -7862,12 +7613,14 @@ class Monitor:
         self.loop.call_soon(store)
 
     def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:
-        """Apply stored events to the sessions, and send them to the clients and to the index.
-
-        `waiting`: event id → connection on which its hook waits for an answer.
-        """
+        """Apply stored events, send them to clients and index; `waiting`: event id → hook's connection."""
         if self.journal.error != self.store_error:
-            self._note_store_error()
+            self.store_error = self.journal.error
+            if self.store_error:
+                log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
+            else:
+                log.info("events can be written again")
+            self._send_status()
         if not stored and not waiting:
             return
         changed: list[Session] = []
@@ -7896,25 +7649,35 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _notify(self) -> None:
-        """Pass the notices of changed sessions to the notifier."""
         if self.notifier is None:
             return
-        current: dict[str, list[Notice]] = {}
-        for session in filter(None, map(self.sessions.sessions.get, self._notice_changes)):
-            row = self.sessions.to_json(session) if "limit" in self.notifier.kinds else {}
-            context = (row.get("context") or {}).get("percent")
-            current[session.session_id] = notices_of(session, context)
-        current |= {it: [] for it in self._notice_changes if it not in current}
+        current: dict[str, list[Notice]] = {it: [] for it in self._notice_changes}
+        with_limits = "limit" in self.notifier.kinds
+        for session in filter(None, map(self.sessions.sessions.get, current)):
+            row = self.sessions.to_json(session) if with_limits else {}
+            current[session.session_id] = notices_of(session, (row.get("context") or {}).get("percent"))
+        if with_limits and "" in current:
+            current[""] = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
         self._notice_changes = set()
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
+    def _pass_time(self) -> None:
+        changed = self.sessions.tick(now_ms())
+        # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
+        is_sure, find, namespace = self.redis is None, self._containers.find, emit_event.pid_namespace()
+        gone = self.sessions.check_processes(namespace, ran_at, now_ms(), is_sure, find)
+        for session in gone:
+            self.ingest.read_transcripts(session.session_id)
+        self._note_changes(changed + gone)
+
     def _tick(self) -> None:
-        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
+        self._pass_time()
         self.answers.look()
-        if self.notifier and "limit" in self.notifier.kinds:
-            limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
-            self.notifier.look({"": limits}, is_seen=True)
-        words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
+        self._notice_changes.add("")  # the limits of accounts
+        counts = collections.Counter(it.state for it in self.sessions.sessions.values() if not it.hidden)
+        names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
+        shown = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
+        words = " · ".join(shown) or "all idle"
         if words != self._short:
             with contextlib.suppress(OSError):  # tried again
                 emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
@@ -7925,12 +7688,19 @@ class Monitor:
         self.retention.check_clock()
 
     def _send_status(self) -> None:
-        """Send the status to the clients when more than counters changed."""
-        if self.clients.clients:
-            before, status = self._sent_status, self.status.to_json()
-            self._sent_status = steady_part(status)
-            if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **status}))
+        """Send the status to the clients when more than counters and times changed."""
+        if not self.clients.clients:
+            return
+        status = self.status.to_json()
+        index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
+        names = ("problems", "store", "spool", "loading", "demo", "limits", "answers", "otherMachines")
+        steady = [status[name] for name in names] + [len(status["machines"]), index["state"]]
+        steady += [index["state"] != "ready" and 100 * index["done"] // (index["total"] or 1)]
+        steady += [redis.get(name) for name in ("state", "attempt")]
+        steady += [publisher.get(name) for name in ("running", "state", "stream")]
+        if steady != self._sent_status:
+            self._sent_status = steady
+            self.clients.broadcast((), text_frame({"type": "status", **status}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
@@ -7947,7 +7717,7 @@ class Monitor:
                     log.warning("the publisher cannot be started: %s", error)
         if self.store_error and self.journal.is_writable():
             self.journal.error = None
-            self._note_store_error()
+            self._show(())
         if self.loading is not None:
             log.info("%s", loading_words(self.loading))
             self._send_status()
@@ -7955,25 +7725,10 @@ class Monitor:
             if not os.path.exists(self.settings.path("monitor.run.json")):
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
-            self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)
+            if not os.path.exists(self.settings.path("monitor.pid")):
+                removed, self._lock = self._lock, lock_file(self.settings.path("monitor.pid"), lambda: "")
+                os.close(removed)
             self.hooks.restore()
-
-    def _note_store_error(self) -> None:
-        self.store_error = self.journal.error
-        if self.store_error:
-            log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
-        else:
-            log.info("events can be written again")
-        self._send_status()
-
-    def _end_sessions_without_process(self) -> list[Session]:
-        """End the sessions of this machine whose client no longer runs."""
-        is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
-        find = self._containers.find
-        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure, find)
-        for session in gone:
-            self.ingest.read_transcripts(session.session_id)
-        return gone
 
     def search_query(self, wanted: JsonObject) -> SearchQuery:
         """Return a query of the API or of a client, whose `state` is that of sessions now."""
@@ -7990,20 +7745,14 @@ class Monitor:
         """Delete a session with its events, at the user's request."""
         save_last_seq(self.settings.home, self.journal.seq)
         if self.redis:  # the stream may still have them, and be read again
-            lines = self.journal.lines(session.session_id, backwards=True)
-            self.ingest.deleted.add(
-                [line_id(line) for line in itertools.islice(lines, self.ingest.seen.limit)]
-            )
+            lines, limit = self.journal.lines(session.session_id, backwards=True), self.ingest.seen.limit
+            self.ingest.deleted.add([line_id(line) for line in itertools.islice(lines, limit)])
         freed = self.journal.delete_session(session.session_id)
         self.retention.events_added -= freed
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget([session])
 
-    def _pinned_files(self) -> frozenset[str]:
-        sessions = self.sessions.sessions.values()
-        return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
-
-    def _removed(self, names: frozenset[str]) -> None:
+    def forget_files(self, names: frozenset[str]) -> None:
         """Delete the sessions of these file names, and compare the index with the files on disk."""
         self.history.rescan()
         if self.settings["retention.days"]:
@@ -8023,14 +7772,6 @@ class Monitor:
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
         self.feed.send()
-
-
-def short_words(states: Iterable[str]) -> str:
-    """Return how many sessions need a person, have failed, work or are quiet, as one short line."""
-    counts = collections.Counter(states)
-    names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
-    found = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
-    return " · ".join(found) or "all idle"
 
 
 def loading_words(progress: JsonObject) -> str:
@@ -8066,8 +7807,6 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
         facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
-        if link["gaps"]:
-            facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
     for target in status.get("notify", ()):
@@ -8109,10 +7848,7 @@ def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: J
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
-    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
-
-    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
-    """
+    """Return what is wrong as [{"kind", "level", "words", "advice"}]; `foreign`: see `foreign_files`."""
     found: list[JsonObject] = []
 
     def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
@@ -8134,15 +7870,14 @@ def status_problems(
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
-    too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
-    slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
-    for kind, problem, advice in (
-        ("disk", disk.get("error"), "Correct what it names."),
-        ("disk", disk.get("overLimit") and too_much, "Raise it, or delete sessions."),
-        ("store", store["slowWriteMs"] is not None and slow, "Move CONTEXTUATE_HOME to a faster disk."),
-    ):
-        if problem:
-            add(kind, "warn", problem, None, advice)
+    if disk.get("error"):
+        add("disk", "warn", disk["error"], None, "Correct what it names.")
+    if disk.get("overLimit"):
+        words = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
+        add("disk", "warn", words, None, "Raise it, or delete sessions.")
+    if store["slowWriteMs"] is not None:
+        words = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
+        add("store", "warn", words, None, "Move CONTEXTUATE_HOME to a faster disk.")
     for refused in status["answers"]["refused"][-1:]:
         count = len(status["answers"]["refused"])
         advice = "If that was not you, look at what runs on this machine."
@@ -8165,21 +7900,14 @@ def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject
 
 
 def lock_file(path: str, in_use: Callable[[], str]) -> int:
-    """Lock the file at `path` until this process exits, write our pid to it, and return its descriptor.
-
-    Raises StartError, with the message that `in_use` returns if another process has the lock. The pid means
-    nothing in another container.
-    """
-    for _ in range(LOCK_ATTEMPTS):
+    """Lock a file until this process exits, write our pid, return its descriptor; StartError(`in_use()`)."""
+    for _ in range(25):
         try:
             fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
             about = os.fstat(fd)
         except OSError as error:
-            why = f"cannot be opened: {error.strerror}"
-            with contextlib.suppress(OSError):
-                if os.lstat(path).st_uid != os.getuid():
-                    why = "belongs to another user"
-            raise StartError(f"{path}: {why}; choose another socketPath in the configuration") from None
+            advice = "choose another socketPath in the configuration"
+            raise StartError(f"{path}: cannot be opened: {error.strerror}; {advice}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(path), about):
@@ -8189,18 +7917,9 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
         except FileNotFoundError:
             pass  # removed between opening and locking it
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
-            time.sleep(LOCK_PAUSE_S)
+            time.sleep(0.02)
         os.close(fd)
     raise StartError(in_use())
-
-
-def keep_locked(path: str, fd: int) -> int:
-    """Take the lock again if its file was removed; return its descriptor."""
-    if os.path.exists(path):
-        return fd
-    again = lock_file(path, lambda: "")
-    os.close(fd)
-    return again
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -8212,10 +7931,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the pid in the file at `path` while it is locked, else None.
-
-    It may be one of a container, or 0 in a file without a pid. The check itself locks the file for a moment.
-    """
+    """Return the pid in a file while it is locked (0: none is in it), else None; locks it for a moment."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -8225,11 +7941,7 @@ def lock_holder(path: str) -> int | None:
 
 
 def listening_pid(path: str) -> int | None:
-    """Return the pid of this user's process that listens on a Unix socket; None if there is none.
-
-    It comes from the kernel, since a pid in a file may be one of another pid namespace; for a process that
-    cannot be seen from here, in another container, it is 0.
-    """
+    """Return the kernel's pid of our process that listens at `path`: None without one, 0 in a container."""
     option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(1)
@@ -8262,10 +7974,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket with mode 0600, in place of one that no program listens on; raise StartError.
-
-    The caller holds its lock.
-    """
+    """Listen on a Unix socket (0600) whose lock we have; raise StartError if something else is there."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         about = os.lstat(path)
         probe.settimeout(1)
@@ -8287,43 +7996,34 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-def contained_processes() -> dict[tuple[int, int], int]:
-    """Return the processes in containers of this user, as (pid there, its pid namespace) → pid here."""
-    found = {}
-    with contextlib.suppress(OSError):
-        own = os.readlink("/proc/self/ns/pid")
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):  # another user's, or gone
-                namespace = os.readlink(f"/proc/{name}/ns/pid")
-                if namespace != own:
-                    with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
-                        pids = next((line.split() for line in file if line.startswith("NSpid:")), [name])
-                    found[int(pids[-1]), int(namespace[5:-1])] = int(name)
-    return found
-
-
 def ran_at(pid: int, time_ms: int) -> bool:
     """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
     start = emit_event.process_start(pid)
     if start is None or sys.platform != "linux":
         return start is not None
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
-    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
+    return now_ms() - age_s * 1000 <= time_ms + 5000  # clocks differ by less
 
 
 class Containers:
-    """Finds processes in containers of this machine, in the loop thread."""
+    """Finds processes of this user in containers of this machine, in the loop thread."""
 
     def __init__(self) -> None:
-        self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
+        self._contained: dict[tuple[int, int], int] = {}  # last search: (pid there, its namespace) → here
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
         self._next_search_s = 0.0  # time.monotonic()
 
     def find(self, process: tuple[int, int]) -> int:
         """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
-        if process not in self._found and time.monotonic() >= self._next_search_s:
-            started = time.monotonic()
-            self._contained = contained_processes()
+        started = time.monotonic()
+        if process not in self._found and started >= self._next_search_s:
+            self._contained = {}
+            for path in glob.glob("/proc/[0-9]*/ns/pid"):
+                with contextlib.suppress(OSError):  # another user's, or gone
+                    if not os.path.samefile(path, "/proc/self/ns/pid"):
+                        with open(f"{path[:-7]}/status", encoding="ascii", errors="replace") as file:
+                            pids = next((line.split() for line in file if line.startswith("NSpid:")), ["0"])
+                        self._contained[int(pids[-1]), os.stat(path).st_ino] = int(path.split("/")[2])
             self._next_search_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
         if process not in self._found and process in self._contained:
             self._found[process] = self._contained[process]

@@ -3620,8 +3620,9 @@ def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[st
 def test_no_fields_of_any_type_end_a_connection(spoken):
     client = spoken.websocket(None)
     odd = (None, False, -5, 1 << 70, float("nan"), "x", ["x"], [1], {"x": None})
+    names = " ".join(it[0] for it in cm.MessageHandlers.FIELDS) + " showHidden requestId query"
     for kind in sorted(cm.MessageHandlers.QUESTIONS | set(cm.MessageHandlers.META)):
-        for name in (*cm.MessageHandlers.FIELDS, "showHidden", "requestId", "query"):
+        for name in names.split():
             for value in odd:
                 client.send(**{"sessionId": "odd", "eventId": "x", "query": "x", name: value, "type": kind})
         client.send(type="get_sessions", requestId="all of " + kind)
@@ -7154,18 +7155,12 @@ def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
 
 
 def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> None:
-    book = cm.NoticeBook([notice_target()], {})
-    first = notice_of("dialog", since=NOW_MS)._replace(by_client=True)
-    book.update("s1", [first], NOW_MS)
-    (message,) = book.due(NOW_MS + 2000, "12:00", False)
-    book.record(message)
-    second = notice_of(since=NOW_MS + 15_000, detail="make")._replace(key="k2")
-    for _ in range(2):
-        book.update("s1", [second], NOW_MS + 15_000)
-        assert book.due(NOW_MS + 60_000, "12:00", False) == []
-    book.update("s1", [], NOW_MS)
-    (over,) = book.due(NOW_MS + 60_000, "12:00", False)
-    assert (over.over, over.notice.key) == (True, "k1")
+    story, found = SessionStory(pid=7), []
+    begin = "start startup; prompt; call t1 Bash make; shows busy; shows waiting"
+    for steps in (begin, "wait 15s; ask Bash make"):
+        story.play(steps)
+        found += cm.notices_of(story.book.sessions["s1"], None)
+    assert [it.kind for it in found] == ["dialog", "permission"] and found[0].key == found[1].key
 
 
 NOTICE_HOSTILE = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
@@ -7579,9 +7574,11 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         assert f"port {running.port} is in use" in refused.stderr
         other.config = {"socketPath": running.socket_path}
         other.write_config({})
-        refused = other.command("start", "--no-open", check=False)
-        assert refused.returncode == 1 and running.socket_path in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        for _ in range(2):
+            refused = other.command("start", "--no-open", check=False)
+            assert refused.returncode == 1 and running.socket_path in refused.stderr
+            assert len(refused.stderr.strip().splitlines()) == 1
+            os.unlink(running.socket_path + ".lock")  # its socket is enough
         running.emit(payload("Stop"))
         running.kill()
         assert os.path.exists(running.socket_path)
@@ -7592,7 +7589,7 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-@pytest.mark.parametrize("name", ["m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json", ""])
+@pytest.mark.parametrize("name", ["m.sock", "monitor.pid", "monitor.run.json", ""])
 def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
     path = f"{running.home}/{name}"
     os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
@@ -7600,7 +7597,7 @@ def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor,
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
     running.emit(payload("Stop"))
-    assert None not in map(cm.lock_holder, (running.socket_path + ".lock", running.home + "/monitor.pid"))
+    assert cm.lock_holder(running.home + "/monitor.pid") is not None
     running.write_config({})
     eventually(lambda: in_process(running, "status").returncode == 0)
     assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
@@ -7954,14 +7951,14 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
     for name, fact in facts.items():
         steady = fact.partition(",")[0] if name == "store" else fact  # its size grows meanwhile
         assert f"{name:<8} {steady}" in words or name == "index", words
-    link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9, "gaps": 1,
+    link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9,
             "reason": "refused", "position": None, "streamReason": "", "streamState": "ok"}  # fmt: skip
     machine = {"machineId": "far", "label": "far", "sameName": False, "events": 3, "clockSkewMs": -7000}
     machine["lastSeen"] = cm.now_ms()
     publisher = {"running": True, "state": "connected", "published": 4}
     facts = facts_of({**status, "redis": link, "publisher": publisher, "machines": [machine]})
     assert facts["redis"] == "redis:6379 with TLS: waiting, attempt 2 of 9: refused"
-    assert facts["stream"] == "read up to its start" and facts["gaps"].startswith("1 times")
+    assert facts["stream"] == "read up to its start"
     assert facts["publish"] == "connected: 4 events since it was started"
     assert facts["machine"] == "far: 3 events, last 0 s ago, clock 7 s ahead"
 
@@ -9908,7 +9905,7 @@ def serve_handshakes(listener: socket.socket, clients: cm.WebSocketServer) -> No
 
     access: Any = types.SimpleNamespace(port=0, check=lambda *_, **__: None)
     answers: Any = types.SimpleNamespace(adopt=adopt)
-    cm.HttpServer(listener, access, lambda _: cm.Response(404, b""), answers, answers, 2000)
+    cm.HttpServer(listener, access, answers, answers, 2000)
 
 
 def safe_serve_echo(listener: socket.socket) -> None:
