@@ -2261,9 +2261,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         if other.tool_use_id == wait.tool_use_id if wait.tool_use_id else is_same:
             # The call of a question and its request are one wait, which the request can answer.
             if kind == "permission_request":
-                session.waits[number] = other._replace(
-                    event_id=wait.event_id, held_until=wait.held_until, by_client=False
-                )
+                session.waits[number] = wait._replace(since=other.since, agent_id=other.agent_id)
             return
     if kind == "notification":
         kept = [it for it in session.waits if not it.by_client]
@@ -2347,9 +2345,8 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
         calls = [it for it in calls if agent_id in (it.agent_id, MAIN)]
         ranks = [(it.agent_id != agent_id, it.digest != digest, it.tool_use_id in taken) for it in calls]
         use_id = calls[ranks.index(min(ranks))].tool_use_id if calls else None
-        return Reason(
-            "question" if tool in QUESTION_TOOLS else "permission", tool, target, at, agent_id, use_id
-        )
+        about = "question" if tool in QUESTION_TOOLS else "permission"
+        return Reason(about, tool, target, at, agent_id, use_id)
     given = data.get("notificationType")
     about = _NOTICE_KINDS.get(text_of(given), "")
     if given is None:
@@ -2518,15 +2515,12 @@ class Sessions:
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
         is_new = kind not in ("session_meta", *READ_KINDS) and not 0 < seq <= machine.seq
-        if is_new:
-            if key == self._own_machine:
-                skew = 0
-            elif event.get("spooled") or event.get("imported") or event.get("demo"):
-                pass  # its delay or its timestamp is not real
-            elif skew is None or not skew <= difference <= skew + 60_000:  # its clock was set back
-                skew = difference
-            else:  # the recent minimum, since delays only add to it
-                skew += (difference - skew) / 256
+        if key == self._own_machine:
+            skew = 0
+        elif is_new and not (event.get("spooled") or event.get("imported") or event.get("demo")):
+            is_step = skew is None or not skew <= difference <= skew + 60_000
+            # The recent minimum, since delays only add to it.
+            skew = difference if is_step else skew + (difference - skew) / 256
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
             latest = max(at, machine.last_event)
@@ -2543,12 +2537,13 @@ class Sessions:
         def is_same(account: Account) -> bool:
             known = [it for it in limits if it[0] in account.windows]
             apart = [(name, abs(at - account.windows[name].resets_at)) for name, _, at in known]
-            equal = [ms <= RESET_TOLERANCE_MS for _, ms in apart]
-            whole = [ms >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, ms in apart]
-            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
+            others = [name for name, ms in apart if ms > RESET_TOLERANCE_MS]
+            are_whole = all(
+                ms >= LIMIT_WINDOWS[it][1] - RESET_TOLERANCE_MS for it, ms in apart if it in others
+            )
+            return are_whole and (len(others) < len(apart) or key in account.machines)
 
-        same = [account for account in self._accounts if is_same(account)]
-        account = same[-1] if same else Account({}, {})
+        account = next(filter(is_same, reversed(self._accounts)), None) or Account({}, {})
         account.machines[key] = None
         self._accounts = [*(it for it in self._accounts if it is not account), account][-32:]
         return account
@@ -2751,8 +2746,7 @@ class Sessions:
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Restore (session id, snapshot) into empty Sessions; raise ValueError if one cannot be used."""
-        rest: Any = (self._machines, self._unnamed.open, self._accounts, self._edits)
-        states: dict[str, Any] = {"": rest}
+        states: dict[str, Any] = {"": (self._machines, self._unnamed.open, self._accounts, self._edits)}
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2802,10 +2796,10 @@ class Sessions:
                 and not (after.continued_from or before.session_id in continued)
                 and after.session_id not in self.lineage(before.continued_from, "continued_from")
             ):
-                pairs.append((before.end_reason == "replaced", gap_ms, before.session_id, before, after))
+                pairs.append((before.end_reason == "replaced", gap_ms, before, after))
         if not pairs:
             return
-        *_, before, session = min(pairs)
+        *_, before, session = min(pairs, key=operator.itemgetter(0, 1))
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         session.continued_from = before.session_id
         session.user_label = session.user_label or before.user_label
@@ -2833,12 +2827,12 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
-                {
-                    "eventId": it.event_id,
-                    "agentId": it.agent_id or None,
-                    "since": it.since,
-                    "answerable": it.event_id in self.answerable,
-                }
+                dict(
+                    zip(
+                        _ASK_JSON,
+                        (it.event_id, it.agent_id or None, it.since, it.event_id in self.answerable),
+                    )
+                )
                 for it in session.waits
                 if it.event_id
             ],
@@ -2887,22 +2881,18 @@ class Sessions:
 
 
 # The format of a snapshot, derived from the fields of its classes.
-_SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each
-    for each in (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
-}
-_SNAPSHOT_FORMAT = zlib.crc32(
-    repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
-)
+_SNAPSHOT_CLASSES = (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+_SNAPSHOT_FORMAT = zlib.crc32(repr([[*it.__annotations__] for it in (Session, *_SNAPSHOT_CLASSES)]).encode())
 
 
 class _SnapshotReader(pickle.Unpickler):
     """Loads only our classes, by name, since this module also runs as __main__."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _SNAPSHOT_CLASSES:
-            raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
-        return _SNAPSHOT_CLASSES[name]
+        for known in _SNAPSHOT_CLASSES:
+            if known.__name__ == name:
+                return known
+        raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
 
 
 # Source of a SessionStart → end reasons of the session that it continues.
@@ -2919,6 +2909,7 @@ _SESSION_JSON = {
     "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
+_ASK_JSON = ("eventId", "agentId", "since", "answerable")
 
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
@@ -2949,8 +2940,8 @@ def terminal_of(variables: JsonObject) -> JsonObject | None:
         found = [re.fullmatch(it, text_of(variables.get(key)), re.A) for key, it in patterns.items()]
         values = [match[1] for match in found if match]
         if len(values) == len(patterns):
-            about = {"name": name.format(*values), "command": command.format(*values)}
-            return about if command else {"name": about["name"]}
+            brings = {"command": command.format(*values)} if command else {}
+            return {"name": name.format(*values), **brings}
     return None
 
 
@@ -2985,11 +2976,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
             "agentType": agent.agent_type,
             "label": agent.label or agent.agent_type or "agent",
             "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
-            "state": "ended"
-            if agent.end is not None
-            else "waiting"
-            if agent.agent_id in waiting
-            else "working",
+            "state": "ended" if agent.end is not None else ("working", "waiting")[agent.agent_id in waiting],
             "startTime": agent.start,
             "endTime": agent.end,
             "activity": activities.get(agent.agent_id, ""),
