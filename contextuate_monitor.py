@@ -6,12 +6,10 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. Each consumer of the journal has a position in it, and continues there after a restart:
+number of machines (`.docs/protocol.md`). Each consumer of the journal continues at its position in it:
 
     hook → ingest → journal (files), acknowledgement → sessions (state machine) → clients, over WebSocket
                                                      → index.db (search, statistics, snapshots)
-
-`.docs/protocol.md` describes events, HTTP and WebSocket.
 
 Threads, and who owns what; apart from this they share only the queue and the wake-up socket of the loop:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the journal.
@@ -21,8 +19,6 @@ Threads, and who owns what; apart from this they share only the queue and the wa
 - The index thread fills index.db from the journal; readers have their own connections to it.
 - The notify thread sends messages; what is due and what was sent is guarded by one lock.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
-
-Not here: TLS for the page (put a reverse proxy in front).
 
 Rooms, in the order of this file; each uses only those above it:
     Config                   the settings of the monitor, and the paths of its files
@@ -315,12 +311,9 @@ def read_state(path: str) -> JsonObject:
 
 def is_loopback(host: str) -> bool:
     """True if a host name or address means this machine only."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return host.lower().rstrip(".") == "localhost"
 
 
 # ---------------------------------------------------------------------------
@@ -349,10 +342,8 @@ def human_duration(duration_ms: float) -> str:
 
 def human_size(size: int) -> str:
     """Return a number of bytes in its largest fitting unit."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
+    sizes = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+    return next((f"{size / of:.1f} {unit}" for unit, of in sizes if size >= of), f"{size} B")
 
 
 class Progress:
@@ -383,9 +374,8 @@ class Progress:
 # ---------------------------------------------------------------------------
 # WebSocket framing: RFC 6455 without I/O
 #
-# The server's side: bytes in, messages out, in wire order, and the opening handshake. Knows: frames. Does not
-# know: sockets, clients, what messages mean.
-# Extensions are never negotiated, so every reserved bit is an error (section 5.2).
+# The server's side: bytes in, messages out, in wire order, and the opening handshake, without extensions.
+# Knows: frames. Does not know: sockets, clients, what messages mean.
 # ---------------------------------------------------------------------------
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -581,8 +571,7 @@ class RequestError(Exception):
         self.headers = headers
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """The head of an HTTP request; `headers` in order, their names in lower case."""
 
     method: str
@@ -614,16 +603,14 @@ _HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 def parse_request_head(head: bytes) -> Request:
     """Parse a request head without its blank line, strictly (RFC 9112 sections 3, 5); raise RequestError."""
     first, *lines = head.split(b"\r\n")
-    request_line = _REQUEST_LINE.fullmatch(first)
-    if request_line is None:
+    if not (request_line := _REQUEST_LINE.fullmatch(first)):
         raise RequestError(400, "the request line is malformed")
     method, target, version = (part.decode("latin-1") for part in request_line.groups())
     if not target.startswith("/"):
         raise RequestError(400, "the request target must be a path")
     headers = []
     for line in lines:
-        header = _HEADER_LINE.fullmatch(line)
-        if header is None:
+        if not (header := _HEADER_LINE.fullmatch(line)):
             raise RequestError(400, "a header line is malformed")
         headers.append((header[1].decode("ascii").lower(), header[2].rstrip(b" \t").decode("latin-1")))
     if version not in ("HTTP/1.0", "HTTP/1.1"):
@@ -865,8 +852,8 @@ class Journal:
         """Return the files of a day, of one session or of all."""
         found = []
         folder = f"{self.root}/{day}/"
-        one = [folder + session_file_name(session)] if session is not None else None
-        for path in one or glob.glob(glob.escape(folder) + "*.jsonl"):
+        one = [folder + session_file_name(session or "")]
+        for path in glob.glob(glob.escape(folder) + "*.jsonl") if session is None else one:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 about = os.stat(path)
                 if stat.S_ISREG(about.st_mode) and os.access(path, os.R_OK):
@@ -914,10 +901,6 @@ class MemoryJournal(Journal):
             self._bytes += len(data)
             while self._bytes > self.LIMIT_BYTES:
                 self._bytes -= len(self._kept.popleft()[2]) + 1
-
-    def is_writable(self) -> bool:
-        """Return True: the oldest events are deleted to free memory."""
-        return True
 
     def delete_session(self, session_id: str) -> int:
         """Delete a session's events; return the bytes that were freed."""
@@ -1187,6 +1170,8 @@ STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
+TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
+_EXITED = "its process exited"
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 READ_KINDS = (*FIGURE_KINDS, emit_event.WORDS)  # read from files: they change no state, and begin no session
@@ -1257,8 +1242,7 @@ class SessionUsage(NamedTuple):
         return sum(self.models.values(), Tokens())
 
 
-@dataclasses.dataclass(**_SLOTS)
-class LimitWindow:
+class LimitWindow(NamedTuple):
     """One window of an account's limits, such as the current five hours."""
 
     resets_at: int
@@ -1267,8 +1251,7 @@ class LimitWindow:
     costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
 
 
-@dataclasses.dataclass(**_SLOTS)
-class Account:
+class Account(NamedTuple):
     """A subscription: the machines that report the same times of resets."""
 
     machines: dict[str, None]  # their keys
@@ -1288,9 +1271,6 @@ class Agent:
     has_metadata: bool = False  # label and parent come from the client's metadata file
     end: int | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS[:3], 0))
-
-
-TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1375,11 +1355,9 @@ class Session:
     def label(self) -> tuple[str, str]:
         """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        labels = (self.user_label, self.client_name, title, self.first_prompt)
-        for source, label in zip(("user", "name", "title", "prompt"), labels):
-            if label:
-                return label, source
-        return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
+        project = os.path.basename(self.directory.rstrip("/")) or self.session_id[:8]
+        labels = (self.user_label, self.client_name, title, self.first_prompt, project)
+        return next(it for it in zip(labels, ("user", "name", "title", "prompt", "project")) if it[0])
 
     @property
     def reason(self) -> Reason | None:
@@ -1399,17 +1377,11 @@ class Session:
         return f"background: {self.background[0]}" if self.background else self.wakeup
 
 
-_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
-
-
 # Text and targets
 _TARGET_KEYS = (
     "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "question",
-    "description",
-    "skill", "plan", "prompt", "name",
+    "description", "skill", "plan", "prompt", "name",
 )  # fmt: skip
-
-
 PATCH = "*** Begin Patch"  # begins the input of `apply_patch`, in a field of any name
 _PATCHED_FILE = re.compile(r"^\*\*\* (?:Add|Update|Delete) File: (.+)$", re.M)
 
@@ -1432,9 +1404,7 @@ def object_of(value: Any) -> JsonObject:
 
 def text_of(value: Any) -> str:
     """Return a JSON value as text for one line."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def tool_target(tool_input: Any, directory: str = "") -> str:
@@ -1455,17 +1425,13 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
             paths = [path.removeprefix(below) for path in _PATCHED_FILE.findall(value)]
             return one_line(", ".join(paths) or value)
     for key in _TARGET_KEYS:
-        text = text_of(tool_input.get(key))
-        if text:
+        if text := text_of(tool_input.get(key)):
             return one_line(text.removeprefix(below))
     # Tools of MCP servers have fields of any name.
     named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
     if len(named) == 1:
         return one_line(named[0][1])
     return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
-
-
-# Tool calls
 
 
 class Outcome(enum.IntEnum):
@@ -1589,11 +1555,9 @@ def kind_of(event: JsonObject) -> str:
 
 def task_notification(event: JsonObject) -> str | None:
     """Return the id of the task whose end a UserPromptSubmit reports; "": unnamed; None: a prompt."""
-    text = text_of(event["data"].get("message")).lstrip()
-    if not text.startswith("<task-notification>"):
-        return None
-    match = re.search(r"<task-id>\s*([^<\s]+)\s*</task-id>", text[:2000])
-    return match.group(1) if match else ""
+    text = text_of(event["data"].get("message"))[:2000]
+    match = re.match(r"\s*<task-notification>(?:.*?<task-id>\s*([^<\s]+)\s*</task-id>)?", text, re.S)
+    return (match[1] or "") if match else None
 
 
 def apply_event(
@@ -1653,9 +1617,8 @@ def _state_of(session: Session) -> str:
         return "waiting"
     if session.turn == "failed":  # the last turn ended with an error
         return "failed"
-    works = session.turn == "working" or bool(session.background)
-    works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
-    return "working" if works else "idle"
+    has_agents = any(agent.end is None for agent in session.agents.values())  # they outlive the turn
+    return "working" if has_agents or session.turn == "working" or session.background else "idle"
 
 
 def process_of(event: JsonObject) -> tuple[int, int] | None:
@@ -1777,13 +1740,12 @@ def gauges_of(given: Any, time_ms: int) -> tuple[JsonObject, list[Limit]]:
         resets_at = figure(f"rate_limits.{name}.resets_at", 1e11, 1000) or 0
         if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
             limits.append((window, used, resets_at))
-    context = {
-        "percent": figure("context_window.used_percentage", 200),
-        "used": figure("context_window.total_input_tokens", 1e9, 1),
-        "size": figure("context_window.context_window_size", 1e9, 1) or None,
-    }
     gauges = {
-        "context": context,
+        "context": {
+            "percent": figure("context_window.used_percentage", 200),
+            "used": figure("context_window.total_input_tokens", 1e9, 1),
+            "size": figure("context_window.context_window_size", 1e9, 1) or None,
+        },
         "costUsd": figure("cost.total_cost_usd", 1e6),
         "linesAdded": figure("cost.total_lines_added", 1e9, 1),
         "linesRemoved": figure("cost.total_lines_removed", 1e9, 1),
@@ -1804,13 +1766,11 @@ def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
 
 
 def _apply_limits(account: Account, session: Session, limits: list[Limit], at: int) -> None:
-    """Apply what a session reported of the limits of its account."""
     cost: float | None = (session.gauges or _NO_GAUGES)["costUsd"]
     for name, percent, resets_at in limits:
         window = account.windows.get(name)
         if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
-            before = window.costs if window else {}
-            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            costs = {it: (now, now) for it, (_, now) in window.costs.items()} if window else {}
             window = account.windows[name] = LimitWindow(resets_at, [], costs)
         elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
             continue  # a late report, of the window before
@@ -1891,6 +1851,7 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+_NO_GAUGES = gauges_of(None, 0)[0]
 # Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
 _SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
@@ -1908,9 +1869,6 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
-
-
-_NO_GAUGES = gauges_of(None, 0)[0]
 
 
 def _estimated_context(session: Session, usage: SessionUsage) -> JsonObject | None:
@@ -2039,16 +1997,12 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
     """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls."""
     busy = {call.agent_id for call in session.open_calls.values()} | {it.agent_id for it in session.waits}
-    ending = {
-        agent.agent_id
-        for agent in session.agents.values()
-        if (agent.end is None or agent.agent_id in busy)
-        and agent.start <= until
-        and is_over(_lineage(session, agent))
-    }
-    for agent_id in ending:
-        agent = session.agents[agent_id]
-        agent.end = at if agent.end is None else agent.end
+    ending = set()
+    for agent_id, agent in session.agents.items():
+        is_left = (agent.end is None or agent_id in busy) and agent.start <= until
+        if is_left and is_over(_lineage(session, agent)):
+            ending.add(agent_id)
+            agent.end = at if agent.end is None else agent.end
     if ending:
         session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in ending}
         session.waits = [wait for wait in session.waits if wait.agent_id not in ending]
@@ -2100,11 +2054,10 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         digest = zlib.crc32(encode_json(fact.tool_input))
         call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, digest)
         session.open_calls[fact.use_id] = call
-    if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
-        for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
-            session.closed_calls[dropped] = 0
-            session.counts["interrupted"] += 1
-        _drop_oldest(session.closed_calls, CALLS_LIMIT)
+    for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
+        session.closed_calls[dropped] = 0
+        session.counts["interrupted"] += 1
+    _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
 
 
@@ -2178,8 +2131,8 @@ def stuck_signals(session: Session) -> list[JsonObject]:
         if times >= STUCK_FAILURES
     ]
     if session.unchanged_turns >= STUCK_TURNS:
-        detail = f"{session.unchanged_turns} turns without a change in files"
-        signals.append(("unchanged", session.unchanged_since, detail))
+        turns = f"{session.unchanged_turns} turns without a change in files"
+        signals.append(("unchanged", session.unchanged_since, turns))
     since = _busy_since(session)
     if session.clock - since >= STUCK_MS:
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
@@ -2204,7 +2157,6 @@ def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: st
     use_id = text_of(data.get("toolUseId")) or UNNAMED + event["id"]
     begun = session.open_calls.get(use_id) if kind == "tool_call" else None
     server = text_of(data.get("mcp_server_name"))
-    answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
         is_own = wait.agent_id == event.get("agentId", MAIN)
         may_end = is_own and over != ""
@@ -2218,7 +2170,7 @@ def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: st
             or (may_end and kind == "tool_call" and abs(at - wait.since) > REORDER_WINDOW_MS)
             or (may_end and kind == "permission_result" and names_it)
             or (may_end and is_answer and (not server or wait.tool in (None, server)))
-            or (kind == "answer" and wait.event_id == answered)
+            or (kind == "answer" and data.get("outcome") == "delivered" and wait.event_id == data.get("to"))
         ):
             continue
         asked = session.open_calls.get(wait.tool_use_id or "")
@@ -2297,11 +2249,8 @@ def _apply_client_status(
     if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
     if before == "waiting" or status != "waiting":
-        session.waits = [
-            it
-            for it in session.waits
-            if it.since > at or it.held_until > at or (it.kind == "input" and status == "idle")
-        ]
+        kept = ("input",) if status == "idle" else ()
+        session.waits = [it for it in session.waits if max(it.since, it.held_until) > at or it.kind in kept]
     if status == "waiting":  # a dialog is open
         session.waits = [it if it.since > at else it._replace(held_until=0) for it in session.waits]
     if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
@@ -2351,14 +2300,12 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
     about = _NOTICE_KINDS.get(text_of(given), "")
     if given is None:
         about = next((about for part, about in _NOTICE_TEXTS.items() if part in text), "")
-    if about != "permission":
-        return Reason(about, None, text, at) if about else None
     named = re.search(r"permission to use (\S+)", text)
     by_tool = [call for call in calls if named and call.tool_name == named.group(1)]
     calls = by_tool or [call for call in calls if call.agent_id == MAIN] or calls
-    if not calls:
-        return Reason(about, None, text, at)
-    return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
+    if about == "permission" and calls:
+        return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
+    return Reason(about, None, text, at) if about else None
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
@@ -2387,13 +2334,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
         session.turn_calls, session.turn_changed = 0, False
         if begins:  # perhaps by a call that overtook its prompt
-            is_prompt = kind == "user_prompt"
-            session.turn_start = at if is_prompt else max(session.turn_since, at - REORDER_WINDOW_MS)
+            since = at if kind == "user_prompt" else session.turn_since
+            session.turn_start = max(since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
     session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
     if kind == "client_exited":
-        end_session(session, at, "its process exited", presumed=True)
+        end_session(session, at, _EXITED, presumed=True)
         return
     if turn == "ended":
         why = one_line(text_of(data.get("reason"))) or "ended"
@@ -2692,9 +2639,8 @@ class Sessions:
     ) -> list[Session]:
         """End the sessions of this machine whose process has exited, since a kill fires no hook; return them.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks a process; `find(process)` returns
-        our pid of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a
-        process that was seen alive can have exited.
+        `namespace`: of our pids; `find(process)` returns our pid of one in a container, or 0. `is_sure`: no
+        other machine has a copy of our key; else only a process that was seen alive can have exited.
         """
         ended = []
         for session_id in list(itertools.islice(self._with_process, 256)):
@@ -2713,8 +2659,7 @@ class Sessions:
                     if len(session.processes) > 1:
                         del session.processes[process]
                     else:
-                        ended_at = max(alive_at, session.last_event)
-                        end_session(session, ended_at, "its process exited", presumed=True)
+                        end_session(session, max(alive_at, session.last_event), _EXITED, presumed=True)
             silent_ms = time_ms - max(session.last_event, self._set_at)
             is_unseen = session.turn != "ended" and not any(session.processes.values())
             if is_unseen and silent_ms >= self._ended_ms:  # e.g. in a container
@@ -2871,15 +2816,15 @@ class Sessions:
     def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
         """Yield every session, newest event first."""
         children = self.children()
-        chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
-        chosen.sort(key=lambda session: session.last_event, reverse=True)
-        return (self.to_json(session, children) for session in chosen)
+        newest = sorted(self.sessions.values(), key=lambda it: it.last_event, reverse=True)
+        return (self.to_json(it, children) for it in newest if with_hidden or not it.hidden)
 
     def in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
         return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
 
 
+_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES = (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 _SNAPSHOT_FORMAT = zlib.crc32(repr([[*it.__annotations__] for it in (Session, *_SNAPSHOT_CLASSES)]).encode())
@@ -2901,16 +2846,14 @@ _CONTINUABLE_REASONS = frozenset(itertools.chain(*_CONTINUED_REASONS.values()))
 
 # Name in JSON → attribute; `to_json` adds the rest.
 _SESSION_JSON = {
-    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key",
-    "workingDirectory": "directory",
-    "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
-    "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
+    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key", "activity": "activity",
+    "workingDirectory": "directory", "startTime": "start", "lastEventTime": "last_event", "endTime": "end",
+    "state": "state", "stateSince": "state_since", "parentSessionId": "parent_id", "demo": "demo",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
+    "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 _ASK_JSON = ("eventId", "agentId", "since", "answerable")
-
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
 # shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
@@ -2946,7 +2889,6 @@ def terminal_of(variables: JsonObject) -> JsonObject | None:
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
-    """Apply an action of the user, which overrides derived values."""
     action = data.get("action")
     if action == "rename":
         session.user_label = one_line(text_of(data.get("label")))
@@ -2988,10 +2930,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
     ]
 
 
-_ROW_DATA = (
-    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt", "to",
-    "outcome",
-)  # fmt: skip
+_ROW_DATA = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome".split()
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
@@ -3013,14 +2952,12 @@ def event_row(event: JsonObject) -> JsonObject:
             small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    batch = _batch_calls(event) if "tool_calls" in data else ()
-    if batch:
+    if batch := _batch_calls(event):
         small["toolUseIds"] = [call["tool_use_id"] for call in batch[:50]]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))
-    row = {name: event[name] for name in _ROW_FIELDS if name in event}
-    return {**row, "partial": True, "data": small}
+    return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
 
 
 # ---------------------------------------------------------------------------
