@@ -2379,7 +2379,6 @@ class MachineClock(NamedTuple):
     """The clock of one machine."""
 
     skew: float | None = None  # how far its clock is behind ours, in ms; None: not known yet
-    received: int = 0  # when its last event arrived
     last_event: int = 0  # the time of its latest event
     seq: int = 0  # of that event
 
@@ -2470,8 +2469,7 @@ class Sessions:
             skew = difference if is_step else skew + (difference - skew) / 256
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
-            latest = max(at, machine.last_event)
-            self._machines[key] = MachineClock(skew, received, latest, seq)
+            self._machines[key] = MachineClock(skew, max(at, machine.last_event), seq)
         return received, at
 
     def _key_of(self, event: JsonObject) -> str:
@@ -2556,7 +2554,7 @@ class Sessions:
 
     def forget_machines(self, since_ms: int) -> None:
         """Forget the clocks of machines that sent nothing since then."""
-        self._machines = {name: it for name, it in self._machines.items() if it.received >= since_ms}
+        self._machines = {name: it for name, it in self._machines.items() if it.last_event >= since_ms}
 
     def skew_ms(self, machine: str) -> int | None:
         """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
