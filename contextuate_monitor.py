@@ -1042,7 +1042,7 @@ def unpack(path: str) -> None:
 
 def _drop_oldest(entries: dict[Any, Any], limit: int) -> list[Any]:
     """Drop what is beyond the limit; return its keys."""
-    oldest = list(itertools.islice(entries, max(0, len(entries) - limit)))
+    oldest = list(itertools.islice(entries, len(entries) - limit)) if len(entries) > limit else []
     for key in oldest:
         del entries[key]
     return oldest
@@ -1175,8 +1175,7 @@ _EXITED = "its process exited"
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 READ_KINDS = (*FIGURE_KINDS, emit_event.WORDS)  # read from files: they change no state, and begin no session
-# A quarter of the memory; needs Python 3.10.
-_SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
+_SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}  # a quarter of the memory
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
 
 

@@ -5751,11 +5751,14 @@ def test_a_burst_in_disorder_applies_no_event_again_for_each_other(monkeypatch):
 @pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
 def test_no_session_is_silent_for_the_time_that_our_clock_was_set_by(machine, step_ms):
     story = SessionStory(machine=machine)
-    story.play("s2: ask Bash make; prompt; wait 100s → working")
+    story.play("s2: ask Bash make; pid 7; s3: prompt; pid 0; prompt; wait 100s → working")
     story.time += step_ms
     story.set_by = step_ms
     story.clock = 0 if machine == SESSION_MACHINE else -step_ms
     story.play("wait 10s → working; s2: look → waiting")
+    seen: list[int] = []  # a process began by the clock as it is now
+    assert story.book.check_processes(0, lambda _, at: not seen.append(at), story.time, True) == []
+    assert seen == ([story.time] if machine == SESSION_MACHINE else [])
     story.play("wait 109s → working; wait 11s → quiet")
     story.play("call t1 Bash make → working, heard 0s; wait 119s → working; wait 1s → quiet")
     story.play(f"wait {12 + max(0, -step_ms) // 3_600_000}h; s2: look → ended")
