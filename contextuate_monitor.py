@@ -441,16 +441,13 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def parse_close(payload: bytes) -> Close:
-    """Parse a close frame's payload (RFC 6455 sections 5.5.1 and 7.4); raise ProtocolError."""
+    """Parse a close frame's payload (RFC 6455 section 7.4); raise ProtocolError or UnicodeDecodeError."""
     if not payload:
         return Close(None, "")
     code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
     if not (3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))):
         raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the close code is invalid")
-    try:
-        return Close(code, payload[2:].decode())
-    except UnicodeDecodeError:
-        raise ProtocolError(CloseCode.INVALID_DATA, "a close reason must be UTF-8") from None
+    return Close(code, payload[2:].decode())
 
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
@@ -490,6 +487,8 @@ class FrameParser:
                 yield from self._parse_frame()
         except ProtocolError as error:
             self._received.append(Close(error.code, error.reason, by_peer=False))
+        except UnicodeDecodeError:
+            self._received.append(Close(CloseCode.INVALID_DATA, "text must be UTF-8", by_peer=False))
         self._parts.clear()
         while True:  # bytes after a close frame are discarded (section 5.5.1)
             self._buffer.clear()
@@ -527,12 +526,12 @@ class FrameParser:
         self._size += size
         done = 0
         while done < size:  # decoded as it arrives, so that bad UTF-8 fails at once
-            piece = yield from self._take(1, size - done)
-            self._add(apply_mask(piece, mask, done))
+            piece = apply_mask((yield from self._take(1, size - done)), mask, done)
+            self._parts.append(self._decoder.decode(piece) if kind is Opcode.TEXT else piece)
             done += len(piece)
         if first & 0x80:
-            self._add(b"", last=True)
-            self._received.append(Message(kind, (b"" if kind is Opcode.BINARY else "").join(self._parts)))
+            self._decoder.decode(b"", True)  # raises if a character is incomplete
+            self._received.append(Message(kind, ("" if kind is Opcode.TEXT else b"").join(self._parts)))
             self._opcode, self._size, self._parts = None, 0, []
             self._decoder.reset()
 
@@ -552,13 +551,6 @@ class FrameParser:
             if is_wrong:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, reason)
         return opcode
-
-    def _add(self, piece: bytes, last: bool = False) -> None:
-        try:
-            is_binary = self._opcode is Opcode.BINARY
-            self._parts.append(piece if is_binary else self._decoder.decode(piece, last))
-        except UnicodeDecodeError:
-            raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8") from None
 
 
 class RequestError(Exception):
@@ -1972,8 +1964,7 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     tasks, teammates = _running_tasks(event)
-    running = {text_of(task.get("id")) for task in tasks}
-    mates = {text_of(it.get("description")) for it in teammates} - {""}
+    going = {text_of(it.get("id")) for it in tasks} | {text_of(it.get("description")) for it in teammates}
     if ends == "task":  # a command's is known by its label only
         text = text_of(event["data"].get("message"))
         session.background = [it for it in session.background if it not in text]
@@ -1981,7 +1972,7 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
             return any(agent.agent_id == ended_id for agent in lineage)
-        continues = not has_list or any(it.agent_id in running or it.label in mates for it in lineage)
+        continues = not has_list or any({it.agent_id, it.label or it.agent_id} & going for it in lineage)
         return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
