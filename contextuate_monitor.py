@@ -407,12 +407,7 @@ class CloseCode(enum.IntEnum):
 
 
 class ProtocolError(Exception):
-    """A protocol violation by the peer: close code and reason."""
-
-    def __init__(self, code: CloseCode, reason: str) -> None:
-        super().__init__(f"{int(code)} {reason}")
-        self.code = code
-        self.reason = reason
+    """A protocol violation by the peer; its arguments are a CloseCode and the reason."""
 
 
 class Message(NamedTuple):
@@ -486,7 +481,8 @@ class FrameParser:
                 self.is_between_messages = self._opcode is None
                 yield from self._parse_frame()
         except ProtocolError as error:
-            self._received.append(Close(error.code, error.reason, by_peer=False))
+            code, reason = error.args
+            self._received.append(Close(code, reason, by_peer=False))
         except UnicodeDecodeError:
             self._received.append(Close(CloseCode.INVALID_DATA, "text must be UTF-8", by_peer=False))
         self._parts.clear()
