@@ -6270,6 +6270,9 @@ def test_machines_with_the_same_resets_are_one_account() -> None:
     line("k1", "s1", 5 * 1440, 9.0, 1, 2, NOW_MS // 1000 + 5 * 86400 + 60, with_week)
     (account,) = [it for it in case.sessions.limits(NOW_MS + 5 * DAY_MS) if "k1" in it["machines"]]
     assert account["machines"] == ["k1", "k2"] and account["sevenDay"]["percent"] == 2
+    case.hook("SessionStart", NOW_MS + 20 * DAY_MS, "k4", "s4")
+    line("k4", "s4", 20 * 1440, 1.0, 5, 6, NOW_MS // 1000 + 20 * 86400 + 60, NOW_MS // 1000 + 25 * 86400)
+    assert [it["machines"] for it in case.sessions.limits(NOW_MS + 20 * DAY_MS)] == [["k4"]]
 
 
 # Model, tokens of the last request → percent, size of what a session without a status line shows
