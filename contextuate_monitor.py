@@ -6,14 +6,12 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. Each consumer of the journal has a position in it, and continues there after a restart:
+number of machines (`.docs/protocol.md`). Each consumer of the journal continues at its position in it:
 
     hook → ingest → journal (files), acknowledgement → sessions (state machine) → clients, over WebSocket
                                                      → index.db (search, statistics, snapshots)
 
-`.docs/protocol.md` describes events, HTTP and WebSocket.
-
-Threads, and who owns what:
+Threads, and who owns what; apart from this they share only the queue and the wake-up socket of the loop:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the journal.
 - HTTP threads and the reader thread (history for clients) read journal files, which only grow or are deleted
   as a whole, and run everything else in the loop thread through `EventLoop.call`.
@@ -21,9 +19,6 @@ Threads, and who owns what:
 - The index thread fills index.db from the journal; readers have their own connections to it.
 - The notify thread sends messages; what is due and what was sent is guarded by one lock.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
-Apart from this, threads share only the queue and the wake-up socket of the loop.
-
-Not here: TLS for the page (put a reverse proxy in front).
 
 Rooms, in the order of this file; each uses only those above it:
     Config                   the settings of the monitor, and the paths of its files
@@ -58,11 +53,7 @@ import sys
 
 
 def print_short_status() -> int | None:
-    """Print the line of `status --short` and return the exit status; None: leave it to `main`.
-
-    A prompt waits for it, so it comes before the other imports. `main` has the rare cases: another
-    directory, no lock or line, an output that is not UTF-8.
-    """
+    """Print the line of `status --short` and return the exit status; None: a rare case, for `main`."""
     home = os.environ.get("CONTEXTUATE_HOME") or os.environ.get("HOME", "") + "/.contextuate"
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
@@ -81,8 +72,8 @@ def print_short_status() -> int | None:
     return 0 if line else 1
 
 
-is_short_status = __name__ == "__main__" and sys.argv[1:] == ["status", "--short"]
-if is_short_status and (short_status := print_short_status()) is not None:
+is_short = __name__ == "__main__" and sys.argv[1:] == ["status", "--short"]  # a prompt waits for it
+if is_short and (short_status := print_short_status()) is not None:
     sys.exit(short_status)
 
 import argparse
@@ -282,10 +273,7 @@ class NotifyTarget:
 def load_settings(
     config_path: str | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[Settings, list[str]]:
-    """Read the configuration; return (settings, warnings); raise ConfigError if it cannot be used.
-
-    `overrides`: {configuration key: value of the command line}, which replaces the one of the file.
-    """
+    """Return (settings, warnings) of the file and of {key: value} `overrides`; raise ConfigError."""
     home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
     path = os.path.abspath(config_path or path)
     if config_path and not os.path.exists(path):
@@ -305,10 +293,9 @@ def load_settings(
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
         text = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everyone in the'
         raise ConfigError(f'{path}: {text} network could read your sessions; use "auto" or bind 127.0.0.1')
-    if settings["server.port"] == settings["server.wsPort"] != 0:
-        place, advice = ("command line", "; give --ws-port, too") if overrides else (path, "")
-        port = settings["server.port"]
-        raise ConfigError(f"{place}: server.wsPort: expected a port other than server.port ({port}){advice}")
+    if (port := settings["server.port"]) == settings["server.wsPort"] != 0:
+        place = "command line" if overrides else path
+        raise ConfigError(f"{place}: server.wsPort: expected a port other than server.port ({port})")
     return settings, warnings
 
 
@@ -321,12 +308,9 @@ def read_state(path: str) -> JsonObject:
 
 def is_loopback(host: str) -> bool:
     """True if a host name or address means this machine only."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return host.lower().rstrip(".") == "localhost"
 
 
 # ---------------------------------------------------------------------------
@@ -355,10 +339,8 @@ def human_duration(duration_ms: float) -> str:
 
 def human_size(size: int) -> str:
     """Return a number of bytes in its largest fitting unit."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
+    sizes = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+    return next((f"{size / of:.1f} {unit}" for unit, of in sizes if size >= of), f"{size} B")
 
 
 class Progress:
@@ -389,14 +371,12 @@ class Progress:
 # ---------------------------------------------------------------------------
 # WebSocket framing: RFC 6455 without I/O
 #
-# The server's side: bytes in, messages out, in wire order, and the opening handshake. Knows: frames. Does not
-# know: sockets, clients, what messages mean.
-# Extensions are never negotiated, so every reserved bit is an error (section 5.2).
+# The server's side: bytes in, messages out, in wire order, and the opening handshake, without extensions.
+# Knows: frames. Does not know: sockets, clients, what messages mean.
 # ---------------------------------------------------------------------------
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 MESSAGE_LIMIT_BYTES = 16 << 20
-CONTROL_LIMIT_BYTES = 125
 HEAD_LIMIT_BYTES = 16 << 10
 
 
@@ -424,12 +404,7 @@ class CloseCode(enum.IntEnum):
 
 
 class ProtocolError(Exception):
-    """A protocol violation by the peer: close code and reason."""
-
-    def __init__(self, code: CloseCode, reason: str) -> None:
-        super().__init__(f"{int(code)} {reason}")
-        self.code = code
-        self.reason = reason
+    """A protocol violation by the peer; its arguments are a CloseCode and the reason."""
 
 
 class Message(NamedTuple):
@@ -458,16 +433,13 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def parse_close(payload: bytes) -> Close:
-    """Parse a close frame's payload (RFC 6455 sections 5.5.1 and 7.4); raise ProtocolError."""
+    """Parse a close frame's payload (RFC 6455 section 7.4); raise ProtocolError or UnicodeDecodeError."""
     if not payload:
         return Close(None, "")
     code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
     if not (3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))):
         raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the close code is invalid")
-    try:
-        return Close(code, payload[2:].decode())
-    except UnicodeDecodeError:
-        raise ProtocolError(CloseCode.INVALID_DATA, "a close reason must be UTF-8") from None
+    return Close(code, payload[2:].decode())
 
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
@@ -488,7 +460,7 @@ class FrameParser:
         self._opcode: Opcode | None = None  # of the message that is partly received, else None
         self._size = 0  # of that message so far, bytes
         self._parts: list[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
-        self._in_frame = False  # stays True after a Close
+        self.is_between_messages = True  # no message is partly received: a new parser can continue
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._parser = self._parse()
         next(self._parser)
@@ -500,33 +472,32 @@ class FrameParser:
         received, self._received = self._received, []
         return received
 
-    @property
-    def is_between_messages(self) -> bool:
-        """True if no message is partly received: a new parser can continue."""
-        return not self._in_frame and not self._buffer and self._opcode is None
-
     def _parse(self) -> Generator[None, None, None]:
         try:
             while not (self._received and isinstance(self._received[-1], Close)):
-                self._in_frame = False
+                self.is_between_messages = self._opcode is None
                 yield from self._parse_frame()
         except ProtocolError as error:
-            self._received.append(Close(error.code, error.reason, by_peer=False))
+            code, reason = error.args
+            self._received.append(Close(code, reason, by_peer=False))
+        except UnicodeDecodeError:
+            self._received.append(Close(CloseCode.INVALID_DATA, "text must be UTF-8", by_peer=False))
         self._parts.clear()
         while True:  # bytes after a close frame are discarded (section 5.5.1)
             self._buffer.clear()
             yield
 
-    def _take(self, size: int) -> Generator[None, None, bytes]:
-        while len(self._buffer) < size:
+    def _take(self, least: int, most: int = 0) -> Generator[None, None, bytes]:
+        while len(self._buffer) < least:
+            self.is_between_messages = self.is_between_messages and not self._buffer
             yield
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
+        data = bytes(self._buffer[: most or least])
+        del self._buffer[: most or least]
+        self.is_between_messages = False
         return data
 
     def _parse_frame(self) -> Generator[None, None, None]:
         first, second = yield from self._take(2)
-        self._in_frame = True
         opcode = self._check_head(first, second)
         size = second & 0x7F
         if size > 125:
@@ -544,13 +515,16 @@ class FrameParser:
             message = parse_close(payload) if opcode is Opcode.CLOSE else Message(opcode, payload)
             self._received.append(message)
             return
-        if opcode is not Opcode.CONTINUATION:
-            self._opcode = opcode
-        yield from self._parse_data(size, mask)
+        kind = self._opcode = self._opcode or opcode
+        self._size += size
+        done = 0
+        while done < size:  # decoded as it arrives, so that bad UTF-8 fails at once
+            piece = apply_mask((yield from self._take(1, size - done)), mask, done)
+            self._parts.append(self._decoder.decode(piece) if kind is Opcode.TEXT else piece)
+            done += len(piece)
         if first & 0x80:
-            self._add(b"", last=True)
-            kind = self._opcode or Opcode.TEXT
-            self._received.append(Message(kind, (b"" if kind is Opcode.BINARY else "").join(self._parts)))
+            self._decoder.decode(b"", True)  # raises if a character is incomplete
+            self._received.append(Message(kind, ("" if kind is Opcode.TEXT else b"").join(self._parts)))
             self._opcode, self._size, self._parts = None, 0, []
             self._decoder.reset()
 
@@ -563,38 +537,13 @@ class FrameParser:
             (not is_known, f"unknown opcode {first & 0x0F}"),
             (not second & 0x80, "every frame of a client must be masked"),
             (is_control and not first & 0x80, "a control frame must not be fragmented"),
-            (is_control and second & 0x7F > CONTROL_LIMIT_BYTES, "a control frame has at most 125 bytes"),
+            (is_control and second & 0x7F > 125, "a control frame has at most 125 bytes"),
             (opcode is Opcode.CONTINUATION and not is_begun, "there is no message to continue"),
             (opcode in (1, 2) and is_begun, "the previous message is not finished"),
         ):
             if is_wrong:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, reason)
         return opcode
-
-    def _parse_data(self, size: int, mask: bytes) -> Generator[None, None, None]:
-        done = 0
-        while done < size:  # decoded as it arrives, so that bad UTF-8 fails at once
-            while not self._buffer:
-                yield
-            piece = bytes(self._buffer[: size - done])
-            del self._buffer[: size - done]
-            self._add(apply_mask(piece, mask, done))
-            done += len(piece)
-        self._size += size
-
-    def _add(self, piece: bytes, last: bool = False) -> None:
-        if self._opcode is Opcode.BINARY:
-            self._parts.append(piece)
-            return
-        try:
-            self._parts.append(self._decoder.decode(piece, last))
-            pending = self._decoder.getstate()[0]
-            # A surrogate; Python detects it one byte later.
-            is_bad = pending[:1] == b"\xed" and pending[1:2] >= b"\xa0"
-        except UnicodeDecodeError:
-            is_bad = True
-        if is_bad:
-            raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8")
 
 
 class RequestError(Exception):
@@ -607,8 +556,7 @@ class RequestError(Exception):
         self.headers = headers
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """The head of an HTTP request; `headers` in order, their names in lower case."""
 
     method: str
@@ -640,16 +588,14 @@ _HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 def parse_request_head(head: bytes) -> Request:
     """Parse a request head without its blank line, strictly (RFC 9112 sections 3, 5); raise RequestError."""
     first, *lines = head.split(b"\r\n")
-    request_line = _REQUEST_LINE.fullmatch(first)
-    if request_line is None:
+    if not (request_line := _REQUEST_LINE.fullmatch(first)):
         raise RequestError(400, "the request line is malformed")
     method, target, version = (part.decode("latin-1") for part in request_line.groups())
     if not target.startswith("/"):
         raise RequestError(400, "the request target must be a path")
     headers = []
     for line in lines:
-        header = _HEADER_LINE.fullmatch(line)
-        if header is None:
+        if not (header := _HEADER_LINE.fullmatch(line)):
             raise RequestError(400, "a header line is malformed")
         headers.append((header[1].decode("ascii").lower(), header[2].rstrip(b" \t").decode("latin-1")))
     if version not in ("HTTP/1.0", "HTTP/1.1"):
@@ -698,7 +644,6 @@ _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
-MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
 SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
 SLOW_WRITE_MS = 100
@@ -776,9 +721,7 @@ class Journal:
         """Number and write the events, one write per file; None for one that cannot be: `error` says why."""
         stored: list[StoredEvent | None] = []
         by_session: dict[str, list[StoredEvent]] = {}
-        seq = before = self.seq
-        for event, text in zip(events, encoded or map(encode_json, events)):
-            seq += 1
+        for seq, (event, text) in enumerate(zip(events, encoded or map(encode_json, events)), self.seq + 1):
             line = numbered_line(seq, received_ms, text)
             entry = StoredEvent(seq, {"seq": seq, "received": received_ms, **event}, line)
             stored.append(entry)
@@ -792,12 +735,11 @@ class Journal:
                 self.close()
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
-                    stored[entry.seq - before - 1] = None
+                    stored[entry.seq - self.seq - 1] = None
             took_ms = round((time.monotonic() - started) * 1000)
             if took_ms > SLOW_WRITE_MS:
                 self.slow_write = time.monotonic(), took_ms
-        # Readers stop at this number: set last, so that they never see a part of this batch.
-        self.seq = seq
+        self.seq += len(stored)  # set last, since readers stop there: they never see a part of this batch
         return stored
 
     def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
@@ -846,7 +788,7 @@ class Journal:
                 written = file.write(bytes(_BLOCK_BYTES))
         except OSError:
             return False
-        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > MIN_FREE_BYTES
+        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > 4 << 20
 
     def delete_session(self, session_id: str) -> int:
         """Delete every file of a session; return the bytes that were freed."""
@@ -895,8 +837,8 @@ class Journal:
         """Return the files of a day, of one session or of all."""
         found = []
         folder = f"{self.root}/{day}/"
-        one = [folder + session_file_name(session)] if session is not None else None
-        for path in one or glob.glob(glob.escape(folder) + "*.jsonl"):
+        one = [folder + session_file_name(session or "")]
+        for path in glob.glob(glob.escape(folder) + "*.jsonl") if session is None else one:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 about = os.stat(path)
                 if stat.S_ISREG(about.st_mode) and os.access(path, os.R_OK):
@@ -913,7 +855,8 @@ class Journal:
         """Return the line with this seq from a file of a day; None if it was deleted."""
         path = f"{self.root}/{day}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            return JournalFile(path, os.stat(path)).line(seq)
+            lines = JournalFile(path, os.stat(path)).lines(seq - 1, seq + 1, False, _TAIL_BYTES)
+            return next((line for _, line in lines if line), None)
         return None
 
     def size(self) -> tuple[int, int]:
@@ -943,10 +886,6 @@ class MemoryJournal(Journal):
             self._bytes += len(data)
             while self._bytes > self.LIMIT_BYTES:
                 self._bytes -= len(self._kept.popleft()[2]) + 1
-
-    def is_writable(self) -> bool:
-        """Return True: the oldest events are deleted to free memory."""
-        return True
 
     def delete_session(self, session_id: str) -> int:
         """Delete a session's events; return the bytes that were freed."""
@@ -987,24 +926,17 @@ class JournalFile:
     def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes]]:
         """Yield (seq or -seq, line), first one without a line, so that a merge opens files one by one."""
         yield (-self.last_seq if backwards else self.first_seq), b""
-        if backwards:
-            end = self.size if self.last_seq < before else self._offset_of(before)
-            segments = self.segments_back(end, block)
-            next(segments)
-        else:
+        if not backwards:
             segments = self._whole_lines(self._offset_of(after + 1) if self.first_seq <= after else 0, block)
+        else:
+            end = None if self.last_seq < before else self._offset_of(before)
+            segments = itertools.islice(self.segments_back(end, block), 1, None)
         for line in segments:
             seq = line_seq(line)
             if after < seq < before:
                 yield (-seq if backwards else seq), line
             elif seq and (seq <= after) == backwards:
                 return
-
-    def line(self, seq: int) -> bytes | None:
-        """Return the line with this seq; a file whose lines were reordered by hand is read completely."""
-        near = itertools.islice(self._whole_lines(self._offset_of(seq), _TAIL_BYTES), 1)
-        lines = itertools.chain(near, self._whole_lines(0, _BLOCK_BYTES))
-        return next((line for line in lines if line_seq(line) == seq), None)
 
     def _whole_lines(self, start: int, block: int) -> Iterator[bytes]:
         rest, size = b"", block
@@ -1033,24 +965,18 @@ class JournalFile:
 
     def _offset_of(self, seq: int) -> int:
         """Return the offset of the first line with a number of at least `seq`, else the end; bisects."""
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            # Lines that begin before `low` have smaller numbers; lines from `high` on do not.
-            low, high = 0, self.size
-            while high - low > _TAIL_BYTES:
-                middle = (low + high) // 2
-                file.seek(middle - 1)
-                file.readline()
-                if next(filter(None, map(line_seq, file)), seq) < seq:
-                    low = file.tell()
-                else:
-                    high = middle
-            file.seek(low)
-            for line in file:
-                if low >= high or line_seq(line) >= seq:
-                    break
-                low += len(line)
-            return low
-        return 0
+        low, high = 0, self.size  # lines that begin before `low` are below, from `high` on none is
+        while high - low > _TAIL_BYTES:
+            middle = (low + high) // 2
+            lines = self._whole_lines(middle - 1, _TAIL_BYTES)
+            start = middle + len(next(lines, b""))  # of the first line that does not begin before
+            is_below = next(filter(None, map(line_seq, lines)), seq) < seq
+            low, high = (start, high) if is_below else (low, middle)
+        for line in self._whole_lines(low, _TAIL_BYTES):
+            if line_seq(line) >= seq:
+                break
+            low += len(line) + 1
+        return low
 
 
 def line_seq(line: bytes) -> int:
@@ -1099,6 +1025,14 @@ def unpack(path: str) -> None:
         log.warning("%s cannot be unpacked, its events are skipped: %s", path, error)
 
 
+def _drop_oldest(entries: dict[Any, Any], limit: int) -> list[Any]:
+    """Drop what is beyond the limit; return its keys."""
+    oldest = list(itertools.islice(entries, len(entries) - limit)) if len(entries) > limit else []
+    for key in oldest:
+        del entries[key]
+    return oldest
+
+
 class SeenIds:
     """The ids of the last events, at least REMEMBERED_IDS and `minimum` of them, to detect duplicates."""
 
@@ -1126,12 +1060,7 @@ class SeenIds:
 
 
 class SecondDeliveries:
-    """Finds the second delivery of an event by a hook that is registered twice, which has another id.
-
-    Only for prompts and calls: other events, such as a request for a permission, may happen twice.
-    """
-
-    LIMIT = 4096
+    """Finds prompts and calls that a hook registered twice delivers again, with another id."""
 
     def __init__(self) -> None:
         self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
@@ -1147,8 +1076,7 @@ class SecondDeliveries:
         digest = hash((place, encoded[encoded.find(b',"data":') :]))
         first = self._first.pop(digest, own)
         self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
-        if len(self._first) > self.LIMIT:
-            del self._first[next(iter(self._first))]
+        _drop_oldest(self._first, 4096)
         return first[0]
 
 
@@ -1192,65 +1120,47 @@ class Rule(NamedTuple):
     waits: str = ""  # the waits that end, besides those of calls that end
 
 
-# Kind of event (`kind_of`) → its effects. When an agent ends, so do the agents below it and all their calls.
+# The effects of each kind of event (`kind_of`). When an agent ends, so do those below it and all their calls.
 #   ends:  call (that the event names), agent (that sent it), task (that it names), foreground (what does not
 #          outlive a turn), turn (the same, and agents missing from the client's list of tasks), all
 #   waits: input (its agent's, at the prompt; more in `_end_waits`), agent (all of its agent), all
-RULES = {
-    "session_start": Rule("idle", "all", "all"),
-    "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
-    "queued_prompt": Rule("working", "", "input"),  # typed while its turn runs
-    "task_notification": Rule("working", "task", "input"),
-    "tool_call": Rule("working", "", "input"),
-    "tool_result": Rule("working", "call", "input"),
-    "tool_error": Rule("working", "call", "input"),
-    "permission_request": Rule("working", "", "input"),
-    "permission_denied": Rule("working", "call", "input"),
-    "permission_result": Rule("working", "", "input"),  # more in `_end_waits`
-    "elicitation": Rule("working", "", "input"),
-    "elicitation_result": Rule("working", "", "input"),
-    "pre_compact": Rule("working", "", "input"),
-    "compacted": Rule("idle", "", ""),  # at a person's request
-    "round_end": Rule("", "call", "agent"),
-    "subagent_stop": Rule("", "agent", ""),
-    "task_killed": Rule("", "task", ""),
-    "interrupted": Rule("idle", "foreground", "agent"),
-    "turn_end": Rule("idle", "turn", "agent"),
-    "turn_error": Rule("failed", "turn", "agent"),
-    "session_end": Rule("ended", "all", "all"),
-    "replaced": Rule("ended", "all", "all"),  # its process started another session
-    "client_exited": Rule("ended", "all", "all"),
-}
+_RULED = (
+    (Rule("idle", "all", "all"), "session_start"),
+    (Rule("working", "foreground", "all"), "user_prompt"),  # Esc and a rejected permission fire nothing
+    (Rule("working", "task", "input"), "task_notification"),
+    (Rule("working", "call", "input"), "tool_result", "tool_error", "permission_denied"),
+    (Rule("working", "", "input"), "tool_call", "queued_prompt", "permission_request", "permission_result",
+     "elicitation", "elicitation_result", "pre_compact"),
+    (Rule("idle", "", ""), "compacted"),  # at a person's request
+    (Rule("", "call", "agent"), "round_end"),
+    (Rule("", "agent", ""), "subagent_stop"),
+    (Rule("", "task", ""), "task_killed"),
+    (Rule("idle", "foreground", "agent"), "interrupted"),
+    (Rule("idle", "turn", "agent"), "turn_end"),
+    (Rule("failed", "turn", "agent"), "turn_error"),
+    (Rule("ended", "all", "all"), "session_end", "client_exited", "replaced"),  # by another session
+)  # fmt: skip
+RULES = {kind: rule for rule, *kinds in _RULED for kind in kinds}
 _NOTHING = Rule()
 
-# The most urgent first. `apply_event` chooses one at its end; `tick` turns `working` into `quiet` after
-# quietSeconds of silence.
+# The most urgent first. `apply_event` chooses one at its end; `tick` turns `working` into `quiet`.
 SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 REORDER_WINDOW_MS = 5000  # hooks overtake each other by less; calls of one round begin within this time
-CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
-SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
-SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
-STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
-CLOSED_KEPT = 8  # calls of a turn that has ended: their end, or that of their round, may be late
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
-PROCESSES_LIMIT = 8  # that are kept per session
-PROCESSES_PER_TICK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
-LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
-ACCOUNTS_LIMIT = 32
-SHARES_LIMIT = 500  # sessions of one window
+TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
+_EXITED = "its process exited"
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 READ_KINDS = (*FIGURE_KINDS, emit_event.WORDS)  # read from files: they change no state, and begin no session
-# A quarter of the memory; needs Python 3.10.
-_SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
+_SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}  # a quarter of the memory
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
 
 
@@ -1316,8 +1226,7 @@ class SessionUsage(NamedTuple):
         return sum(self.models.values(), Tokens())
 
 
-@dataclasses.dataclass(**_SLOTS)
-class LimitWindow:
+class LimitWindow(NamedTuple):
     """One window of an account's limits, such as the current five hours."""
 
     resets_at: int
@@ -1326,8 +1235,7 @@ class LimitWindow:
     costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
 
 
-@dataclasses.dataclass(**_SLOTS)
-class Account:
+class Account(NamedTuple):
     """A subscription: the machines that report the same times of resets."""
 
     machines: dict[str, None]  # their keys
@@ -1347,9 +1255,6 @@ class Agent:
     has_metadata: bool = False  # label and parent come from the client's metadata file
     end: int | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS[:3], 0))
-
-
-TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1425,21 +1330,6 @@ class Session:
     # (path, other session) → (its agent, when the later one of the two edited)
     collisions: dict[tuple[str, str], tuple[str, int]] = dataclasses.field(default_factory=dict)
 
-    def shift(self, step_ms: int) -> None:
-        """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
-        if self.turn == "ended":
-            return
-        for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
-            setattr(self, name, getattr(self, name) + step_ms)
-        self.last_step = {agent_id: at + step_ms for agent_id, at in self.last_step.items()}
-        self.processes = {process: at and at + step_ms for process, at in self.processes.items()}
-        self.waits = [wait._replace(since=wait.since + step_ms) for wait in self.waits]
-        for use_id, call in self.open_calls.items():
-            self.open_calls[use_id] = call._replace(since=call.since + step_ms)
-        for agent in self.agents.values():
-            agent.start += step_ms
-            agent.end = None if agent.end is None else agent.end + step_ms
-
     @property
     def process(self) -> tuple[int, int] | None:
         """Return (pid, namespace) of the most recently active process."""
@@ -1449,11 +1339,9 @@ class Session:
     def label(self) -> tuple[str, str]:
         """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        labels = (self.user_label, self.client_name, title, self.first_prompt)
-        for source, label in zip(("user", "name", "title", "prompt"), labels):
-            if label:
-                return label, source
-        return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
+        project = os.path.basename(self.directory.rstrip("/")) or self.session_id[:8]
+        labels = (self.user_label, self.client_name, title, self.first_prompt, project)
+        return next(it for it in zip(labels, ("user", "name", "title", "prompt", "project")) if it[0])
 
     @property
     def reason(self) -> Reason | None:
@@ -1473,17 +1361,11 @@ class Session:
         return f"background: {self.background[0]}" if self.background else self.wakeup
 
 
-_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
-
-
 # Text and targets
 _TARGET_KEYS = (
     "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "question",
-    "description",
-    "skill", "plan", "prompt", "name",
+    "description", "skill", "plan", "prompt", "name",
 )  # fmt: skip
-
-
 PATCH = "*** Begin Patch"  # begins the input of `apply_patch`, in a field of any name
 _PATCHED_FILE = re.compile(r"^\*\*\* (?:Add|Update|Delete) File: (.+)$", re.M)
 
@@ -1506,9 +1388,7 @@ def object_of(value: Any) -> JsonObject:
 
 def text_of(value: Any) -> str:
     """Return a JSON value as text for one line."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def tool_target(tool_input: Any, directory: str = "") -> str:
@@ -1529,17 +1409,13 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
             paths = [path.removeprefix(below) for path in _PATCHED_FILE.findall(value)]
             return one_line(", ".join(paths) or value)
     for key in _TARGET_KEYS:
-        text = text_of(tool_input.get(key))
-        if text:
+        if text := text_of(tool_input.get(key)):
             return one_line(text.removeprefix(below))
     # Tools of MCP servers have fields of any name.
     named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
     if len(named) == 1:
         return one_line(named[0][1])
     return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
-
-
-# Tool calls
 
 
 class Outcome(enum.IntEnum):
@@ -1580,21 +1456,18 @@ def is_duration(value: Any) -> bool:
     return type(value) in emit_event.NUMBERS and 0 <= value < 1 << 40
 
 
-def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
-    """Return what an event reports about tool calls.
-
-    A call without an id (clients before 2.0.43) gets one from its event; UnnamedCalls pairs it with its end.
-    """
+def call_facts(event: JsonObject) -> list[CallFact]:
+    """Return what an event reports about tool calls; a call without an id gets one from its event."""
     data, timestamp, agent_id = event["data"], event["timestamp"], event.get("agentId", MAIN)
     if event["hookType"] == "PostToolBatch":
-        return tuple(
+        return [
             CallFact(call["tool_use_id"], text_of(call.get("tool_name")) or "?", call.get("tool_input"),
                      agent_id, timestamp, None, None, Outcome.FAILED_BY_ROUND, call.get("tool_response"))
             for call in _batch_calls(event)
-        )  # fmt: skip
+        ]  # fmt: skip
     outcome, use_id = _OUTCOMES.get(effective_type(event)), data.get("toolUseId")
     if outcome is None or (outcome is Outcome.FAILED_BY_ROUND and not use_id):
-        return ()
+        return []
     if outcome is Outcome.FAILED and data.get("is_interrupt") is True:
         outcome = Outcome.INTERRUPTED
     if not isinstance(use_id, str) or not use_id:
@@ -1603,19 +1476,17 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
     duration = round(duration) if duration is not None and is_duration(duration) else None
     error = None if outcome is Outcome.OK else data.get("error") or data.get("reason")
     tool, begun = text_of(data.get("toolName")) or "?", timestamp - (duration or 0)
-    return (CallFact(use_id, tool, data.get("toolInput"), agent_id, begun, finish, duration, outcome, error),)
+    return [CallFact(use_id, tool, data.get("toolInput"), agent_id, begun, finish, duration, outcome, error)]
 
 
 class UnnamedCalls:
-    """Pairs calls without ids, as of clients before 2.0.43, Gemini and Copilot: a result ends the newest open
-    call of the same agent and tool, of several one with the same input.
-    """
+    """Pairs results without ids with the newest open call of the same agent and tool, first by input."""
 
     def __init__(self) -> None:
         # (session, agent, tool) → (use id, hash of the input)
         self.open: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
 
-    def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
+    def paired(self, event: JsonObject, facts: list[CallFact]) -> list[CallFact]:
         """Return the facts of an event; a result without an id gets that of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
@@ -1628,7 +1499,7 @@ class UnnamedCalls:
         elif calls:
             call = next((it for it in reversed(calls) if it[1] == digest), calls[-1])
             calls.remove(call)
-            facts = (facts[0]._replace(use_id=call[0]),)
+            facts = [facts[0]._replace(use_id=call[0])]
         if not calls:
             del self.open[key]
         return facts
@@ -1667,33 +1538,16 @@ def kind_of(event: JsonObject) -> str:
 
 
 def task_notification(event: JsonObject) -> str | None:
-    """Return the id of the background task whose end a UserPromptSubmit reports.
-
-    None for a person's prompt; "" if it names no task.
-    """
-    text = text_of(event["data"].get("message")).lstrip()
-    if not text.startswith("<task-notification>"):
-        return None
-    match = re.search(r"<task-id>\s*([^<\s]+)\s*</task-id>", text[:2000])
-    return match.group(1) if match else ""
+    """Return the id of the task whose end a UserPromptSubmit reports; "": unnamed; None: a prompt."""
+    text = text_of(event["data"].get("message"))[:2000]
+    match = re.match(r"\s*<task-notification>(?:.*?<task-id>\s*([^<\s]+)\s*</task-id>)?", text, re.S)
+    return (match[1] or "") if match else None
 
 
-class Step(NamedTuple):
-    """An event to apply to its session."""
-
-    event: JsonObject
-    kind: str
-    at: int  # when it happened, on the monitor's clock
-    facts: tuple[CallFact, ...]
-
-
-def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False) -> None:
-    """Apply one event to its session.
-
-    A `late` event happened before the last one, and ends nothing that began after it. If its agent has made
-    progress since, the event is stale: it is only counted, and its calls and agents are paired.
-    """
-    event, kind, at, facts = step
+def apply_event(
+    session: Session, event: JsonObject, kind: str, at: int, facts: list[CallFact], quiet_ms: int, late: bool
+) -> None:
+    """Apply one event to its session; a `late` one, which others overtook, ends nothing that began later."""
     agent_id = event.get("agentId", MAIN)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
@@ -1703,7 +1557,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if kind == "turn_end" and event["data"].get("mayBeSubagent"):
         runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
         kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
-    rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
+    rule = _NOTHING if _is_second_process(session, event, kind, at, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
     is_stale = late and kind != "replaced" and at < session.last_step.get(agent_id, 0)
@@ -1724,7 +1578,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         _apply_ends(session, event, rule.ends, at, until)
     if session.waits:
         over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
-        _end_waits(session, step, over)
+        _end_waits(session, event, kind, at, over)
     # An end that is known already has its reason, or the error that caused it, from a late event.
     is_cause = kind == "turn_error" and session.turn in ("idle", "ended")
     explains_end = is_cause and session.turn_since - at < REORDER_WINDOW_MS
@@ -1732,7 +1586,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if rule.turn and not agent_id and (explains_end or not is_stale):
         _apply_turn(session, event, kind, at, late)
     if kind == "client_status" and session.turn != "ended":
-        _apply_client_status(session, step, until, silence_ms, is_stale)
+        _apply_client_status(session, event, at, until, silence_ms, is_stale)
     if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
         _begin_wait(session, event, kind, at, until, is_stale)
     state = _state_of(session)
@@ -1747,9 +1601,8 @@ def _state_of(session: Session) -> str:
         return "waiting"
     if session.turn == "failed":  # the last turn ended with an error
         return "failed"
-    works = session.turn == "working" or bool(session.background)
-    works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
-    return "working" if works else "idle"
+    has_agents = any(agent.end is None for agent in session.agents.values())  # they outlive the turn
+    return "working" if has_agents or session.turn == "working" or session.background else "idle"
 
 
 def process_of(event: JsonObject) -> tuple[int, int] | None:
@@ -1757,12 +1610,9 @@ def process_of(event: JsonObject) -> tuple[int, int] | None:
     return (event["pid"], event.get("pidNamespace", 0)) if "pid" in event else None
 
 
-def _is_second_process(session: Session, step: Step, late: bool) -> bool:
-    """Record the processes of a session; return True if the event starts or ends it in one of several.
-
-    A second terminal may resume a session that is open in the first one.
-    """
-    kind, process = step.kind, process_of(step.event)
+def _is_second_process(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> bool:
+    """Record the processes of a session; return True if the event starts or ends it in one of several."""
+    process = process_of(event)
     last = next(reversed(session.processes), None)
     if process is None or (process == last and RULES.get(kind, _NOTHING).ends != "all"):
         return False
@@ -1775,9 +1625,9 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     if late and session.processes:
         return False
     if kind == "session_start":  # processes not seen alive recently may have been killed
-        is_open, since = session.turn != "ended", step.at - REORDER_WINDOW_MS
+        is_open, since = session.turn != "ended", at - REORDER_WINDOW_MS
         others = {other: alive_at for other, alive_at in others.items() if is_open and alive_at > since}
-    others = dict(list(others.items())[1 - PROCESSES_LIMIT :])
+    others = dict(list(others.items())[-7:])
     session.processes = {**others, process: session.processes.get(process, 0)}
     return kind == "session_start" and bool(others)
 
@@ -1831,16 +1681,12 @@ CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
-    """Apply the totals from the transcripts; the newest replace older ones.
-
-    The `usage` of other programs has another form and is ignored.
-    """
-    about: JsonObject = usage if isinstance(usage, dict) else {}
+    """Apply the totals from the transcripts, the newest; other programs' `usage` has another form."""
+    about = object_of(usage)
     models, agents, model = about.get("models"), about.get("agents"), about.get("model")
     if not isinstance(models, dict) or not isinstance(agents, dict):
         return
-    kept = itertools.islice(models.items(), MODELS_LIMIT)
-    used = {text_of(name): tokens_of(counts) for name, counts in kept}
+    used = {text_of(name): tokens_of(it) for name, it in itertools.islice(models.items(), MODELS_LIMIT)}
     model = one_line(model) if isinstance(model, str) else None
     context = about.get("context")
     context = context if type(context) is int and 0 < context <= 1e9 else None
@@ -1856,45 +1702,38 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
 
 # Gauges: figures of the status line. Any program can send them, so each is checked.
 
-# Name in JSON → (the client's name, its length)
 Limit = tuple[str, float, int]  # (name of a window, used percent, time of its reset)
+# Name in JSON → (the client's name, its length)
 LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
 
 
 def gauges_of(given: Any, time_ms: int) -> tuple[JsonObject, list[Limit]]:
     """Return the plausible figures in the objects of a status line: those of the session, and its limits."""
 
-    def figure(limit: float, *path: str) -> Any:
+    def figure(path: str, limit: float, unit: int = 0) -> Any:  # with a unit: as a whole number of these
         value = given
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
-
-    def whole(limit: float, *path: str, unit: int = 1) -> int | None:
-        value = figure(limit, *path)
-        return None if value is None else int(value * unit)
-
-    def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
-        value = figure(200, *path, "used_percentage")
-        return None if value is None else min(value, 100)
+        for name in path.split("."):
+            value = object_of(value).get(name)
+        if type(value) not in emit_event.NUMBERS or not 0 <= value <= limit:
+            return None
+        return int(value * unit) if unit else min(value, 100) if name == "used_percentage" else value
 
     limits = []
     for window, (name, length_ms) in LIMIT_WINDOWS.items():
-        used = percent("rate_limits", name)
-        resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
+        used = figure(f"rate_limits.{name}.used_percentage", 200)  # it may be exceeded by a little
+        resets_at = figure(f"rate_limits.{name}.resets_at", 1e11, 1000) or 0
         if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
             limits.append((window, used, resets_at))
-    context = {
-        "percent": percent("context_window"),
-        "used": whole(1e9, "context_window", "total_input_tokens"),
-        "size": whole(1e9, "context_window", "context_window_size") or None,
-    }
     gauges = {
-        "context": context,
-        "costUsd": figure(1e6, "cost", "total_cost_usd"),
-        "linesAdded": whole(1e9, "cost", "total_lines_added"),
-        "linesRemoved": whole(1e9, "cost", "total_lines_removed"),
-        "cacheExpiresAt": whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+        "context": {
+            "percent": figure("context_window.used_percentage", 200),
+            "used": figure("context_window.total_input_tokens", 1e9, 1),
+            "size": figure("context_window.context_window_size", 1e9, 1) or None,
+        },
+        "costUsd": figure("cost.total_cost_usd", 1e6),
+        "linesAdded": figure("cost.total_lines_added", 1e9, 1),
+        "linesRemoved": figure("cost.total_lines_removed", 1e9, 1),
+        "cacheExpiresAt": figure("prompt_cache.expires_at", 1e11, 1000) or None,
     }
     return gauges, limits
 
@@ -1904,21 +1743,18 @@ def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
     if at < session.gauges_time:
         return []
     session.gauges_time, (session.gauges, limits) = at, gauges_of(data.get("gauges"), at)
-    effort, model = data.get("effort"), data.get("model")
-    level = effort.get("level") if isinstance(effort, dict) else None
+    level, model = object_of(data.get("effort")).get("level"), data.get("model")
     session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
     session.model = one_line(model) if isinstance(model, str) and model else session.model
     return limits
 
 
 def _apply_limits(account: Account, session: Session, limits: list[Limit], at: int) -> None:
-    """Apply what a session reported of the limits of its account."""
     cost: float | None = (session.gauges or _NO_GAUGES)["costUsd"]
     for name, percent, resets_at in limits:
         window = account.windows.get(name)
         if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
-            before = window.costs if window else {}
-            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            costs = {it: (now, now) for it, (_, now) in window.costs.items()} if window else {}
             window = account.windows[name] = LimitWindow(resets_at, [], costs)
         elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
             continue  # a late report, of the window before
@@ -1930,14 +1766,11 @@ def _apply_limits(account: Account, session: Session, limits: list[Limit], at: i
             is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
             first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
             window.costs[session.session_id] = first, max(cost, last)
-            _drop_oldest(window.costs, SHARES_LIMIT)
+            _drop_oldest(window.costs, 500)
 
 
 def _window_json(name: str, window: LimitWindow) -> JsonObject:
-    """Return a window of a limit: `forecast` is when it will be full, None if not before its reset.
-
-    The pace is that of the last hour before the last reading. `shares`: percent by session, by their costs.
-    """
+    """Return a window; `forecast`: when it is full at the last hour's pace; `shares`: percent by cost."""
     (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
     since = max(begun, at - PACE_MS)
     before = 0.0 if since == begun else window.samples[0][1]
@@ -1956,9 +1789,7 @@ def _window_json(name: str, window: LimitWindow) -> JsonObject:
 
 def tokens_of(counts: Any) -> Tokens:
     """Return the `counts` of a usage; other names, such as over100k in stored events, are ignored."""
-    if not isinstance(counts, dict):
-        return Tokens()
-    values = (counts.get(name) for name in emit_event.COUNT_NAMES)
+    values = map(object_of(counts).get, emit_event.COUNT_NAMES)
     return Tokens(*(value if type(value) is int and 0 <= value < 1 << 53 else 0 for value in values))
 
 
@@ -2004,6 +1835,7 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+_NO_GAUGES = gauges_of(None, 0)[0]
 # Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
 _SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
@@ -2014,10 +1846,7 @@ _ALIAS = re.compile(r"(?:.*\bclaude-)?" + _MODEL_KIND + r"(?:-latest)?(?:\[\w+\]
 
 
 def model_family(model: str) -> str:
-    """Return a model's family, such as "opus-4-5", from the name in any cloud; "" if it is not known.
-
-    That of an alias is its kind.
-    """
+    """Return the family of a model, such as "opus-4-5" (any cloud's name), an alias's kind, else ""."""
     found = _OLD_MODEL.search(model) or _NEW_MODEL.search(model)
     if found is None:
         alias = _ALIAS.fullmatch(model)
@@ -2026,31 +1855,20 @@ def model_family(model: str) -> str:
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
 
 
-_NO_GAUGES = gauges_of(None, 0)[0]
-
-
 def _estimated_context(session: Session, usage: SessionUsage) -> JsonObject | None:
     """Return the context of a session without a status line, as far as its transcript gives it."""
-    used = usage.context
+    used, model = usage.context, session.model or usage.model or ""
     if not used:
         return None
-    size = context_size(session.model or usage.model or "", used)
+    family = model_family(model)
+    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
+    size = 200_000 if is_small else 1_000_000 if family else None
     percent = min(100, round(100 * used / size)) if size else None
     return {"percent": percent, "used": used, "size": size, "estimated": True}
 
 
-def context_size(model: str, used: int) -> int | None:
-    """Return how many tokens fit into a model's context, where `used` do; None: not known."""
-    family = model_family(model)
-    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
-    return 200_000 if is_small else 1_000_000 if family else None
-
-
 class PriceList:
-    """The prices of models: the configured `prices`, then PRICES.
-
-    Configured ones are named by model, by family ("opus-4-5") or by kind ("opus").
-    """
+    """The prices of models: the configured `prices`, by model, family ("opus-4-5") or kind, then PRICES."""
 
     def __init__(self, configured: dict[str, dict[str, float]] | None = None) -> None:
         self._configured = {name: Price.of(**given) for name, given in (configured or {}).items()}
@@ -2120,7 +1938,7 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
 
 
 def _description(tool_input: Any) -> str:
-    about = tool_input if isinstance(tool_input, dict) else {}
+    about = object_of(tool_input)
     return one_line(text_of(about.get("description") or about.get("message")))
 
 
@@ -2138,8 +1956,8 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     ended_id = task_notification(event) if ends == "task" else agent_id
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
-    running = {text_of(task.get("id")) for task in _running_tasks(event)}
-    mates = {text_of(it.get("description")) for it in _running_tasks(event, TEAMMATE)} - {""}
+    tasks, teammates = _running_tasks(event)
+    going = {text_of(it.get("id")) for it in tasks} | {text_of(it.get("description")) for it in teammates}
     if ends == "task":  # a command's is known by its label only
         text = text_of(event["data"].get("message"))
         session.background = [it for it in session.background if it not in text]
@@ -2147,7 +1965,7 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
             return any(agent.agent_id == ended_id for agent in lineage)
-        continues = not has_list or any(it.agent_id in running or it.label in mates for it in lineage)
+        continues = not has_list or any({it.agent_id, it.label or it.agent_id} & going for it in lineage)
         return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
@@ -2156,28 +1974,18 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
         _end_agents(session, is_over, at, until)
     if ends == "turn" and not agent_id and all(agent.end is not None for agent in session.agents.values()):
         session.launched = {}
-        _drop_oldest(session.closed_calls, CLOSED_KEPT)
+        _drop_oldest(session.closed_calls, 8)  # whose end, or that of their round, may be late
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
-    """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls.
-
-    Agents that neither run nor wait nor have open calls are unchanged.
-    """
-    if not session.agents:
-        return
-    calls = session.open_calls.values()
-    busy = {call.agent_id for call in calls} | {wait.agent_id for wait in session.waits}
-    ending = {
-        agent.agent_id
-        for agent in session.agents.values()
-        if (agent.end is None or agent.agent_id in busy)
-        and agent.start <= until
-        and is_over(_lineage(session, agent))
-    }
-    for agent_id in ending:
-        agent = session.agents[agent_id]
-        agent.end = at if agent.end is None else agent.end
+    """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls."""
+    busy = {call.agent_id for call in session.open_calls.values()} | {it.agent_id for it in session.waits}
+    ending = set()
+    for agent_id, agent in session.agents.items():
+        is_left = (agent.end is None or agent_id in busy) and agent.start <= until
+        if is_left and is_over(_lineage(session, agent)):
+            ending.add(agent_id)
+            agent.end = at if agent.end is None else agent.end
     if ending:
         session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in ending}
         session.waits = [wait for wait in session.waits if wait.agent_id not in ending]
@@ -2193,21 +2001,16 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
             session.counts["interrupted"] += 1
 
 
-TEAMMATE = "teammate"  # type of a task that is always `running`, under an id that is not its agent's
-
-
-def _running_tasks(event: JsonObject, kind: str = "") -> list[JsonObject]:
-    """Return the running tasks of a kind; "": all that end."""
+def _running_tasks(event: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Return the running tasks, and the teammates, which are always `running` and have ids of their own."""
     tasks = emit_event.objects_in(event["data"].get("background_tasks"))
     running = [task for task in tasks if task.get("status") == "running"]
-    return [task for task in running if (task.get("type") == TEAMMATE) == (kind == TEAMMATE)]
+    mates = [task for task in running if task.get("type") == "teammate"]
+    return [task for task in running if task not in mates], mates
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
-    """Open or close a call; return True if it is new.
-
-    The highest of several outcomes counts, as in statistics.
-    """
+    """Open or close a call, of which the highest outcome counts; return True if it is new."""
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
     before = session.closed_calls.get(fact.use_id)  # None: not closed
@@ -2234,20 +2037,11 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         digest = zlib.crc32(encode_json(fact.tool_input))
         call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, digest)
         session.open_calls[fact.use_id] = call
-    if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
-        for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
-            session.closed_calls[dropped] = 0
-            session.counts["interrupted"] += 1
-        _drop_oldest(session.closed_calls, CALLS_LIMIT)
+    for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
+        session.closed_calls[dropped] = 0
+        session.counts["interrupted"] += 1
+    _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
-
-
-def _drop_oldest(entries: dict[str, Any], limit: int) -> list[str]:
-    """Drop what is beyond the limit; return its keys."""
-    oldest = list(itertools.islice(entries, max(0, len(entries) - limit)))
-    for key in oldest:
-        del entries[key]
-    return oldest
 
 
 def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool:
@@ -2271,9 +2065,7 @@ _EDITING_COMMAND = re.compile(
 _EDITING_NAME = re.compile(
     r"(?!.*(?:plan|todo)).*(?:write|edit|create|update|insert|replace|delete|move|rename|apply|patch)", re.I
 )
-_STREAKS_LIMIT = 64
 COLLISION_MS = 600_000  # two sessions that edit a file within this time collide
-EDITED_FILES_LIMIT = 2000  # that are remembered
 
 
 def edited_files(event: JsonObject) -> set[str]:
@@ -2295,18 +2087,12 @@ def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
     error, times, since = session.streaks.pop(key, ("", 0, at))
     if fact.outcome is not Outcome.OK:
         new_error = one_line(text_of(fact.error))
-        if error != new_error or not times:
-            times, since = 0, at
-            if len(session.streaks) >= _STREAKS_LIMIT:
-                del session.streaks[next(iter(session.streaks))]
-        session.streaks[key] = (new_error, times + 1, since)
+        session.streaks[key] = (new_error, times + 1, since) if new_error == error else (new_error, 1, at)
+        _drop_oldest(session.streaks, 64)
         return
-    command = text_of(fact.tool_input.get("command")) if isinstance(fact.tool_input, dict) else ""
-    if fact.tool.startswith("mcp__") or fact.tool.islower():
-        changes = _EDITING_NAME.match(fact.tool.rpartition("__")[2]) is not None
-    else:
-        changes = fact.tool in _EDITING_TOOLS
-    if changes or _EDITING_COMMAND.search(command[:10_000]):
+    is_foreign = fact.tool.startswith("mcp__") or fact.tool.islower()
+    named = _EDITING_NAME.match(fact.tool.rpartition("__")[2]) if is_foreign else fact.tool in _EDITING_TOOLS
+    if named or _EDITING_COMMAND.search(text_of(object_of(fact.tool_input).get("command"))[:10_000]):
         session.turn_changed, session.unchanged_turns = True, 0
 
 
@@ -2314,10 +2100,8 @@ def _busy_since(session: Session) -> int:
     """Return since when a turn or an agent has been running, _NEVER if there is none."""
     if session.state not in ("working", "quiet"):
         return _NEVER
-    starts = [agent.start for agent in session.agents.values() if agent.end is None]
-    if session.turn == "working":
-        starts.append(session.turn_start)
-    return min(starts, default=_NEVER)
+    starts = [session.turn_start] if session.turn == "working" else []
+    return min(starts + [it.start for it in session.agents.values() if it.end is None], default=_NEVER)
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
@@ -2330,8 +2114,8 @@ def stuck_signals(session: Session) -> list[JsonObject]:
         if times >= STUCK_FAILURES
     ]
     if session.unchanged_turns >= STUCK_TURNS:
-        detail = f"{session.unchanged_turns} turns without a change in files"
-        signals.append(("unchanged", session.unchanged_since, detail))
+        turns = f"{session.unchanged_turns} turns without a change in files"
+        signals.append(("unchanged", session.unchanged_since, turns))
     since = _busy_since(session)
     if session.clock - since >= STUCK_MS:
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
@@ -2350,29 +2134,26 @@ _NOTICE_KINDS = {
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
-def _end_waits(session: Session, step: Step, over: str) -> None:
+def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: str) -> None:
     """End the waits that an event ends; one without a call is tied to its call when that begins."""
-    kept, kind = [], step.kind
-    begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
-    data = step.event["data"]
+    kept, data = [], event["data"]
+    use_id = text_of(data.get("toolUseId")) or UNNAMED + event["id"]
+    begun = session.open_calls.get(use_id) if kind == "tool_call" else None
     server = text_of(data.get("mcp_server_name"))
-    answered = data.get("to") if data.get("outcome") == "delivered" else None
     for wait in session.waits:
-        is_own = wait.agent_id == step.event.get("agentId", MAIN)
+        is_own = wait.agent_id == event.get("agentId", MAIN)
         may_end = is_own and over != ""
         is_answer = kind == "elicitation_result" and wait.kind == "question"
-        is_decided = (
-            kind == "permission_result" and data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
-        )
+        names_it = data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
         if (
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
             or (may_end and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
-            or (may_end and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
-            or (may_end and is_decided)
+            or (may_end and kind == "tool_call" and abs(at - wait.since) > REORDER_WINDOW_MS)
+            or (may_end and kind == "permission_result" and names_it)
             or (may_end and is_answer and (not server or wait.tool in (None, server)))
-            or (kind == "answer" and wait.event_id == answered)
+            or (kind == "answer" and data.get("outcome") == "delivered" and wait.event_id == data.get("to"))
         ):
             continue
         asked = session.open_calls.get(wait.tool_use_id or "")
@@ -2415,9 +2196,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         if other.tool_use_id == wait.tool_use_id if wait.tool_use_id else is_same:
             # The call of a question and its request are one wait, which the request can answer.
             if kind == "permission_request":
-                session.waits[number] = other._replace(
-                    event_id=wait.event_id, held_until=wait.held_until, by_client=False
-                )
+                session.waits[number] = wait._replace(since=other.since, agent_id=other.agent_id)
             return
     if kind == "notification":
         kept = [it for it in session.waits if not it.by_client]
@@ -2440,26 +2219,22 @@ def _client_status(session: Session) -> tuple[str, str]:
     return min((it for it in reported if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
 
 
-def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
-    """Apply a status of the client if it has changed, or else if the hooks are silent.
-
-    A stale one, older than what the hooks have reported of the main agent, is only recorded.
-    """
-    event, at, (before, before_for) = step.event, step.at, _client_status(session)
+def _apply_client_status(
+    session: Session, event: JsonObject, at: int, until: int, silence_ms: int, is_stale: bool
+) -> None:
+    """Apply a status of the client if it changed or the hooks are silent; a stale one is only recorded."""
+    before, before_for = _client_status(session)
     reported = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
     known = session.client_status
     session.client_status = {it: known[it] for it in session.processes if it in known}
     session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = before != "" and (status, waits_for) != (before, before_for)
-    if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
+    if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
     if before == "waiting" or status != "waiting":
-        session.waits = [
-            it
-            for it in session.waits
-            if it.since > at or it.held_until > at or (it.kind == "input" and status == "idle")
-        ]
+        kept = ("input",) if status == "idle" else ()
+        session.waits = [it for it in session.waits if max(it.since, it.held_until) > at or it.kind in kept]
     if status == "waiting":  # a dialog is open
         session.waits = [it if it.since > at else it._replace(held_until=0) for it in session.waits]
     if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
@@ -2497,27 +2272,24 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
         # another wait. Clients before 2.1.69 send requests of subagents as the main agent.
         tool = text_of(data.get("toolName")) or None
         target = tool_target(data.get("toolInput"), session.directory)
-        calls = [call for call in calls if call[1:3] == (tool, target) and call.since <= until]
-        calls = [call for call in calls if agent_id in (call.agent_id, MAIN)]
         taken = {wait.tool_use_id for wait in session.waits}
         digest = zlib.crc32(encode_json(data.get("toolInput")))
-        calls.sort(
-            key=lambda call: (call.agent_id != agent_id, call.digest != digest, call.tool_use_id in taken)
-        )
+        calls = [it for it in calls if it[1:3] == (tool, target) and it.since <= until]
+        calls = [it for it in calls if agent_id in (it.agent_id, MAIN)]
+        ranks = [(it.agent_id != agent_id, it.digest != digest, it.tool_use_id in taken) for it in calls]
+        use_id = calls[ranks.index(min(ranks))].tool_use_id if calls else None
         about = "question" if tool in QUESTION_TOOLS else "permission"
-        return Reason(about, tool, target, at, agent_id, calls[0].tool_use_id if calls else None)
+        return Reason(about, tool, target, at, agent_id, use_id)
     given = data.get("notificationType")
     about = _NOTICE_KINDS.get(text_of(given), "")
     if given is None:
         about = next((about for part, about in _NOTICE_TEXTS.items() if part in text), "")
-    if about != "permission":
-        return Reason(about, None, text, at) if about else None
     named = re.search(r"permission to use (\S+)", text)
     by_tool = [call for call in calls if named and call.tool_name == named.group(1)]
     calls = by_tool or [call for call in calls if call.agent_id == MAIN] or calls
-    if not calls:
-        return Reason(about, None, text, at)
-    return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
+    if about == "permission" and calls:
+        return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
+    return Reason(about, None, text, at) if about else None
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
@@ -2546,13 +2318,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
         session.turn_calls, session.turn_changed = 0, False
         if begins:  # perhaps by a call that overtook its prompt
-            is_prompt = kind == "user_prompt"
-            session.turn_start = at if is_prompt else max(session.turn_since, at - REORDER_WINDOW_MS)
+            since = at if kind == "user_prompt" else session.turn_since
+            session.turn_start = max(since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
     session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
     if kind == "client_exited":
-        end_session(session, at, "its process exited", presumed=True)
+        end_session(session, at, _EXITED, presumed=True)
         return
     if turn == "ended":
         why = one_line(text_of(data.get("reason"))) or "ended"
@@ -2563,20 +2335,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
-            for task in _running_tasks(event)
+            for task in _running_tasks(event)[0]
         ]
-        session.wakeup = _wakeup_of(data)
-
-
-def _wakeup_of(data: JsonObject) -> str:
-    """Return when a session continues by itself, as text, from the schedules (in cron's form) of its Stop."""
-    schedules = [it.get("schedule") for it in emit_event.objects_in(data.get("session_crons"))]
-    if not schedules:
-        return ""
-    daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
-    if daily:
-        return f"wakes up at {int(daily[2]):02}:{int(daily[1]):02}"
-    return f"wakes up by schedule {one_line(text_of(schedules[0]), 40)}"
+        for it in emit_event.objects_in(data.get("session_crons"))[:1]:
+            schedule = one_line(text_of(it.get("schedule")), 40)
+            daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", schedule)
+            when = f"at {int(daily[2]):02}:{int(daily[1]):02}" if daily else f"by schedule {schedule}"
+            session.wakeup = f"wakes up {when}"
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
@@ -2598,17 +2363,12 @@ class MachineClock(NamedTuple):
     """The clock of one machine."""
 
     skew: float | None = None  # how far its clock is behind ours, in ms; None: not known yet
-    received: int = 0  # when its last event arrived
     last_event: int = 0  # the time of its latest event
     seq: int = 0  # of that event
 
 
 class Sessions:
-    """All sessions, updated by `apply` and `tick`.
-
-    A session becomes quiet after `quiet_ms` of silence; all sessions of a machine end after `ended_ms`.
-    `own_machine` is our machine's key; `own_name`: the name used for it in events without a key.
-    """
+    """All sessions, updated by `apply` and `tick`; `own_name`: our machine in events without a key."""
 
     def __init__(
         self,
@@ -2629,24 +2389,19 @@ class Sessions:
         self._accounts: list[Account] = []  # the most recently active last
         # (machine's key, file) → session id → when it edited it last, its agent, its path; newest last
         self._edits: dict[tuple[str, str], dict[str, tuple[int, str, str]]] = {}
-        self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
-        self._seq = 0  # of the last event
+        self._ahead_ms = math.nan  # how far our clock was ahead of the steady clock in the last tick
+        self._set_at = 0  # when our clock was set last, since the start
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
         self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
-        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
-        # counts if it is the session's in _due_at. It may be too early, never too late.
+        # A heap of (time, session id): when `tick` checks it next; an entry counts if it is that in _due_at.
         self._due: list[tuple[int, str]] = []
         self._due_at: dict[str, int] = {}
         self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to check first
 
     def apply(self, event: JsonObject) -> Session:
-        """Apply one event; return its session.
-
-        An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
-        Figures never create a session: for a deleted one, the returned session is a temporary object.
-        """
+        """Apply one event once, by its `seq`; return its session, or a temporary one if it creates none."""
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
         session = self.sessions.get(session_id)
@@ -2662,14 +2417,11 @@ class Sessions:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", *READ_KINDS):
-            limits: list[Limit] = []
             if kind == "session_meta":
                 _apply_user_action(session, event["data"])
-            elif kind == "status_line":
-                limits = _apply_gauges(session, event["data"], at)
-            _apply_usage(session, event["data"].get("usage"), at)
-            if limits:
+            elif kind == "status_line" and (limits := _apply_gauges(session, event["data"], at)):
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
+            _apply_usage(session, event["data"].get("usage"), at)
         else:
             self._apply_step(session, event, kind, at, received)
             if kind == "tool_result" and "imported" not in event:
@@ -2678,7 +2430,6 @@ class Sessions:
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
         session.seq = seq
-        self._seq = max(seq, self._seq)
         self._schedule_check(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
@@ -2687,29 +2438,22 @@ class Sessions:
         return session
 
     def _clock(self, event: JsonObject, kind: str, seq: int) -> tuple[int, int]:
-        """Return when an event arrived and when it happened (not later), on our clock.
-
-        Also updates its machine's skew: the recent minimum of the difference, since delays only add to it.
-        """
+        """Return when an event arrived and when it happened (not later), on our clock."""
         timestamp = event["timestamp"]
         received: int = event.get("received") or timestamp
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
         is_new = kind not in ("session_meta", *READ_KINDS) and not 0 < seq <= machine.seq
-        if is_new:
-            if key == self._own_machine:
-                skew = 0
-            elif event.get("spooled") or event.get("imported") or event.get("demo"):
-                pass  # its delay or its timestamp is not real
-            elif skew is None or not skew <= difference <= skew + SKEW_STEP_MS:
-                skew = difference
-            else:
-                skew += (difference - skew) / SKEW_EVENTS
+        if key == self._own_machine:
+            skew = 0
+        elif is_new and not (event.get("spooled") or event.get("imported") or event.get("demo")):
+            is_step = skew is None or not skew <= difference <= skew + 60_000
+            # The recent minimum, since delays only add to it.
+            skew = difference if is_step else skew + (difference - skew) / 256
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
-            latest = max(at, machine.last_event)
-            self._machines[key] = MachineClock(skew, received, latest, seq)
+            self._machines[key] = MachineClock(skew, max(at, machine.last_event), seq)
         return received, at
 
     def _key_of(self, event: JsonObject) -> str:
@@ -2717,67 +2461,54 @@ class Sessions:
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
     def _account_of(self, key: str, limits: list[Limit]) -> Account:
-        """Return the account that a machine reports: its windows are the same, or one begins after the other.
-
-        Where all are new, the machine decides.
-        """
+        """Return the account of a machine: its windows are the same, or one begins after the other."""
 
         def is_same(account: Account) -> bool:
             known = [it for it in limits if it[0] in account.windows]
             apart = [(name, abs(at - account.windows[name].resets_at)) for name, _, at in known]
-            equal = [ms <= RESET_TOLERANCE_MS for _, ms in apart]
-            whole = [ms >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, ms in apart]
-            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
+            others = [name for name, ms in apart if ms > RESET_TOLERANCE_MS]
+            are_whole = all(
+                ms >= LIMIT_WINDOWS[it][1] - RESET_TOLERANCE_MS for it, ms in apart if it in others
+            )
+            return are_whole and (len(others) < len(apart) or key in account.machines)
 
-        same = [account for account in self._accounts if is_same(account)]
-        account = same[-1] if same else Account({}, {})
+        account = next(filter(is_same, reversed(self._accounts)), None) or Account({}, {})
         account.machines[key] = None
-        self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
+        self._accounts = [*(it for it in self._accounts if it is not account), account][-32:]
         return account
 
     def limits(self, time_ms: int) -> list[JsonObject]:
         """Return the accounts whose windows are not over, with the keys of their machines."""
-        shown = []
-        for account in self._accounts:
-            windows = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
-            if windows:
-                figures = {name: _window_json(name, it) for name, it in windows.items()}
-                shown.append({"machines": list(account.machines), **figures})
-        return shown
+        rows = [
+            {name: _window_json(name, it) for name, it in account.windows.items() if it.resets_at > time_ms}
+            for account in self._accounts
+        ]
+        return [{"machines": list(it.machines), **row} for it, row in zip(self._accounts, rows) if row]
 
     def _find_collisions(self, session: Session, event: JsonObject, at: int) -> None:
-        """Record the files that a call has edited; mark sessions that edited the same one a short time ago.
-
-        Files of all worktrees of a repository are compared by their path in its project.
-        """
+        """Mark sessions that edited the same file, also in another worktree, a short time ago."""
         agent_id = event.get("agentId", MAIN)
         for path in edited_files(event):
             below = path.removeprefix(session.root + "/") if session.root else path
             key = session.machine_key, path if below == path else f"{session.project}/{below}"
             edits = self._edits.pop(key, {})
             edits.pop(session.session_id, None)
-            for other_id, theirs in list(edits.items()):
+            for other_id, (edited_at, their_agent, their_path) in list(edits.items()):
                 other = self.sessions.get(other_id)
-                if other is None or abs(at - theirs[0]) > COLLISION_MS:
+                if other is None or abs(at - edited_at) > COLLISION_MS:
                     del edits[other_id]
-                elif not self._is_one_conversation(session, other):
-                    self._collide(session, path, other_id, theirs[1], max(at, theirs[0]))
-                    self._collide(other, theirs[2], session.session_id, agent_id, max(at, theirs[0]))
+                    continue
+                sides = (session, path, other, their_agent), (other, their_path, session, agent_id)
+                lineages = [self.lineage(side[0].session_id, "continued_from") for side in sides]
+                if session.session_id in lineages[1] or other_id in lineages[0]:
+                    continue  # one conversation
+                for one, its_path, editor, editor_agent in sides:
+                    self._linked.add(one.session_id)
+                    one.collisions.pop((its_path, editor.session_id), None)
+                    one.collisions[its_path, editor.session_id] = editor_agent, max(at, edited_at)
+                    _drop_oldest(one.collisions, SENT_OF_EACH)
             self._edits[key] = {**edits, session.session_id: (at, agent_id, path)}
-            if len(self._edits) > EDITED_FILES_LIMIT:
-                del self._edits[next(iter(self._edits))]
-
-    def _collide(self, session: Session, path: str, other_id: str, agent_id: str, time_ms: int) -> None:
-        self._linked.add(session.session_id)
-        session.collisions.pop((path, other_id), None)
-        session.collisions[path, other_id] = agent_id, time_ms
-        if len(session.collisions) > SENT_OF_EACH:
-            del session.collisions[next(iter(session.collisions))]
-
-    def _is_one_conversation(self, one: Session, other: Session) -> bool:
-        """True if one session continues the other (after /clear, resume, fork)."""
-        pairs = ((one.session_id, other.continued_from), (other.session_id, one.continued_from))
-        return any(each in self.lineage(start, "continued_from") for each, start in pairs)
+            _drop_oldest(self._edits, 2000)
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2785,10 +2516,7 @@ class Sessions:
         return is_here and bool(session.processes)
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
-        """End the session that the event's process ran before, even if their events arrive in another order.
-
-        A process runs one session: /clear and --resume may end the previous one without a SessionEnd.
-        """
+        """End the session that the process ran before (/clear, --resume), perhaps without SessionEnd."""
         process = process_of(event)
         if process is None:
             return
@@ -2810,7 +2538,7 @@ class Sessions:
 
     def forget_machines(self, since_ms: int) -> None:
         """Forget the clocks of machines that sent nothing since then."""
-        self._machines = {name: it for name, it in self._machines.items() if it.received >= since_ms}
+        self._machines = {name: it for name, it in self._machines.items() if it.last_event >= since_ms}
 
     def skew_ms(self, machine: str) -> int | None:
         """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
@@ -2830,22 +2558,18 @@ class Sessions:
         # Events of one machine are in the order of its clock, unless that or ours was set back.
         late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
         session.received = received
-        facts = call_facts(event)
-        if facts and facts[0].use_id.startswith(UNNAMED):
-            facts = self._unnamed.paired(event, facts)
-        apply_event(session, Step(event, kind, at, facts), self._quiet_ms, late)
+        facts = self._unnamed.paired(event, call_facts(event))
+        apply_event(session, event, kind, at, facts, self._quiet_ms, late)
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
-        """Apply the passing of time until `time_ms` (our clock); return the sessions that changed.
-
-        All stored events must be applied before. Time that the steady clock did not count is no silence.
-        """
-        steady_now_ms = steady_ms() if steady_now_ms is None else steady_now_ms
-        if self._ticked is not None:
-            step_ms = round(time_ms - self._ticked[0] - (steady_now_ms - self._ticked[1]))
-            if abs(step_ms) > CLOCK_STEP_MS:
-                self._apply_clock_step(time_ms, step_ms, self._ticked[2])
-        self._ticked = (time_ms, steady_now_ms, self._seq)
+        """Apply the passing of time until `time_ms` (our clock); return the sessions that changed."""
+        ahead_ms = time_ms - (steady_ms() if steady_now_ms is None else steady_now_ms)
+        if abs(ahead_ms - self._ahead_ms) > 5000:  # our clock was set: silence begins now
+            self._set_at = time_ms
+            for each in self.sessions.values():
+                each.last_event = min(each.last_event, time_ms)
+                self._schedule_check(each, time_ms)
+        self._ahead_ms = ahead_ms
         changed = []
         while self._due and self._due[0][0] <= time_ms:
             due, session_id = heapq.heappop(self._due)
@@ -2856,28 +2580,28 @@ class Sessions:
             if session.turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
-            quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
-            machine = self._machines.get(session.machine_key)
-            machine = None if session.agent else machine  # many end without a word, and none has a process
-            ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
-            if self._is_watched(session):
-                ended_at = _NEVER
+            quiet_at = max(session.last_event, self._set_at) + self._quiet_ms
+            busy_at = _busy_since(session) + STUCK_MS
+            # Other programs: many end without a word, and none has a process.
+            machine = None if session.agent else self._machines.get(session.machine_key)
+            heard_at = max(machine.last_event if machine else session.last_event, self._set_at)
+            ended_at = _NEVER if self._is_watched(session) else heard_at + self._ended_ms
             is_long = session.clock < busy_at <= time_ms
             session.clock = busy_at if is_long else session.clock
-            if time_ms >= ended_at:
-                source = session.agent or session.machine_id
-                why = f"no event from {source} for {self._ended_ms // 3_600_000} hours"
-                end_session(session, session.last_event, why, presumed=True)
-                changed.append(session)
-                continue
             is_quiet = session.state == "working" and time_ms >= quiet_at
-            if is_quiet:
+            if time_ms >= ended_at:
+                self._end_silent(session, session.agent or session.machine_id)
+            elif is_quiet:
                 session.state, session.state_since = "quiet", quiet_at
-            if is_quiet or is_long:
+            if time_ms >= ended_at or is_quiet or is_long:
                 changed.append(session)
             times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
             self._schedule_check(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
+
+    def _end_silent(self, session: Session, source: str) -> None:
+        why = f"no event from {source} for {self._ended_ms // 3_600_000} hours"
+        end_session(session, session.last_event, why, presumed=True)
 
     def _schedule_check(self, session: Session, time_ms: int) -> None:
         """Schedule the next check of a session, at this time at the latest, and those of its processes."""
@@ -2886,18 +2610,6 @@ class Sessions:
             heapq.heappush(self._due, (time_ms, session.session_id))
         if session.session_id not in self._with_process and self._is_watched(session):
             self._with_process[session.session_id] = None
-
-    def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
-        """Shift the times of sessions and machines to our clock after a step, unless an event came since."""
-        for name, machine in self._machines.items():
-            if machine.seq <= ticked_seq:
-                received, last_event = machine.received + step_ms, machine.last_event + step_ms
-                self._machines[name] = machine._replace(received=received, last_event=last_event)
-        self._due, self._due_at = [], {}
-        for session in self.sessions.values():
-            if session.seq <= ticked_seq:
-                session.shift(step_ms)
-            self._schedule_check(session, time_ms)
 
     def check_processes(
         self,
@@ -2909,13 +2621,11 @@ class Sessions:
     ) -> list[Session]:
         """End the sessions of this machine whose process has exited, since a kill fires no hook; return them.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks a process; `find(process)` returns
-        our pid of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a
-        process that was seen alive can have exited. A session ends when its process was last seen alive, but
-        not before its last event.
+        `namespace`: of our pids; `find(process)` returns our pid of one in a container, or 0. `is_sure`: no
+        other machine has a copy of our key; else only a process that was seen alive can have exited.
         """
         ended = []
-        for session_id in list(itertools.islice(self._with_process, PROCESSES_PER_TICK)):
+        for session_id in list(itertools.islice(self._with_process, 256)):
             del self._with_process[session_id]
             session = self.sessions.get(session_id)
             if session is None or session.turn == "ended" or not self._is_watched(session):
@@ -2925,25 +2635,20 @@ class Sessions:
                 pid = process[0] if process[1] == namespace else find(process)
                 # The first namespace sees all others; from another one nothing may be seen any more.
                 is_visible = pid or (alive_at and namespace == 0)
-                if pid and was_running(pid, session.last_event):
+                if pid and was_running(pid, max(session.last_event, self._set_at)):
                     session.processes[process] = time_ms
                 elif is_visible and (alive_at or is_sure):
                     if len(session.processes) > 1:
                         del session.processes[process]
                     else:
-                        ended.append(self.end_exited(session.session_id, max(alive_at, session.last_event)))
+                        end_session(session, max(alive_at, session.last_event), _EXITED, presumed=True)
+            silent_ms = time_ms - max(session.last_event, self._set_at)
             is_unseen = session.turn != "ended" and not any(session.processes.values())
-            if is_unseen and time_ms - session.last_event >= self._ended_ms:  # e.g. in a container
-                why = f"no event from it for {self._ended_ms // 3_600_000} hours"
-                end_session(session, session.last_event, why, presumed=True)
+            if is_unseen and silent_ms >= self._ended_ms:  # e.g. in a container
+                self._end_silent(session, "it")
+            if session.turn == "ended":
                 ended.append(session)
         return ended
-
-    def end_exited(self, session_id: str, time_ms: int) -> Session:
-        """End a session whose process has exited without a SessionEnd; return it."""
-        session = self.sessions[session_id]
-        end_session(session, time_ms, "its process exited", presumed=True)
-        return session
 
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
@@ -2967,43 +2672,28 @@ class Sessions:
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
-        """Restore snapshots, as (session id, bytes), into empty Sessions.
-
-        Applying the events after them gives the same state as processing live, unless events of one process
-        overtook each other across a snapshot.
-        Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
-        """
-        sessions: list[Session] = []
-        rest: Any = (self._machines, self._unnamed.open, self._accounts, self._edits)
+        """Restore (session id, snapshot) into empty Sessions; raise ValueError if one cannot be used."""
+        states: dict[str, Any] = {"": (self._machines, self._unnamed.open, self._accounts, self._edits)}
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
                 if form != _SNAPSHOT_FORMAT:
                     raise ValueError("made by another version")
-                if session_id:
-                    sessions.append(Session(*state))
-                else:
-                    rest = state
+                states[session_id] = Session(*state) if session_id else state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open, self._accounts, self._edits = rest
-        self.sessions.update((session.session_id, session) for session in sessions)
-        for session in sorted(sessions, key=lambda session: session.seq):
-            self._seq = session.seq
+        self._machines, self._unnamed.open, self._accounts, self._edits = states.pop("")
+        self.sessions.update(states)
+        # A session that was replaced may be restored after the one that replaced it.
+        for session in sorted(self.sessions.values(), key=lambda it: (it.turn != "ended", it.seq)):
             self._schedule_check(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
-                place = session.machine_key, process
-                # a session that was replaced may be restored after the one that replaced it
-                if session.turn != "ended" or place not in self._running:
-                    self._running[place] = session.session_id
+                self._running[session.machine_key, process] = session.session_id
 
     # Links between sessions
 
     def lineage(self, session_id: str | None, link: str = "parent_id") -> Iterator[str]:
-        """Yield the id of a session and those of its ancestors, the nearest first, each once even in a cycle.
-
-        With "continued_from" as `link`: of the sessions that it continues.
-        """
+        """Yield the ids of a session and its ancestors (`link`: of what it continues), nearest first."""
         seen: set[str] = set()
         while session_id and session_id not in seen:
             seen.add(session_id)
@@ -3020,24 +2710,23 @@ class Sessions:
         begins = kind == "session_start" and session.start_source in _CONTINUED_REASONS
         if not begins and (kind != "session_end" or session.end_reason not in _CONTINUABLE_REASONS):
             return
-        others = (other for other in self.sessions.values() if other is not session)
-        pairs = [(other, session) if begins else (session, other) for other in others]
-        pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_WINDOW_MS and self._is_continued_by(*pair)]
-        if pairs:
-            self._continue(*min(pairs, key=lambda pair: (pair[0].end_reason == "replaced", _gap_ms(*pair))))
-
-    def _is_continued_by(self, before: Session, after: Session) -> bool:
-        """True if `after` continues `before`, which ended for a matching reason, in the same process."""
-        return (
-            before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
-            and (before.machine_key, before.directory) == (after.machine_key, after.directory)
-            and (before.process == after.process or None in (before.process, after.process))
-            and not after.continued_from
-            and all(other.continued_from != before.session_id for other in self.sessions.values())
-            and after.session_id not in self.lineage(before.continued_from, "continued_from")
-        )
-
-    def _continue(self, before: Session, session: Session) -> None:
+        pairs, continued = [], {it.continued_from for it in self.sessions.values()}
+        for other in self.sessions.values():
+            before, after = (other, session) if begins else (session, other)
+            gap_ms = _NEVER if before.end is None else abs(after.source_time - before.end)
+            if (
+                gap_ms < 60_000
+                and other is not session
+                and before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
+                and (before.machine_key, before.directory) == (after.machine_key, after.directory)
+                and (before.process == after.process or None in (before.process, after.process))
+                and not (after.continued_from or before.session_id in continued)
+                and after.session_id not in self.lineage(before.continued_from, "continued_from")
+            ):
+                pairs.append((before.end_reason == "replaced", gap_ms, before, after))
+        if not pairs:
+            return
+        *_, before, session = min(pairs, key=operator.itemgetter(0, 1))
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         session.continued_from = before.session_id
         session.user_label = session.user_label or before.user_label
@@ -3065,12 +2754,12 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
-                {
-                    "eventId": it.event_id,
-                    "agentId": it.agent_id or None,
-                    "since": it.since,
-                    "answerable": it.event_id in self.answerable,
-                }
+                dict(
+                    zip(
+                        _ASK_JSON,
+                        (it.event_id, it.agent_id or None, it.since, it.event_id in self.answerable),
+                    )
+                )
                 for it in session.waits
                 if it.event_id
             ],
@@ -3109,49 +2798,44 @@ class Sessions:
     def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
         """Yield every session, newest event first."""
         children = self.children()
-        chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
-        chosen.sort(key=lambda session: session.last_event, reverse=True)
-        return (self.to_json(session, children) for session in chosen)
+        newest = sorted(self.sessions.values(), key=lambda it: it.last_event, reverse=True)
+        return (self.to_json(it, children) for it in newest if with_hidden or not it.hidden)
 
     def in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
         return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
 
 
+_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 # The format of a snapshot, derived from the fields of its classes.
-_SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each
-    for each in (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
-}
-_SNAPSHOT_FORMAT = zlib.crc32(
-    repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
-)
+_SNAPSHOT_CLASSES = (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+_SNAPSHOT_FORMAT = zlib.crc32(repr([[*it.__annotations__] for it in (Session, *_SNAPSHOT_CLASSES)]).encode())
 
 
 class _SnapshotReader(pickle.Unpickler):
     """Loads only our classes, by name, since this module also runs as __main__."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _SNAPSHOT_CLASSES:
-            raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
-        return _SNAPSHOT_CLASSES[name]
+        for known in _SNAPSHOT_CLASSES:
+            if known.__name__ == name:
+                return known
+        raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
 
 
-# Source of a SessionStart → end reasons of the session that it continues (for resume not "replaced").
+# Source of a SessionStart → end reasons of the session that it continues.
 _CONTINUED_REASONS = {"clear": ("clear", "replaced"), "resume": ("resume",), "fork": ("resume", "replaced")}
 _CONTINUABLE_REASONS = frozenset(itertools.chain(*_CONTINUED_REASONS.values()))
 
 # Name in JSON → attribute; `to_json` adds the rest.
 _SESSION_JSON = {
-    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key",
-    "workingDirectory": "directory",
-    "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
-    "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
+    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key", "activity": "activity",
+    "workingDirectory": "directory", "startTime": "start", "lastEventTime": "last_event", "endTime": "end",
+    "state": "state", "stateSince": "state_since", "parentSessionId": "parent_id", "demo": "demo",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
+    "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
-
+_ASK_JSON = ("eventId", "agentId", "since", "answerable")
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
 # shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
@@ -3181,17 +2865,12 @@ def terminal_of(variables: JsonObject) -> JsonObject | None:
         found = [re.fullmatch(it, text_of(variables.get(key)), re.A) for key, it in patterns.items()]
         values = [match[1] for match in found if match]
         if len(values) == len(patterns):
-            about = {"name": name.format(*values), "command": command.format(*values)}
-            return about if command else {"name": about["name"]}
+            brings = {"command": command.format(*values)} if command else {}
+            return {"name": name.format(*values), **brings}
     return None
 
 
-def _gap_ms(before: Session, after: Session) -> int:
-    return _NEVER if before.end is None else abs(after.source_time - before.end)
-
-
 def _apply_user_action(session: Session, data: JsonObject) -> None:
-    """Apply an action of the user, which overrides derived values."""
     action = data.get("action")
     if action == "rename":
         session.user_label = one_line(text_of(data.get("label")))
@@ -3213,7 +2892,6 @@ def _agents_json(session: Session) -> list[JsonObject]:
     agents = session.agents.values()
     newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
     sent, waiting = {agent.agent_id for agent in newest}, {wait.agent_id for wait in session.waits}
-    states = ("working", "waiting")
     activities = {call.agent_id: call.activity for call in session.open_calls.values()} if sent else {}
     tokens = {it: session.agent_usage[it][1].to_json() for it in sent & session.agent_usage.keys()}
     return [
@@ -3222,7 +2900,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
             "agentType": agent.agent_type,
             "label": agent.label or agent.agent_type or "agent",
             "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
-            "state": states[agent.agent_id in waiting] if agent.end is None else "ended",
+            "state": "ended" if agent.end is not None else ("working", "waiting")[agent.agent_id in waiting],
             "startTime": agent.start,
             "endTime": agent.end,
             "activity": activities.get(agent.agent_id, ""),
@@ -3234,10 +2912,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
     ]
 
 
-_ROW_DATA = (
-    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt", "to",
-    "outcome",
-)  # fmt: skip
+_ROW_DATA = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome".split()
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
@@ -3259,14 +2934,12 @@ def event_row(event: JsonObject) -> JsonObject:
             small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    batch = _batch_calls(event) if "tool_calls" in data else ()
-    if batch:
+    if batch := _batch_calls(event):
         small["toolUseIds"] = [call["tool_use_id"] for call in batch[:50]]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))
-    row = {name: event[name] for name in _ROW_FIELDS if name in event}
-    return {**row, "partial": True, "data": small}
+    return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
 
 
 # ---------------------------------------------------------------------------
