@@ -2,22 +2,16 @@
 """Hand one Claude Code hook event to the Contextuate Monitor, unnoticed.
 
 As a program it is a hook: Claude Code starts it for every event with one JSON object on standard input.
-It always exits with 0, writes nothing to standard output, and waits for the monitor's acknowledgement for at
-most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
+It exits with 0, writes nothing to standard output, and waits at most 250 ms for the monitor's acknowledgement.
+An event without one goes to the spool, which the monitor reads. In mode "redis" every event goes there, and a
+publisher, one process of this file for each user, sends it to Redis.
 With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
+As a module it is what hook and monitor share.
 
-With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
-publisher is this same file, one process for each user: a hook starts it if none runs, and it exits when there
-was no event for 60 s.
-
-As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
-publisher.
-
-The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
-`contextuate_monitor.py install` writes the text above the line "end of the hot path" to a module, which a
-short launcher imports from its bytecode, and this whole file beside it for the rare paths.
-This file can be registered itself; a hook call then takes several times as long.
+The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
+"end of the hot path" to a module, which a short launcher imports from its bytecode, and this whole file
+beside it for the rare paths. This file can be registered itself; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
@@ -44,7 +38,8 @@ DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 TERMINAL_VARIABLES = (
     "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
 )
-FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
+FIRST_PID_NAMESPACE = 4026531836  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
+APPEND = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
 
 def run_hook() -> None:
@@ -86,8 +81,7 @@ def debugging() -> bool:
 def read_payload(fd: int, deadline: float) -> bytes:
     """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError.
 
-    It ends at EOF, at the newline of a one-line object, or when it is complete and nothing follows for 30 ms:
-    old clients send no newline, and other processes may hold the pipe open.
+    It ends at EOF, at the newline of a one-line object, or 30 ms after its end: old clients send no newline.
     """
     import select
 
@@ -139,8 +133,8 @@ def deliver(
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
-    home, user_home = variable(environ, b"CONTEXTUATE_HOME"), variable(environ, b"HOME")
-    config = variable(environ, b"CONTEXTUATE_CONFIG")
+    names = (b"CONTEXTUATE_HOME", b"HOME", b"CONTEXTUATE_CONFIG")
+    home, user_home, config = (variable(environ, name) for name in names)
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
         home = folder[: -len("/hooks/lib")]  # in which this hook is installed
@@ -202,44 +196,38 @@ def machine_key(home: str) -> str:
 def wrap(
     payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook", wait_s: int = 0
 ) -> bytes:
-    """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
+    """Return the line for one payload: unchanged, as the last field, behind what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
-    "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
-    `--agent` or `--answer`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
+    "agent" is the argument of `--agent` or `--answer`; "terminal", at a session's start, TERMINAL_VARIABLES.
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
     event_id = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-    machine = quote(variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename)
-    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},"machineId":{machine}'
-    if wait_s:
-        head += f',"answerable":{wait_s}'
-    if key:
-        head += f',"machineKey":"{key}"'
+    about: dict[str, Any] = {
+        "machineId": variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename,
+        "answerable": wait_s,
+        "machineKey": key,
+        "parentSessionId": variable(environ, b"CONTEXTUATE_PARENT_SESSION"),
+    }
     if sys.argv[2:] and sys.argv[1] in ("--agent", "--answer"):
-        head += f',"agent":{quote(sys.argv[2])}'
+        about["agent"] = sys.argv[2]
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
-        head += f',"pid":{int(pid)}'
-        namespace = pid_namespace()
-        if namespace:
-            head += f',"pidNamespace":{namespace}'
-    parent = variable(environ, b"CONTEXTUATE_PARENT_SESSION")
-    if parent:
-        head += f',"parentSessionId":{quote(parent)}'
-    session = variable(environ, b"CLAUDE_CODE_SESSION_ID")
-    if session and b'"session_id"' not in payload:
-        head += f',"sessionId":{quote(session)}'
+        about["pid"], about["pidNamespace"] = int(pid), pid_namespace()
+    if b'"session_id"' not in payload:
+        about["sessionId"] = variable(environ, b"CLAUDE_CODE_SESSION_ID")
     if b'"cwd"' not in payload:
         try:
-            head += f',"cwd":{quote(posix.getcwd())}'
+            about["cwd"] = posix.getcwd()
         except OSError:  # the directory has been removed
             pass
+    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000}'
+    for field, value in about.items():
+        if value:
+            head += f',"{field}":{quote(value) if type(value) is str else value}'
     if len(payload) < 4096 and b'"SessionStart"' in payload:
-        values = [(name, environ.get(name.encode(), b"")) for name in TERMINAL_VARIABLES.split()]
-        pairs = (f'"{name}":{quote(it.decode("utf-8", "surrogateescape"))}' for name, it in values if it)
-        head += f',"terminal":{{{",".join(pairs)}}}'
+        values = [(it, variable(environ, it.encode())) for it in TERMINAL_VARIABLES.split()]
+        head += f',"terminal":{{{",".join(f"{quote(it)}:{quote(value)}" for it, value in values if value)}}}'
     # In JSON, a line end occurs only between tokens, so a space can replace it.
     head += f',"{name}":'
     return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
@@ -247,13 +235,11 @@ def wrap(
 
 def pid_namespace() -> int:
     """Return the inode of this process's pid namespace; 0 is the machine's first one, 1 unknown."""
-    if sys.platform != "linux":
-        return 0
     try:
-        name = posix.readlink("/proc/self/ns/pid")  # "pid:[4026531836]"
+        inode = int(posix.readlink("/proc/self/ns/pid")[5:-1])  # "pid:[4026531836]"
     except OSError:
-        return 1
-    return 0 if name == FIRST_PID_NAMESPACE else int(name[5:-1])
+        inode = 1
+    return inode if inode != FIRST_PID_NAMESPACE and sys.platform == "linux" else 0
 
 
 def quote(text: str) -> str:
@@ -279,8 +265,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = Non
     outcome = send(socket_path, line, deadline, kept)
     try:
         if outcome and time.monotonic() >= deadline:
-            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
-            fd = posix.open(path, flags, 0o600)
+            fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
             posix.write(fd, b".")
             posix.close(fd)
         elif count:
@@ -326,40 +311,31 @@ def peer_uid(connection: "Any") -> int:
 def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
 
-    Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
-    writes, and writes only if the locked file still has its name; the drainer renames a segment first and
-    then takes the exclusive lock. No process waits for a lock, so a stopped writer blocks no other. A newline
-    precedes each line, so that a line torn by a full disk or a kill damages no other.
+    Safe with any number of writers and one drainer, and no process waits for a lock: a writer writes under a
+    shared lock, and only if the locked file still has its name; the drainer renames a segment before it takes
+    the exclusive lock. A newline precedes each line: one torn by a full disk or a kill damages no other.
     """
     import fcntl
 
-    must_be_new = False  # the newest segment cannot be used
-    for _ in range(1000):
-        path, is_new = current_segment(directory, must_be_new)
-        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
+    for attempt in range(1000):
+        path, is_new = current_segment(directory, attempt > 0)
         try:
-            fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
-        except FileNotFoundError:
-            continue  # the drainer has just taken it
-        except OSError:
+            fd = posix.open(path, APPEND | posix.O_CREAT | posix.O_EXCL if is_new else APPEND, 0o600)
+        except OSError:  # the drainer has just taken it, or it is no file of ours
             if is_new:
                 raise
-            must_be_new = True
             continue
         try:
             about = posix.fstat(fd)
-            if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
-                must_be_new = True
-                continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if posix.stat(path).st_ino != about.st_ino:
-                continue
-            written = posix.write(fd, b"\n" + line)
-            if written <= len(line):
-                raise ValueError(f"only {written} of {len(line)} bytes fitted into {path}")
-            return path
+            is_ours = about.st_mode & 0o170000 == 0o100000 and about.st_uid == posix.getuid()
+            if is_ours and posix.stat(path).st_ino == about.st_ino:
+                written = posix.write(fd, b"\n" + line)
+                if written <= len(line):
+                    raise ValueError(f"only {written} of {len(line)} bytes fitted into {path}")
+                return path
         except (BlockingIOError, FileNotFoundError):
-            continue  # the drainer has just taken it
+            pass  # the drainer has just taken it
         finally:
             posix.close(fd)
     raise ValueError(f"no segment in {directory} could be written")
@@ -367,12 +343,11 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
     """Return (path of the segment to append to, whether it is new); makes the spool if it is missing."""
-    names, now_ms = [], time.time_ns() // 1_000_000
+    newest, now_ms = "", time.time_ns() // 1_000_000
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
+        newest = max((it for it in posix.listdir(directory) if it.endswith((".jsonl", ".taken"))), default="")
     except OSError:
         whole().make_spool(directory)
-    newest = max(names, default="")
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
     if newest.endswith(".jsonl") and not must_be_new:
@@ -403,10 +378,8 @@ def ensure_publisher(home: str) -> str:
         fd = posix.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if fd < 3:  # a standard stream was closed; in the publisher /dev/null would take this place
-            low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-            posix.close(low)
-        posix.set_inheritable(fd, True)
+        given, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD, 3)  # inherited; in the publisher 0 to 2 are /dev/null
+        posix.close(given)
         python = publisher_python(home)
         pid = posix.posix_spawn(
             python,
@@ -535,9 +508,9 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
         wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
     except OSError:
         wait_s = 0
-    until = time.monotonic() + (wait_s if wait_s <= GAUGES_INTERVAL_S else 0)
-    while time.monotonic() < until and read_small(kept) == about:  # else a newer process waits
-        time.sleep(max(0.0, min(0.5, until - time.monotonic())))
+    while 0 < wait_s <= GAUGES_INTERVAL_S and read_small(kept) == about:  # else a newer process waits
+        time.sleep(min(0.5, wait_s))
+        wait_s -= 0.5
     if read_small(kept) == about:
         replace_small(sent, b"")
         deliver(payload, [], "statusLine")
@@ -707,11 +680,11 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def write_log(words: str) -> None:
-    """Add one line to emit.log in our directory."""
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory, redacted."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
@@ -874,14 +847,14 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         elif isinstance(value, dict):
             flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
-            raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
+            raise ConfigError(f"{path}: {name}: expected an object, got {json.dumps(value)[:60]}")
     for name, value in flat.items():
         if name not in KEYS:
             warnings.append(f"{path}: {name}: unknown key, ignored")
         elif KEYS[name].accepts(value):
             values[name] = value
         else:
-            shown = "something else" if name in SECRET_KEYS else _shown(value)
+            shown = "something else" if name in SECRET_KEYS else json.dumps(value)[:60]
             raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
     if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
         values["limits.fieldBytes"] = REDIS_FIELD_BYTES
@@ -913,13 +886,8 @@ def _read_config(path: str) -> "tuple[JsonObject, bool]":
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
+        raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
     return given, readable_by_others
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
@@ -932,15 +900,14 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            write_log(f"defaults used: {error}")
+            log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
-        path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
+        path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
-            write_atomically(path, b"\n".join(filter(None, lines)) + b"\n")
+            others = read_small(path).splitlines(True)[: HOOK_CACHE_LINES - 1]
+            write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
 
@@ -1196,7 +1163,6 @@ _EVENT_NAMES = {
 _PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_ASSIGNED_BY_STORE = ("seq", "received")
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
@@ -1208,10 +1174,6 @@ _CAMEL_CASE = {
     if "_" in field
 }  # fmt: skip
 _ID_LIMIT = 256  # characters
-
-
-# What an event keeps of a status line's object.
-GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
 
 
 class MalformedEvent(ValueError):
@@ -1259,22 +1221,21 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
-    hook, line, event_type = (given.get(name) for name in ("hook", "statusLine", "eventType"))
-    about, data = (
-        {name: value for name, value in given.items() if name not in _ASSIGNED_BY_STORE},
-        dict(given),
-    )
-    if isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(hook, dict):
-        del about["hook"]
-        about, data = _fields_of_hook(hook, about)
-    elif isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(line, dict):
-        about, data = _fields_of_status_line(line, about)
-    elif isinstance(given.get("hook_event_name"), str):
+    about = {
+        name: value for name, value in given.items() if name not in ("seq", "received")
+    }  # the store's own
+    data, is_event = dict(given), isinstance(given.get("eventType"), str)
+    is_wrapped = isinstance(given.get("id"), str) and not is_event
+    if is_wrapped and isinstance(given.get("hook"), dict):
+        about, data = _fields_of_hook(about.pop("hook"), about)
+    elif is_wrapped and isinstance(given.get("statusLine"), dict):
+        about, data = _fields_of_status_line(about.pop("statusLine"), about)
+    elif isinstance(given.get("hook_event_name"), str) or (
+        "eventType" not in given and isinstance(given.get("hookEventName"), str)
+    ):
         about, data = _fields_of_hook(given, {})
-    elif isinstance(event_type, str):
+    elif is_event:
         about, data = _fields_of_event(about)
-    elif isinstance(given.get("hookEventName"), str) and "eventType" not in given:
-        about, data = _fields_of_hook(given, {})
     else:
         about = {}
     event: JsonObject = {
@@ -1297,8 +1258,9 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     """Return (fields of the event, data) of a payload."""
     is_known = "hook_event_name" in hook and "session_id" in hook
     if not is_known:
-        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
-        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
+        hook = {
+            it if _CAMEL_CASE.get(it, it) in hook else _CAMEL_CASE[it]: value for it, value in hook.items()
+        }
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
         agent = _string(wrapper.get("agent")) or agent_of(hook)
         if agent in AGENTS:
@@ -1337,14 +1299,15 @@ def _terminal(value: Any) -> JsonObject:
 
 def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
     """Return (fields of the event, data) of a status line: the client's own objects with the figures."""
-    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
-    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
-    data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
+    wrapper.pop("cwd", None)
+    about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
+    kept = ("context_window", "cost", "rate_limits", "prompt_cache")
+    data: JsonObject = {"gauges": {name: line[name] for name in kept if name in line}}
     if isinstance(line.get("model"), dict):
         data["model"] = line["model"].get("id")
     if "effort" in line:
         data["effort"] = line["effort"]
-    return {**about, "hookType": "", "eventType": "status_line"}, data
+    return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
 def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
@@ -1416,11 +1379,10 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is fast, and requires nothing after a run of
-    unbounded length that may overlap with the next run: its time would be quadratic. Its last group that
-    matched, or else the whole match, is replaced. A `folded` one matches the text in lower case.
-    `is_secret(view, match, value)` checks what the shape alone does not decide. The pattern of a token
-    (`is_token`) is what follows its hint, which is not in the middle of a word.
+    A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
+    with the next run: its time would be quadratic. Its last group that matched, else the whole match, is replaced.
+    A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
+    `is_secret(view, match, value)` checks what the shape alone does not decide.
     """
 
     kind: str
@@ -1455,10 +1417,7 @@ _SECRET_KEYS = frozenset(
     "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
     "shared signing ssh storage subscription unseal webhook write".split()
 )
-_OTHER_KEYS = frozenset(
-    "by cache column composite dict foreign group hash hot index item map object order partition primary "
-    "public publishable registry row shard shortcut sort translation unique".split()
-)
+_OTHER_KEYS = frozenset("cache foreign hash index map object partition primary public sort unique".split())
 _OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
 
@@ -1496,10 +1455,6 @@ _PLACEHOLDER = re.compile(
     r"|your?[-_ ].*|x{3,}.*)$",
     re.I,
 )
-_TYPE_NAME = re.compile(
-    r"(?i:(?:u?int|bytes|float|sha|utf|base|md|vec|x|[iufh])[-_]?\d{1,4}(?:[-_]?t|[xfi]?\d?|array))"
-    r"|(?:[A-Z][a-z]+)+\d+(?:[A-Z][a-z]+)*"
-)
 _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
@@ -1513,30 +1468,18 @@ _SETS = re.compile(
     re.I | re.M,
 )  # fmt: skip
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
-_NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
-
-
-def _is_login_in_base64(value: str) -> bool:
-    """True for `user:password` as Docker, npm and HTTP write it."""
-    try:
-        login = base64.b64decode(value, validate=True).decode()
-    except ValueError:
-        return False
-    return 0 < login.find(":") < len(login) - 1 and login.isprintable()
+_NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
     """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if name.lower().endswith("pass"):
         return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
-    return bool(_RANDOM.match(value)) and len(value) >= 16 or _is_login_in_base64(value)
-
-
-def _is_random(value: str) -> bool:
-    """True for a text with digits in it, or with more changes of case than a name in code has."""
-    if sum(map(str.isdigit, value)) > 1 and len(value) >= 6:
+    if _RANDOM.match(value) and len(value) >= 16:
         return True
-    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
+    with contextlib.suppress(ValueError):  # `user:password` as Docker and npm write it
+        return ":" in base64.b64decode(value, validate=True).decode()
+    return False
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
@@ -1548,36 +1491,32 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
     is_harmless = _REFERS.match(value) or _PLACEHOLDER.match(value) or _PATH.match(value)
-    if not kind or len(value) < 3 or is_harmless or name.lower().endswith(value.rstrip(")]").lower()):
-        return False
-    if kind == "weak" and not _is_weak_secret(name, value):
+    if not kind or len(value) < 3 or is_harmless or kind == "weak" and not _is_weak_secret(name, value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
     is_likely = digits > 0 or name.isupper() or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
-    if group == "quoted" and match["operator"] == "(":  # builder.password("…")
-        return bool(_RANDOM.match(value))
     if group == "quoted" and (match["named"] or match["operator"] == "="):
         return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        is_name = says_secret or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
+        is_name = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
         return bool(is_likely) and not has_space and not is_name
     if group == "bare":
         return _is_bare_secret(text, match, before, name, value, bool(is_likely))
-    if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
-        return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
-    if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
-        return bool(_NAMES_ENTRY.search(before[-60:]))
+    if group in (
+        "element",
+        "attribute",
+    ):  # <password>…</password>, <entry key="password">…, key="…" value="…"
+        return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
-        return call is not None and (digits > 1 or not has_space and (call[1] is not None or digits > 0))
+        return (
+            re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I) is not None
+            or digits > 1
+        )
     # NAME VALUE
     if match["quote"] == "'" and _SQL.search(before + head):
         return True
-    is_netrc = any(word in before + head for word in ("machine", "default", "login"))
-    if says_secret or not (match["quote"] or digits or name.isupper() or is_netrc):
-        return False
-    return _SETS.search(before + head) is not None
+    return not says_secret and _SETS.search(before + head) is not None
 
 
 def _is_bare_secret(
@@ -1586,28 +1525,22 @@ def _is_bare_secret(
     operator, after = match["operator"], text[match.end() : match.end() + 1]
     if value.isdigit():
         return len(value) >= 6
-    if match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value):
-        return False
     is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
-    if is_word and _SAYS_SECRET.match(value):
+    if after in tuple("(<`[") or re.search(r"[\[\]]", value) or is_word and _SAYS_SECRET.match(value):
         return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
         return name.isupper() or is_connection or after not in tuple("),;{}") or not is_word
-    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or after in tuple(";{)"):
+    if len(value) < 5 or after in tuple(";{)"):
         return False
     if is_likely and ends_line and ":" in operator and _LINE_START.match(before.rpartition("\n")[2]):
         return True
-    if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
-        return True
     if "@" in value or is_word and "." in value:
         return False
-    return _is_random(value) and (ends_line or "=" not in operator)
-
-
-def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
-    return "(" not in value and not _REFERS.match(value) and not is_word
+    # Digits, or more changes of case than a name in code has.
+    is_random = sum(map(str.isdigit, value)) > 1 and len(value) >= 6
+    is_random |= len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
+    return is_random and (ends_line or "=" not in operator)
 
 
 def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
@@ -1727,7 +1660,8 @@ _SHAPES = (
         rf"(?<!\[redacted:authorization){_QUOTE}?"
         rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
-        _is_authorization),
+        lambda _view, _match, value: "(" not in value and not _REFERS.match(value)
+        and (not _IDENTIFIER.match(value) or "basic" in _match[0])),
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{12,})", _has_digits),
     _folded("cookie", "cookie",
         rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
@@ -1804,17 +1738,14 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
-_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
-_ESCAPES = (
-    ("\x1b", re.compile(
-        r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
-    ("\\", re.compile(
-        r"\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])(?P<colour>\[[0-?]{0,40}[@-~])"
-        r"|(?:u00|[xX])(?P<code>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))")),
-    ("%", re.compile(r"%(?:25)*(?P<code>[2-7][0-9A-Fa-f]|0[9AaDd])")),
-    ("&", re.compile(
-        r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
-)  # fmt: skip
+_COLOUR = r"(?:\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])"
+_COLOURS = re.compile("\x1b" + _COLOUR)
+_ESCAPE = re.compile(  # one without a group is a colour
+    rf"\x1b{_COLOUR}|\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])\[[0-?]{{0,40}}[@-~]"
+    r"|(?:u00|[xX])(?P<hex>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))"
+    r"|%(?:25)*(?P<percent>[2-7][0-9A-Fa-f]|0[9AaDd])"
+    r"|&(?:(?P<entity>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));"
+)
 _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
@@ -1827,21 +1758,17 @@ class _View:
         self.coloured = False
         # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
-        found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
         pieces: list[str] = []
         done = length = 0
-        for match in sorted(found, key=re.Match.start):
-            begin, end = match.span()
-            if begin < done:
-                continue
-            kind = str(match.lastgroup)
-            meaning = colours
-            if kind == "letter":
+        for match in _ESCAPE.finditer(raw):
+            (begin, end), kind, meaning = match.span(), match.lastgroup, colours
+            if kind is None:
+                self.coloured = True
+            elif kind in ("letter", "entity"):
                 meaning = _MEANINGS.get(match[kind], match[kind])  # or of a line that ends in a backslash:
                 meaning = "\\" * (meaning == "\n" and (end - begin) % 3 == 1) + meaning
-            elif kind != "colour":
-                meaning = chr(int(match[kind], 16 if kind == "code" else 10))
-            self.coloured = self.coloured or kind == "colour"
+            else:
+                meaning = chr(int(match[kind], 10 if kind == "number" else 16))
             pieces += raw[done:begin], meaning
             length += begin - done
             self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
@@ -1889,20 +1816,19 @@ def redact_text(text: str) -> str:
         if view.coloured:  # some must begin a word
             begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
             found.update(_secrets_in(_View(text, " "), begin))
+        if not found:
+            break
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
             secrets.append((start, end, rank))
-        if not secrets:
-            break
-        pieces: list[str] = []
-        done = 0
+        redacted, done = "", 0
         for start, end, rank in secrets:
-            pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
+            redacted += text[done:start] + _replacement(SECRET_SHAPES[rank].kind, text[start:end])
             done = end
-        text = "".join(pieces) + text[done:]
+        text = redacted + text[done:]
     return text
 
 
@@ -1918,7 +1844,7 @@ def _folded_text(text: str) -> str:
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
     if "\x1b" in text:
-        text = _ESCAPES[0][1].sub("", text)
+        text = _COLOURS.sub("", text)
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
@@ -1978,8 +1904,8 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
         encoded = _to_json(event).encode("ascii")
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
-        text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
+        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode()
+        text = text.replace("\\u212a", "k").replace("\\u001b", "\x1b")
         hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
         is_small = (
             len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
@@ -2007,12 +1933,10 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
 def _metadata_of(data: JsonObject) -> JsonObject:
     """Return the metadata in `data`: single values under known names, and numbers in known objects."""
-    kept = {}
-    for name, value in data.items():
-        if name in _METADATA_OBJECTS:
-            kept[name] = _figures_of(value, name)
-        elif name in _METADATA_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 200:
-            kept[name] = value
+    kept = {name: _figures_of(data[name], name) for name in data if name in _METADATA_OBJECTS}
+    for name in filter(_METADATA_KEYS.__contains__, data):
+        if not isinstance(data[name], (dict, list)) and len(str(data[name])) <= 200:
+            kept[name] = data[name]
     return {name: value for name, value in kept.items() if value is not None}
 
 
@@ -2109,11 +2033,6 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     if len(line) >= LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line + b"\n"
-
-
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log, redacted."""
-    write_log(redact_text(reason))
 
 
 # ---------------------------------------------------------------------------
