@@ -2,16 +2,16 @@
 """Hand one Claude Code hook event to the Contextuate Monitor, unnoticed.
 
 As a program it is a hook: Claude Code starts it for every event with one JSON object on standard input.
-It exits with 0, writes nothing to standard output, and waits at most 250 ms for the monitor's acknowledgement.
-An event without one goes to the spool, which the monitor reads. In mode "redis" every event goes there, and a
-publisher, one process of this file for each user, sends it to Redis.
+It exits with 0, writes nothing to standard output, and waits at most 250 ms for the monitor to acknowledge.
+An event that is not acknowledged goes to the spool, which the monitor reads. In mode "redis" every event goes
+there, and a publisher, one process of this file for each user, sends it to Redis.
 With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 As a module it is what hook and monitor share.
 
 The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
 "end of the hot path" to a module, which a short launcher imports from its bytecode, and this whole file
-beside it for the rare paths. This file can be registered itself; a hook call then takes several times as long.
+beside it for the rare paths. This file can be registered itself; a call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
@@ -27,18 +27,16 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
-TIMEOUTS_LIMIT = 3  # after so many in a row, hooks spool at once for TIMEOUTS_PAUSE_S
-TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
 LINE_LIMIT_BYTES = 16 << 20  # the longest line that the monitor accepts
 PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
-SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 TERMINAL_VARIABLES = (
     "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
 )
 FIRST_PID_NAMESPACE = 4026531836  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
+DEBUG = posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")  # print the notes on standard error
 APPEND = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
 
@@ -65,17 +63,12 @@ def run_hook() -> None:
             whole().log_failure(reason)
         except BaseException as second:  # such as a full disk
             notes.append(f"and could not log it: {second!r}")
-    if debugging():
+    if DEBUG:
         try:
             posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
         except OSError:
             pass
     posix._exit(0)
-
-
-def debugging() -> bool:
-    """True if CONTEXTUATE_DEBUG is set: the hook prints its notes on standard error."""
-    return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
@@ -91,13 +84,12 @@ def read_payload(fd: int, deadline: float) -> bytes:
     while len(data) <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
         maybe_whole = data.endswith((b"}", b"}\n", b"}\r\n"))
-        if left_ms <= 0 or not poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            if left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
+        if left_ms > 0 and poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
+            chunk = posix.read(fd, 1 << 20)
+            data += chunk
+            if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
                 return bytes(data)
-            continue
-        chunk = posix.read(fd, 1 << 20)
-        data += chunk
-        if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
+        elif left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
             return bytes(data)
     raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
 
@@ -127,7 +119,7 @@ def deliver(
     notes.append("kept in the spool: " + append_to_spool(home + "/spool", line))
     if mode == "redis":
         notes.append(ensure_publisher(home))
-        if debugging():
+        if DEBUG:
             notes.extend(whole().publisher_outcome(home, line))
 
 
@@ -259,7 +251,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = Non
         count, age_s = about.st_size, time.time() - about.st_mtime
     except OSError:
         count, age_s = 0, 0.0
-    if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
+    if count >= 3 and 0 <= age_s < 10:
         return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
     deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
     outcome = send(socket_path, line, deadline, kept)
@@ -290,13 +282,10 @@ def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> 
         if connection.recv(1) != ACKNOWLEDGEMENT:
             return "the monitor closed the connection"
         if kept:
-            kept.append(connection)
+            kept.append(connection)  # which is otherwise closed with its last reference
         return ""
     except OSError as error:
         return f"{type(error).__name__} {error}"
-    finally:
-        if not kept or kept[-1] is not connection:
-            connection.close()
 
 
 def peer_uid(connection: "Any") -> int:
@@ -329,7 +318,8 @@ def append_to_spool(directory: str, line: bytes) -> str:
             about = posix.fstat(fd)
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             is_ours = about.st_mode & 0o170000 == 0o100000 and about.st_uid == posix.getuid()
-            if is_ours and posix.stat(path).st_ino == about.st_ino:
+            is_full = about.st_size >= SEGMENT_LIMIT_BYTES
+            if is_ours and not is_full and posix.stat(path).st_ino == about.st_ino:
                 written = posix.write(fd, b"\n" + line)
                 if written <= len(line):
                     raise ValueError(f"only {written} of {len(line)} bytes fitted into {path}")
@@ -342,7 +332,7 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
-    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing."""
+    """Return (path of the segment to append to unless it is full, whether it is new); makes the spool."""
     newest, now_ms = "", time.time_ns() // 1_000_000
     try:
         newest = max((it for it in posix.listdir(directory) if it.endswith((".jsonl", ".taken"))), default="")
@@ -350,13 +340,9 @@ def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bo
         whole().make_spool(directory)
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
-    if newest.endswith(".jsonl") and not must_be_new:
-        path = f"{directory}/{newest}"
-        try:
-            if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
-                return path, False
-        except OSError:
-            pass  # taken by the drainer since it was listed
+    if newest.endswith(".jsonl"):
+        if not must_be_new and now_ms - start_ms < 24 * 3600 * 1000:
+            return f"{directory}/{newest}", False
         whole().drop_old_segments(directory)
     # Segments are read in the order of their names: a new one is the last, even if the clock was set back.
     return f"{directory}/{max(now_ms, start_ms + 1):013d}-{posix.urandom(4).hex()}.jsonl", True
@@ -397,8 +383,9 @@ def ensure_publisher(home: str) -> str:
 
 def publisher_python(home: str) -> str:
     """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
-    recorded = read_small(home + "/hooks/publisher-python").decode("utf-8", "surrogateescape")
-    python = recorded.partition("\n")[0]
+    python = (
+        read_small(home + "/hooks/publisher-python").partition(b"\n")[0].decode("utf-8", "surrogateescape")
+    )
     return python if posix.access(python, posix.X_OK) else sys.executable  # none, or an upgrade removed it
 
 
@@ -432,7 +419,6 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------
 
 GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
-PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
 
 
 def run_status_line(arguments: "list[str]") -> None:
@@ -464,7 +450,7 @@ def run_status_line(arguments: "list[str]") -> None:
         posix.close(reading)  # so that a command that does not read ends this process
         posix.write(writing, payload)
 
-    if len(payload) <= PIPE_BYTES:
+    if len(payload) <= 16384:  # fits into a new pipe, on macOS too
         posix.write(writing, payload)
     else:
         in_background(feed)
@@ -500,10 +486,10 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
     """Hand on an object GAUGES_INTERVAL_S after the last one, unless the figures have changed by then."""
     sent = kept + ".sent"  # its mtime is when the last one was handed on
     try:
-        replace_small(kept, about)
+        write_atomically(kept, about)
     except OSError:
         whole().make_private_directory(kept.rpartition("/")[0])
-        replace_small(kept, about)
+        write_atomically(kept, about)
     try:
         wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
     except OSError:
@@ -512,17 +498,23 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
         time.sleep(min(0.5, wait_s))
         wait_s -= 0.5
     if read_small(kept) == about:
-        replace_small(sent, b"")
+        write_atomically(sent, b"")
         deliver(payload, [], "statusLine")
 
 
-def replace_small(path: str, content: bytes) -> None:
-    """Write a file in one step."""
-    new = f"{path}.{posix.getpid()}"
-    fd = posix.open(new, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
-    posix.write(fd, content)
-    posix.close(fd)
-    posix.rename(new, path)
+def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace the file at `path` in one step, so that no reader sees half of it."""
+    temporary = f"{path}.{posix.getpid()}.{posix.urandom(4).hex()}.tmp"
+    fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC, mode)
+    try:
+        if posix.write(fd, content) < len(content):
+            raise OSError(f"{path}: only a part of it could be written")
+        posix.rename(temporary, path)
+    except BaseException:
+        posix.unlink(temporary)
+        raise
+    finally:
+        posix.close(fd)
 
 
 def figures_in(payload: bytes) -> "tuple[str, str, str]":
@@ -536,30 +528,27 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
 
     given = _json.make_scanner(Options)(payload.decode("utf-8", "replace"), 0)[0]  # type: ignore[arg-type]
 
-    def at(*path: str) -> "Any":
+    def at(path: str, digits: int = -1) -> str:  # a text, or a number with so many digits
         value = given
-        for name in path:
+        for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    def shown(value: "Any", digits: int = 0) -> str:
+        if digits < 0:
+            return value if isinstance(value, str) else ""
         return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
 
-    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
-    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
+    context, cost = at("context_window.used_percentage", 0), at("cost.total_cost_usd", 2)
+    figures = [context, cost, at("cost.total_lines_added", 0), at("cost.total_lines_removed", 0)]
     for window in ("five_hour", "seven_day"):
-        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
-    session, name = at("session_id"), at("model", "display_name")
-    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+        figures += [at(f"rate_limits.{window}.{it}", 0) for it in ("used_percentage", "resets_at")]
+    parts = (at("model.display_name"), context and f"{context} %", cost and f"${cost}")
     line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
-    return session if isinstance(session, str) else "", " ".join(figures), line
+    return at("session_id"), " ".join(figures), line
 
 
 # --- end of the status line ---
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
-import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
@@ -597,7 +586,6 @@ STATUS_LINE_END = "# --- end of the status line ---\n"
 # Every file is readable by this user only, never written through a link, and replaced whole or appended to.
 # ---------------------------------------------------------------------------
 
-EMIT_LOG_LIMIT_BYTES = 256 << 10
 NUMBERS = (int, float)  # types of numbers in JSON, for `type`: Python's bool is an int, too
 
 
@@ -647,19 +635,6 @@ def open_own(path: str, flags: int = os.O_RDONLY) -> int:
     raise PermissionError(errno.EPERM, "it is not a regular file of this user", path)
 
 
-def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Replace the file at `path` in one step, so that no reader sees half of it."""
-    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def open_for_append(path: str, _flags: int = 0) -> int:
     """Open a private file to append to, and make it if it is missing; also as opener of `open`."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -685,7 +660,7 @@ def log_failure(reason: str) -> None:
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
-    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
+    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
 
 
 # ---------------------------------------------------------------------------
@@ -714,9 +689,7 @@ def _text(value: Any) -> bool:
 def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
-    return Key(
-        default, expected, lambda it: it is None and null != "" or type(it) is int and low <= it <= high
-    )
+    return Key(default, expected, lambda n: low <= n <= high if type(n) is int else n is None and null != "")
 
 
 def _flag(default: bool) -> Key:
@@ -819,8 +792,6 @@ KEYS: dict[str, Key] = {
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
-REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
-
 HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
@@ -857,7 +828,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
             shown = "something else" if name in SECRET_KEYS else json.dumps(value)[:60]
             raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
     if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
-        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
+        values["limits.fieldBytes"] = 64 << 10  # every event crosses a network
     if values["redis.tls"] is False and any(flat.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
@@ -891,10 +862,7 @@ def _read_config(path: str) -> "tuple[JsonObject, bool]":
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache.
-
-    `key`: the configuration file's device, inode, size and time, which are other ones in a container.
-    """
+    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
@@ -1049,32 +1017,23 @@ _GEMINI_TOOLS = {
 }  # fmt: skip
 AGENTS = {
     "codex": AgentFormat(
-        ".codex", "CODEX_HOME",
-        tools={"request_user_input": "AskUserQuestion", "spawn_agent": "Agent"},
+        ".codex", "CODEX_HOME", tools={"request_user_input": "AskUserQuestion", "spawn_agent": "Agent"},
         adapt=adapt_codex, usage=("token_usage_record", "usage", "response_id"),
         counts="input_tokens output_tokens cached_input_tokens cache_write_input_tokens",
     ),
     "gemini": AgentFormat(
-        ".gemini",
-        events={
-            "BeforeAgent": "UserPromptSubmit", "BeforeTool": "PreToolUse", "AfterTool": "PostToolUse",
-            "AfterAgent": "Stop",
-        },
-        fields={"prompt_response": "last_assistant_message"},
-        tools=_GEMINI_TOOLS, adapt=adapt_gemini,
-        usage=("gemini", "tokens", "id"), counts="input output cached -",
+        ".gemini", tools=_GEMINI_TOOLS, fields={"prompt_response": "last_assistant_message"},
+        events={"BeforeAgent": "UserPromptSubmit", "BeforeTool": "PreToolUse", "AfterTool": "PostToolUse",
+                "AfterAgent": "Stop"},
+        adapt=adapt_gemini, usage=("gemini", "tokens", "id"), counts="input output cached -",
     ),
     "copilot": AgentFormat(
-        ".copilot", "COPILOT_HOME",
-        fields={"tool_result": "tool_response"},
-        adapt=adapt_copilot, transcript="session-state/{}/events.jsonl",
-        usage=("session.usage_record", "usage", "apiCallId"),
+        ".copilot", "COPILOT_HOME", fields={"tool_result": "tool_response"}, adapt=adapt_copilot,
+        transcript="session-state/{}/events.jsonl", usage=("session.usage_record", "usage", "apiCallId"),
         counts="inputTokens outputTokens cacheReadTokens cacheWriteTokens",
     ),
     "qwen": AgentFormat(
-        ".qwen",
-        tools=_GEMINI_TOOLS, adapt=adapt_qwen,
-        usage=("assistant", "usageMetadata", "uuid"),
+        ".qwen", tools=_GEMINI_TOOLS, adapt=adapt_qwen, usage=("assistant", "usageMetadata", "uuid"),
         counts="promptTokenCount candidatesTokenCount cachedContentTokenCount -",
     ),
     "kimi": AgentFormat(
@@ -1192,9 +1151,7 @@ def parse_event_line(line: bytes) -> JsonObject:
             value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=lambda it: it if it[4000:] else int(it))
-    except RecursionError:
-        raise MalformedEvent("nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedEvent(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MalformedEvent(f"expected one JSON object, got {type(value).__name__}")
@@ -1221,9 +1178,7 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
-    about = {
-        name: value for name, value in given.items() if name not in ("seq", "received")
-    }  # the store's own
+    about = {name: value for name, value in given.items() if name not in ("seq", "received")}
     data, is_event = dict(given), isinstance(given.get("eventType"), str)
     is_wrapped = isinstance(given.get("id"), str) and not is_event
     if is_wrapped and isinstance(given.get("hook"), dict):
@@ -1258,9 +1213,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     """Return (fields of the event, data) of a payload."""
     is_known = "hook_event_name" in hook and "session_id" in hook
     if not is_known:
-        hook = {
-            it if _CAMEL_CASE.get(it, it) in hook else _CAMEL_CASE[it]: value for it, value in hook.items()
-        }
+        hook = {it if _CAMEL_CASE.get(it, it) in hook else _CAMEL_CASE[it]: hook[it] for it in hook}
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
         agent = _string(wrapper.get("agent")) or agent_of(hook)
         if agent in AGENTS:
@@ -1269,10 +1222,8 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
-        if place in data:
-            _keep(data, field, value)
-        elif place is not None:
-            data[place] = value
+        if place is not None:
+            _keep(data, field if place in data else place, value)
     for name, value in wrapper.items():
         if name in _EVENT_ONLY:
             _keep(data, name, value)
@@ -1352,16 +1303,14 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
     "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
-_REQUIRED_FIELDS = frozenset(
-    "id timestamp sessionId machineId workingDirectory hookType eventType data".split()
-)
+_REQUIRED = {*"id timestamp sessionId machineId workingDirectory hookType eventType data".split()}
 _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
     fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
-    return fits and event.keys() >= _REQUIRED_FIELDS
+    return fits and event.keys() >= _REQUIRED
 
 
 def this_machine() -> str:
@@ -1380,7 +1329,7 @@ class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
     A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
-    with the next run: its time would be quadratic. Its last group that matched, else the whole match, is replaced.
+    with the next run: its time would be quadratic. Its last group that matched, else the match, is replaced.
     A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
     `is_secret(view, match, value)` checks what the shape alone does not decide.
     """
@@ -1395,7 +1344,6 @@ class SecretShape(NamedTuple):
 
 
 # Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
-
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
@@ -1441,9 +1389,7 @@ def _name_class(name: str) -> str:
     return "weak" if last == "auth" else ""
 
 
-# Values that are no secrets.
-
-# A reference to a secret.
+# Values that are no secrets: references to one, placeholders, names.
 _REFERS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
     r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
@@ -1503,20 +1449,13 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
         return bool(is_likely) and not has_space and not is_name
     if group == "bare":
         return _is_bare_secret(text, match, before, name, value, bool(is_likely))
-    if group in (
-        "element",
-        "attribute",
-    ):  # <password>…</password>, <entry key="password">…, key="…" value="…"
+    if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
         return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
-        return (
-            re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I) is not None
-            or digits > 1
-        )
-    # NAME VALUE
-    if match["quote"] == "'" and _SQL.search(before + head):
-        return True
-    return not says_secret and _SETS.search(before + head) is not None
+        call = re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I)
+        return call is not None or digits > 1
+    is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
+    return bool(is_sql or not says_secret and _SETS.search(before + head))
 
 
 def _is_bare_secret(
@@ -1541,10 +1480,6 @@ def _is_bare_secret(
     is_random = sum(map(str.isdigit, value)) > 1 and len(value) >= 6
     is_random |= len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
     return is_random and (ends_line or "=" not in operator)
-
-
-def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    return any(map(str.isdigit, value))
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
@@ -1626,29 +1561,24 @@ eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 """
 
 
-def _token_shapes() -> "Iterator[SecretShape]":
-    for word in _TOKEN_TABLE.split():
-        if "{" in word:
-            pattern = re.compile(word)
-        elif word.endswith(":"):
-            kind = word[:-1]
-        else:
-            yield SecretShape(kind, word, pattern, is_token=True)
-
-
+_TOKENS: "list[SecretShape]" = []
+for _word in _TOKEN_TABLE.split():
+    if "{" in _word:
+        _body = re.compile(_word)
+    elif _word.endswith(":"):
+        _kind = _word[:-1]
+    else:
+        _TOKENS.append(SecretShape(_kind, _word, _body, is_token=True))
 _SHAPES = (
     SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
         r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
-    SecretShape("private-key", "Private-Lines:",  # of PuTTY
-        re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
-    *_token_shapes(),
+    _folded("private-key", "private-lines:", r" ?\d+\s(?P<secret>(?:[a-z0-9+/=]{8,}\s?)+)"),  # of PuTTY
+    *_TOKENS,
     SecretShape("telegram", "AA", re.compile(r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
-    SecretShape("mailchimp", "-us", re.compile(r"-us\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![A-Za-z0-9])")),
-    SecretShape("terraform", ".atlasv1.",
-        re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
-    SecretShape("azure", "Q~",
-        re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
+    _folded("mailchimp", "-us", r"\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![a-z0-9])"),
+    _folded("terraform", ".atlasv1.", r"(?<=(?P<begin>[a-z0-9]{14})\.atlasv1\.)[a-z0-9_=-]{40,}"),
+    _folded("azure", "q~", r"(?<=(?P<begin>[a-z0-9_~.]{3}\d)q~)[a-z0-9_~.-]{31,34}(?![a-z0-9])"),
     SecretShape("jwt", "eyJ", re.compile(
         r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
@@ -1662,7 +1592,7 @@ _SHAPES = (
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
         lambda _view, _match, value: "(" not in value and not _REFERS.match(value)
         and (not _IDENTIFIER.match(value) or "basic" in _match[0])),
-    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{12,})", _has_digits),
+    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
     _folded("cookie", "cookie",
         rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
     SecretShape("url-password", "@", re.compile(
@@ -1675,19 +1605,17 @@ _SHAPES = (
     *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
-        lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
+        lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
-    _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
-    _command("sqlcmd", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
-    _command("redis-cli", r"-a ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
+    *(_command(program, rf"{option} ?[\"']?(?P<secret>[^\s\"']{{3,200}})")
+        for program, option in (("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"))),
     _folded("assignment", "set password",
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )  # fmt: skip
 
 SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
-REDACTION_ROUNDS = 8
 _METADATA_KEYS = frozenset(
     "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
@@ -1698,7 +1626,6 @@ _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated", "gauges"))
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-CUT_WORDS_BYTES = 80  # room for the text that replaces what was cut
 UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
 # Hints have these parts in common: a text without the part is not searched for each of them. A part of one
@@ -1737,7 +1664,6 @@ def _replacement(kind: str, secret: str) -> str:
 
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
-
 _COLOUR = r"(?:\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])"
 _COLOURS = re.compile("\x1b" + _COLOUR)
 _ESCAPE = re.compile(  # one without a group is a colour
@@ -1782,9 +1708,7 @@ class _View:
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
         """Return (start, end) in the raw text of a piece of the view."""
-        first, last = (
-            self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
-        )
+        first, last = (self._marks[bisect.bisect(self._marks, (at, math.inf)) - 1] for at in (start, end - 1))
         return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
@@ -1807,7 +1731,7 @@ def redact_text(text: str) -> str:
 
     Redacting the result changes nothing.
     """
-    for _ in range(REDACTION_ROUNDS):  # the text beside a secret may look like one afterwards
+    for _ in range(8):  # the text beside a secret may look like one afterwards
         shapes = _shapes_in(text)
         if not shapes:
             break
@@ -1907,10 +1831,8 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode()
         text = text.replace("\\u212a", "k").replace("\\u001b", "\x1b")
         hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
-        is_small = (
-            len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
-        )
-        if is_small and not hints and not privacy.metadata_only:
+        is_flat = text.count("{") + text.count("[") < _DEPTH_LIMIT
+        if is_flat and not (hints or privacy.metadata_only) and len(encoded) <= privacy.field_limit_bytes:
             return event, encoded
     protector = _Protector(privacy, hints)
     data = event["data"]
@@ -1919,10 +1841,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # the reason of a denial is prose
     for name in [name for name in event if name not in _EVENT_FIELDS]:
-        if privacy.metadata_only:
-            del event[name]
-        else:
-            event[protector.clean(name)] = protector.value(event.pop(name), name, name)
+        value = event.pop(name)
+        if not privacy.metadata_only:
+            event[protector.clean(name)] = protector.value(value, name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
         earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
@@ -1983,11 +1904,7 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        folded = _folded_text(text)
-        for hint in self._hints:
-            if hint in folded:
-                return redact_text(text)
-        return text
+        return redact_text(text) if any(map(_folded_text(text).__contains__, self._hints)) else text
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
@@ -1998,16 +1915,17 @@ class _Protector:
         if size <= limit:
             return self.clean(text)
         self.cuts[path] = size
-        # The result with the text in its middle is within the limit, so that it is not cut again.
-        half = max(1, (limit - CUT_WORDS_BYTES) // 2)
+        # With the text in its middle, of at most 80 bytes, the result is within the limit and not cut again.
+        half = max(1, (limit - 80) // 2)
         # The margin is removed even if redaction has made the text before it shorter.
         unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
         head, tail = self.clean(text[: half + UNSEEN_MARGIN]), self.clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
         # Remove half a character at the cuts.
-        head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
-        tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
+        rest, first = bytes(range(0x80, 0xC0)), bytes(range(0xC0, 0x100))  # of a character in UTF-8
+        head = start.rstrip(rest).rstrip(first).decode("utf-8", "surrogatepass")
+        tail = end.lstrip(rest).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
@@ -2022,11 +1940,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
     """Return the event of one wrapped payload, redacted and cut to LINE_LIMIT_BYTES; raise ValueError."""
-    event = build_event(parse_event_line(line), now_ms(), this_machine())
-    try:
-        redact = bool(load_config(config_path)[0]["privacy.redact"])
-    except ConfigError:
-        redact = True
+    event, redact = build_event(parse_event_line(line), now_ms(), this_machine()), True
+    with contextlib.suppress(ConfigError):
+        redact = load_config(config_path)[0]["privacy.redact"]
     for shift in range(3, 15, 2):  # fields of 2 MiB, then less and less
         if len(line) > LINE_LIMIT_BYTES // 2:
             event, line = protect(event, Privacy(redact, field_limit_bytes=LINE_LIMIT_BYTES >> shift))
