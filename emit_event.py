@@ -111,7 +111,7 @@ def deliver(
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send_unless_slow(home, socket_path, line, kept)
+        outcome = send(home, socket_path, line, kept)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -167,11 +167,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str, limit_bytes: int = 8192) -> bytes:
-    """Return the beginning of a file; b"" where it cannot be read."""
+def read_small(path: str) -> bytes:
+    """Return the first 8 KiB of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, limit_bytes)
+        content = posix.read(fd, 8192)
         posix.close(fd)
         return content
     except OSError:
@@ -243,8 +243,10 @@ def quote(text: str) -> str:
     return encode_basestring_ascii(text)
 
 
-def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
+def send(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
     """Send `line`; return "" or why it is not stored. Pauses for 10 s after three time-outs in a row."""
+    import _socket
+
     path = home + "/hook.timeouts"  # one byte for each time-out in a row; its mtime is the time of the last
     try:
         about = posix.stat(path)
@@ -254,7 +256,19 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = Non
     if count >= 3 and 0 <= age_s < 10:
         return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
     deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
-    outcome = send(socket_path, line, deadline, kept)
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        connection.settimeout(ACKNOWLEDGEMENT_DEADLINE_S)
+        connection.connect(socket_path)
+        if peer_uid(connection) != posix.getuid():
+            return f"{socket_path} belongs to another user"
+        connection.sendall(line)
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        outcome = "" if connection.recv(1) == ACKNOWLEDGEMENT else "the monitor closed the connection"
+        if kept and not outcome:
+            kept.append(connection)  # which is otherwise closed with its last reference
+    except OSError as error:
+        outcome = f"{type(error).__name__} {error}"
     try:
         if outcome and time.monotonic() >= deadline:
             fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
@@ -265,27 +279,6 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = Non
     except OSError:  # the file only saves time
         pass
     return outcome
-
-
-def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> str:
-    """Send `line` to the monitor and wait for its acknowledgement; return "" or why there was none."""
-    import _socket
-
-    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    try:
-        connection.settimeout(ACKNOWLEDGEMENT_DEADLINE_S)
-        connection.connect(socket_path)
-        if peer_uid(connection) != posix.getuid():
-            return f"{socket_path} belongs to another user"
-        connection.sendall(line)
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        if connection.recv(1) != ACKNOWLEDGEMENT:
-            return "the monitor closed the connection"
-        if kept:
-            kept.append(connection)  # which is otherwise closed with its last reference
-        return ""
-    except OSError as error:
-        return f"{type(error).__name__} {error}"
 
 
 def peer_uid(connection: "Any") -> int:
@@ -761,9 +754,7 @@ KEYS: dict[str, Key] = {
                          lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
     "redis.verify": _flag(True),
-    "redis.caFile": _optional_text("a path"),
-    "redis.certFile": _optional_text("a path"),
-    "redis.keyFile": _optional_text("a path"),
+    **{f"redis.{name}File": _optional_text("a path") for name in ("ca", "cert", "key")},
     "redis.sentinels": Key([], 'a list of "host:port" (26379 is the default port)', _nodes),
     "redis.master": Key("mymaster", "the name that the sentinels have for the primary", _text),
     "redis.sentinelPassword": _optional_text("a string"),
@@ -898,12 +889,10 @@ def make_machine_key(home: str) -> str:
 # ---------------------------------------------------------------------------
 # Agents: the hooks of other programs, as Claude Code would send them
 #
-# One entry of AGENTS for each program. Everything behind this room knows our events only. It has no memory: a
-# payload becomes one payload. A name that Claude Code's hooks do not have, such as SubagentPrompt, changes no
-# state. Two fields are ours: `isPermitted` (any permission for this call was given before) and
-# `mayBeSubagent` (this Stop is perhaps a subagent's).
-# Measured with Codex 0.169, Gemini CLI 0.61, Copilot CLI 1.0.102, Qwen Code 0.24 and Kimi Code 2.1; what each
-# cannot report is in `.docs/agents.md`.
+# Everything behind this room knows our events only. It has no memory: a payload becomes one payload. A name
+# that Claude Code's hooks do not have, such as SubagentPrompt, changes no state. Two fields are ours:
+# `isPermitted` (its permission was given before) and `mayBeSubagent` (this Stop is perhaps a subagent's).
+# Measured with the versions in `.docs/agents.md`, which says what each program cannot report.
 # ---------------------------------------------------------------------------
 
 
