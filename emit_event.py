@@ -438,37 +438,28 @@ def run_status_line(arguments: "list[str]") -> None:
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
         _signal.signal(number, _signal.SIG_DFL)
     reading, writing = posix.pipe()
-
-    def feed() -> None:
-        posix.close(reading)  # so that a command that does not read ends this process
-        posix.write(writing, payload)
-
     if len(payload) <= 16384:  # fits into a new pipe, on macOS too
         posix.write(writing, payload)
-    else:
-        in_background(feed)
+    else:  # dup2 closes its reading end, so that a command that does not read ends this process
+        in_background(lambda: posix.write(posix.dup2(writing, reading), payload))
     posix.dup2(reading, 0)
     posix.close(writing)
-    environ = dict(posix.environ)
-    environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
-    if arguments[0]:
-        environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
+    environ = {**posix.environ, b"LC_CTYPE": arguments[0].encode("utf-8", "surrogateescape")}
+    if not arguments[0]:
+        del environ[b"LC_CTYPE"]  # Python sets one where there is none
     posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
 
 
 def in_background(work: "Any", *arguments: "Any") -> None:
-    """Call `work` in a process that outlives this one and is no child of it."""
-    pid = posix.fork()
-    if pid:
-        posix.waitpid(pid, 0)
+    """Call `work` in a process that outlives this one."""
+    if posix.fork():
         return
     try:
         posix.setsid()
-        if not posix.fork():
-            null = posix.open("/dev/null", posix.O_RDWR)
-            for fd in (0, 1, 2):  # the client waits for the end of the output
-                posix.dup2(null, fd)
-            work(*arguments)
+        null = posix.open("/dev/null", posix.O_RDWR)
+        for fd in (0, 1, 2):  # the client waits for the end of the output
+            posix.dup2(null, fd)
+        work(*arguments)
     except BaseException as error:
         whole().log_failure(f"status line: {type(error).__name__}: {error}")
     finally:
@@ -1340,20 +1331,19 @@ _NEUTRAL_WORDS = frozenset(
     "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
     "production raw salt secondary staging str string test text val value".split()
 )
-_PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
-_SECRET_ENDS = tuple(
-    "secret token credential credentials creds apikey authkey accesskey secretkey privatekey accountkey "
-    "signingkey encryptionkey authorization bearer cookie".split()
-)
-_PASS_OWNERS = frozenset(  # dbPass is a password, renderPass is not
+_PASS_OWNERS = (  # dbPass and dbpass are passwords, renderPass is none
     "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
-    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi".split()
+    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi"
 )
-_SECRET_KEYS = frozenset(
+_KEY_OWNERS = (
     "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
     "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
-    "shared signing ssh storage subscription unseal webhook write".split()
+    "shared signing ssh storage subscription unseal webhook write"
 )
+_PASSWORD_ENDS = (*"password passwd passphrase passcode passwort pwd pw".split(),
+                  *(it + "pass" for it in _PASS_OWNERS.split()))  # fmt: skip
+_SECRET_ENDS = (*"secret token credential credentials creds authorization bearer cookie".split(),
+                *(it + "key" for it in _KEY_OWNERS.split()))  # fmt: skip
 _OTHER_KEYS = frozenset("cache foreign hash index map object partition primary public sort unique".split())
 _OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
@@ -1367,32 +1357,25 @@ def _name_class(name: str) -> str:
     if not words or "[redacted:" in name:
         return ""
     owner, last = (words[-2] if len(words) > 1 else ""), words[-1]
-    if last.endswith(_PASSWORD_ENDS):
+    if (owner + last).endswith(_PASSWORD_ENDS) or last == "pass" and owner and name.isupper():
         return "password"
-    if last.endswith(_SECRET_ENDS):
+    if (owner + last).endswith(_SECRET_ENDS):
         return "" if owner in _OTHER_TOKENS else "secret"
-    if last == "pass" or last.endswith("pass") and last[:-4] in _PASS_OWNERS:
-        return "password" if last != "pass" or owner in _PASS_OWNERS or owner and name.isupper() else "weak"
-    if last == "key" and owner and owner not in _OTHER_KEYS:
-        return "secret" if owner in _SECRET_KEYS else "weak"
-    return "weak" if last == "auth" else ""
+    is_key = last == "key" and owner and owner not in _OTHER_KEYS
+    return "weak" if is_key or last in ("pass", "auth") else ""
 
 
 # Values that are no secrets: references to one, placeholders, names.
-_REFERS = re.compile(
+_HARMLESS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
-    r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
-    r"|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
-)
-_PLACEHOLDER = re.compile(
-    r"(?:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
+    r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data"
+    r"|local|module|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
+    r"|(?i:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
     r"|number|boolean|object|empty|unset|hidden|inherit|changeme|(?P<same>.)(?P=same)+|\.+|v?\d+(?:\.\d+)+"
-    r"|your?[-_ ].*|x{3,}.*)$",
-    re.I,
+    r"|your?[-_ ].*|x{3,}.*)$|(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$"  # a path
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
-_PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
 _RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
 _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
@@ -1425,8 +1408,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     kind = _name_class(name)
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
-    is_harmless = _REFERS.match(value) or _PLACEHOLDER.match(value) or _PATH.match(value)
-    if not kind or len(value) < 3 or is_harmless or kind == "weak" and not _is_weak_secret(name, value):
+    is_weak = kind == "weak" and not _is_weak_secret(name, value)
+    if not kind or is_weak or len(value) < 3 or _HARMLESS.match(value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
@@ -1473,7 +1456,7 @@ def _is_bare_secret(
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
-    return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
+    return not (_HARMLESS.match(value) or is_word)
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
@@ -1579,8 +1562,8 @@ _SHAPES = (
         rf"(?<!\[redacted:authorization){_QUOTE}?"
         rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
-        lambda _view, _match, value: "(" not in value and not _REFERS.match(value)
-        and (not _IDENTIFIER.match(value) or "basic" in _match[0])),
+        lambda _view, match, value: not ("(" in value or _HARMLESS.match(value)
+                                         or _IDENTIFIER.match(value) and "basic" not in match[0])),
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
     _folded("cookie", "cookie",
         rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
