@@ -1094,22 +1094,18 @@ DATA_NAMES = {
 
 # Payload field → field of the event; a value of another type is content.
 _EVENT_NAMES = {
-    "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
-    "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
-    "hook_event_name": "hookType",
+    "session_id": "sessionId", "cwd": "workingDirectory", "hook_event_name": "hookType",
+    "agent_id": "agentId", "agent_type": "agentType",  # alone: of an `--agent` session's main thread
 }  # fmt: skip
-# None: not in `data`
-_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}  # None: not in `data`
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
-    for field in (
-        *_PLACES, "is_interrupt", "error_details", "prompt_id", "session_title", "tool_calls",
-        "background_tasks", "stop_hook_active", "mcp_server_name", "agent_transcript_path", "to_model",
-        "new_cwd", "permission_suggestions",
-    )
+    for field in (*_PLACES, *"is_interrupt error_details prompt_id session_title tool_calls background_tasks "
+                  "to_model stop_hook_active mcp_server_name agent_transcript_path new_cwd "
+                  "permission_suggestions".split())
     if "_" in field
 }  # fmt: skip
 _ID_LIMIT = 256  # characters
@@ -1198,17 +1194,14 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         agent = _string(wrapper.get("agent")) or agent_of(hook)
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
-    about: JsonObject = {}
     data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place is not None:
             _keep(data, field if place in data else place, value)
-    for name, value in wrapper.items():
-        if name in _EVENT_ONLY:
-            _keep(data, name, value)
-        else:
-            about["workingDirectory" if name == "cwd" else name] = value
+    for name in _EVENT_ONLY & wrapper.keys():
+        _keep(data, name, wrapper.pop(name))
+    about = {"workingDirectory" if name == "cwd" else name: value for name, value in wrapper.items()}
     for field, name in _EVENT_NAMES.items():
         if field in hook:
             value = hook[field]
