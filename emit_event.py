@@ -376,9 +376,8 @@ def ensure_publisher(home: str) -> str:
 
 def publisher_python(home: str) -> str:
     """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
-    python = (
-        read_small(home + "/hooks/publisher-python").partition(b"\n")[0].decode("utf-8", "surrogateescape")
-    )
+    recorded = read_small(home + "/hooks/publisher-python").decode("utf-8", "surrogateescape")
+    python = recorded.partition("\n")[0]
     return python if posix.access(python, posix.X_OK) else sys.executable  # none, or an upgrade removed it
 
 
@@ -1157,13 +1156,12 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     about = {name: value for name, value in given.items() if name not in ("seq", "received")}
     data, is_event = dict(given), isinstance(given.get("eventType"), str)
     is_wrapped = isinstance(given.get("id"), str) and not is_event
+    names = ("hook_event_name",) if "eventType" in given else ("hook_event_name", "hookEventName")
     if is_wrapped and isinstance(given.get("hook"), dict):
         about, data = _fields_of_hook(about.pop("hook"), about)
     elif is_wrapped and isinstance(given.get("statusLine"), dict):
         about, data = _fields_of_status_line(about.pop("statusLine"), about)
-    elif isinstance(given.get("hook_event_name"), str) or (
-        "eventType" not in given and isinstance(given.get("hookEventName"), str)
-    ):
+    elif any(isinstance(given.get(name), str) for name in names):
         about, data = _fields_of_hook(given, {})
     elif is_event:
         about, data = _fields_of_event(about)
@@ -1413,7 +1411,7 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
         is_name = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
         return bool(is_likely) and not has_space and not is_name
     if group == "bare":
-        return _is_bare_secret(text, match, before, name, value, bool(is_likely))
+        return _is_bare_secret(match, before, name, value, bool(is_likely))
     if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
         return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
@@ -1423,10 +1421,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     return bool(is_sql or not says_secret and _SETS.search(before + head))
 
 
-def _is_bare_secret(
-    text: str, match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool
-) -> bool:
-    operator, after = match["operator"], text[match.end() : match.end() + 1]
+def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool) -> bool:
+    operator, after = match["operator"], match.string[match.end() : match.end() + 1]
     if value.isdigit():
         return len(value) >= 6
     is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
@@ -1456,7 +1452,6 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
-_QUOTE = r"[\"'`]"
 # What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
@@ -1534,7 +1529,7 @@ for _word in _TOKEN_TABLE.split():
         _kind = _word[:-1]
     else:
         _TOKENS.append(SecretShape(_kind, _word, _body, is_token=True))
-_SHAPES = (
+SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
         r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
@@ -1552,14 +1547,13 @@ _SHAPES = (
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
     _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
     _folded("authorization", "authorization",
-        rf"(?<!\[redacted:authorization){_QUOTE}?"
-        rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
+        r"(?<!\[redacted:authorization)[\"'`]?(?:\s{0,20}[:=]\s{0,20}[\"'`]?(?:[a-z][a-z0-9-]{1,20}\s{1,20})?"
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
         lambda _view, match, value: not ("(" in value or _HARMLESS.match(value)
                                          or _IDENTIFIER.match(value) and "basic" not in match[0])),
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
     _folded("cookie", "cookie",
-        rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
+        r"[\"'`]?: ?[\"'`]?(?P<secret>[^\s=;\"'<>:]{1,100}=[^\r\n\"'<>\\]{6,})"),
     SecretShape("url-password", "@", re.compile(
         r"://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:"
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
@@ -1578,9 +1572,7 @@ _SHAPES = (
         for program, option in (("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"))),
     _folded("assignment", "set password",
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
-)  # fmt: skip
-
-SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
+)))  # fmt: skip
 _METADATA_KEYS = frozenset(
     "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
