@@ -331,8 +331,7 @@ def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bo
         newest = max((it for it in posix.listdir(directory) if it.endswith((".jsonl", ".taken"))), default="")
     except OSError:
         whole().make_spool(directory)
-    started = newest.partition("-")[0]
-    start_ms = int(started) if started.isdigit() else 0
+    start_ms = int(newest[:13]) if newest[:13].isdigit() else 0
     if newest.endswith(".jsonl"):
         if not must_be_new and now_ms - start_ms < 24 * 3600 * 1000:
             return f"{directory}/{newest}", False
@@ -349,12 +348,10 @@ def ensure_publisher(home: str) -> str:
     import fcntl
 
     path = home + "/publisher.lock"
-    flags = posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
     try:
-        fd = posix.open(path, flags, 0o600)
+        fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
     except OSError:
-        whole().set_aside(path)
-        fd = posix.open(path, flags, 0o600)
+        fd = whole().open_for_append(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         given, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD, 3)  # inherited; in the publisher 0 to 2 are /dev/null
@@ -692,23 +689,19 @@ def host_and_port(node: str, default_port: int) -> "tuple[str, int]":
 
 
 def _nodes(value: Any) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return isinstance(value, list) and all(_text(node) and host_and_port(node, 1) for node in value)
-    except ValueError:
-        return False
+    return False
 
 
 def _redis_url(value: Any) -> bool:
     """True for a URL whose parts are unambiguous; a "/" or "#" in a password would end it early."""
-    try:
+    with contextlib.suppress(ValueError):  # of a port
         parts = urllib.parse.urlsplit(value if _text(value) else "")
-        port_is_good = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    if parts.scheme == "unix":
-        return parts.path.startswith("/") and not parts.fragment
-    path_is_good = re.fullmatch(r"(?:/\d{0,5})?", parts.path) is not None
-    return parts.scheme in ("redis", "rediss") and port_is_good and path_is_good and not parts.fragment
+        path = re.fullmatch("/.*" if parts.scheme == "unix" else r"(/\d{0,5})?", parts.path)
+        is_known = parts.scheme in ("unix", "redis", "rediss") and parts.port != 0
+        return is_known and path is not None and not parts.fragment
+    return False
 
 
 def _prices(value: Any) -> bool:
@@ -906,13 +899,11 @@ def adapt_codex(name: str, hook: JsonObject) -> str:
     if name == "PostToolUse" and hook.get("tool_name") == "Agent" and isinstance(response, str):
         with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # no JSON object
             launched = json.loads(response)
-            about = {"agentId": launched["agent_id"], "status": "async_launched"}
-            hook["tool_response"] = {**launched, **about}
+            hook["tool_response"] = {**launched, "agentId": launched["agent_id"], "status": "async_launched"}
     return "SubagentPrompt" if name == "UserPromptSubmit" and "agent_id" in hook else name
 
 
 _EXIT_CODE = re.compile(r"^Exit Code: [1-9]\d*$|completed with exit code [1-9]\d*>\s*\Z", re.M)
-_TASK_ID = re.compile(r"^task_id: (\S+)", re.M)
 
 
 def adapt_gemini(name: str, hook: JsonObject) -> str:
@@ -933,7 +924,7 @@ def adapt_gemini(name: str, hook: JsonObject) -> str:
         hook["error"] = error.get("message")
     elif hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
         hook["error"] = text
-    launched = _TASK_ID.search(text) if hook.get("tool_name") == "Agent" else None
+    launched = re.search(r"^task_id: (\S+)", text, re.M) if hook.get("tool_name") == "Agent" else None
     if launched and isinstance(shown, dict) and shown.get("executionMode") == "background":
         hook["tool_response"] = {"agentId": launched[1], "status": "async_launched", "text": text}
     return "PostToolUseFailure" if "error" in hook else name
@@ -972,11 +963,10 @@ def adapt_copilot(name: str, hook: JsonObject) -> str:
 
 def adapt_kimi(name: str, hook: JsonObject) -> str:
     """Unpack prompts and errors; subagents have a name and no id."""
-    prompt, error = hook.get("prompt"), hook.get("error")
-    if isinstance(prompt, list):
-        hook["prompt"] = _text_of_parts(prompt)
-    if isinstance(error, dict):
-        hook["error"] = error.get("message")
+    if isinstance(hook.get("prompt"), list):
+        hook["prompt"] = _text_of_parts(hook["prompt"])
+    if isinstance(hook.get("error"), dict):
+        hook["error"] = hook["error"].get("message")
     if hook.get("agent_id") == "main":
         del hook["agent_id"]
     if name in ("SubagentStart", "SubagentStop"):
@@ -1022,7 +1012,6 @@ AGENTS = {
         usage=("usage.record", "usage", ""), counts="inputOther output inputCacheRead inputCacheCreation",
     ),
 }  # fmt: skip
-_OWN_DIRECTORY = re.compile(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/")
 
 
 def _string(value: Any) -> str:
@@ -1039,7 +1028,7 @@ def agent_of(hook: JsonObject) -> str:
         return "kimi"
     if hook.get("hookName") == "permissionRequest" or "initial_prompt" in hook:
         return "copilot"  # it runs the hooks of a project's `.claude/settings.json`
-    match = _OWN_DIRECTORY.search(str(hook.get("transcript_path")))
+    match = re.search(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/", str(hook.get("transcript_path")))
     return match[1] if match else ""
 
 
@@ -1246,8 +1235,8 @@ def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
     if isinstance(sums, dict) and "usage" not in data:
         five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
         cached = sum(count for count in (five, hour) if type(count) is int)
-        counts = {name: sums.get(name) for name in ("input", "output", "cacheRead")}
-        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
+        counts |= {"cacheCreation": cached, "cacheCreation1h": hour}
         model = data["model"] if _is_id(data.get("model")) else "unknown"
         data["usage"] = {"models": {model: counts}, "agents": {}}
     return about, data
@@ -1367,7 +1356,6 @@ _HARMLESS = re.compile(
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
-_RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
 _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
@@ -1384,7 +1372,7 @@ def _is_weak_secret(name: str, value: str) -> bool:
     """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if name.lower().endswith("pass"):
         return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
-    if _RANDOM.match(value) and len(value) >= 16:
+    if re.match(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{16,}$", value):
         return True
     with contextlib.suppress(ValueError):  # `user:password` as Docker and npm write it
         return ":" in base64.b64decode(value, validate=True).decode()
@@ -1585,8 +1573,7 @@ _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
 UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
-# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
-# rare letter is found or missed in a fifth of the time.
+# Hints have these parts in common: a text without the part is not searched for each of them.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
 _TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
@@ -1622,7 +1609,6 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 _COLOUR = r"(?:\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])"
-_COLOURS = re.compile("\x1b" + _COLOUR)
 _ESCAPE = re.compile(  # one without a group is a colour
     rf"\x1b{_COLOUR}|\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])\[[0-?]{{0,40}}[@-~]"
     r"|(?:u00|[xX])(?P<hex>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))"
@@ -1725,7 +1711,7 @@ def _folded_text(text: str) -> str:
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
     if "\x1b" in text:
-        text = _COLOURS.sub("", text)
+        text = re.sub("\x1b" + _COLOUR, "", text)
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
