@@ -635,14 +635,6 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory, redacted."""
-    home = places(os.environb)[0]  # type: ignore[arg-type]
-    make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
-    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
-
-
 # ---------------------------------------------------------------------------
 # Config: one table of keys, read from one file
 #
@@ -842,7 +834,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            log_failure(f"defaults used: {error}")
+            whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
@@ -1892,6 +1884,14 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     if len(line) >= LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line + b"\n"
+
+
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory, redacted."""
+    home = places(os.environb)[0]  # type: ignore[arg-type]
+    make_private_directory(home)
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
+    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
 
 
 # ---------------------------------------------------------------------------
