@@ -72,12 +72,10 @@ def run_hook() -> None:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError.
-
-    It ends at EOF, at the newline of a one-line object, or 30 ms after its end: old clients send no newline.
-    """
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError."""
     import select
 
+    # It ends at EOF, at the newline of a one-line object, or 30 ms after its end (old clients).
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
     data = bytearray()
@@ -188,10 +186,7 @@ def machine_key(home: str) -> str:
 def wrap(
     payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook", wait_s: int = 0
 ) -> bytes:
-    """Return the line for one payload: unchanged, as the last field, behind what only the hook knows.
-
-    "agent" is the argument of `--agent` or `--answer`; "terminal", at a session's start, TERMINAL_VARIABLES.
-    """
+    """Return the line for one payload: unchanged, as the last field, behind what only the hook knows."""
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
     event_id = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
@@ -341,13 +336,10 @@ def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bo
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
-
-    A publisher holds the lock on publisher.lock. A new one inherits the locked file. Raises OSError.
-    """
+    """Start a publisher unless one runs for `home`; return what was done, as text. Raises OSError."""
     import fcntl
 
-    path = home + "/publisher.lock"
+    path = home + "/publisher.lock"  # held by a publisher; a new one inherits the locked file
     try:
         fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
     except OSError:
@@ -1176,8 +1168,10 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
-        if place is not None:
-            _keep(data, field if place in data else place, value)
+        if place in data:
+            _keep(data, field, value)
+        elif place is not None:
+            data[place] = value
     for name in _EVENT_ONLY & wrapper.keys():
         _keep(data, name, wrapper.pop(name))
     about = {"workingDirectory" if name == "cwd" else name: value for name, value in wrapper.items()}
@@ -1662,10 +1656,7 @@ class _View:
 
 
 def redact_text(text: str) -> str:
-    """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
-
-    Redacting the result changes nothing.
-    """
+    """Replace secrets by `[redacted:<kind>:<first 8 hex of sha256>]`; a second time changes nothing."""
     for _ in range(8):  # the text beside a secret may look like one afterwards
         shapes = _shapes_in(text)
         if not shapes:
