@@ -1778,20 +1778,14 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     return event, encode_json(event)
 
 
-def _metadata_of(data: JsonObject) -> JsonObject:
-    """Return the metadata in `data`: single values under known names, and numbers in known objects."""
-    kept = {name: _figures_of(data[name], name) for name in data if name in _METADATA_OBJECTS}
-    for name in filter(_METADATA_KEYS.__contains__, data):
-        if not isinstance(data[name], (dict, list)) and len(str(data[name])) <= 200:
-            kept[name] = data[name]
-    return {name: value for name, value in kept.items() if value is not None}
-
-
-def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 5:
-        names = filter(_ID_LIKE.fullmatch, value)
-        figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
-        return {name: figure for name, figure in figures.items() if figure is not None}
+def _metadata_of(value: Any, name: str = "", depth: int = 0) -> Any:
+    """Return the metadata in `data`: single values under known names; in known objects, numbers and ids."""
+    if isinstance(value, dict) and depth < 6 and (depth != 1 or name in _METADATA_OBJECTS):
+        kept = {it: _metadata_of(value[it], it, depth + 1) for it in filter(_ID_LIKE.fullmatch, value)}
+        return {name: value for name, value in kept.items() if value is not None}
+    if depth == 1:
+        is_single = not isinstance(value, (dict, list)) and len(str(value)) <= 200
+        return value if is_single and name in _METADATA_KEYS else None
     if isinstance(value, str):
         return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
     return value if isinstance(value, (bool, int, float)) else None
