@@ -1574,9 +1574,7 @@ for _shape in SECRET_SHAPES:
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-for _sign in "-_.":
-    _letters = "".join({hint[-2] for hint in _TOKEN_BY_HINT if hint[-1] == _sign})
-    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_letters}].){_TOKEN_BODY}"))
+_TOKEN_HINTS += [re.compile(rf"\{sign}{_TOKEN_BODY}") for sign in "-_."]
 for _first in "AE":
     _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
