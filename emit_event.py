@@ -750,7 +750,6 @@ KEYS: dict[str, Key] = {
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
-HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
@@ -832,7 +831,9 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            others = read_small(path).splitlines(True)[: HOOK_CACHE_LINES - 1]
+            others = read_small(path).splitlines(True)[
+                :7
+            ]  # of other files and views of this one, newest first
             write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
