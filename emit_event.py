@@ -1393,7 +1393,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
         call = re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I)
         return call is not None or digits > 1
     is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
-    return bool(is_sql or not says_secret and _SETS.search(before + head))
+    is_value = match["quote"] or is_likely or re.search("machine|default|login", before + head)
+    return bool(is_sql or is_value and not says_secret and _SETS.search(before + head))
 
 
 def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool) -> bool:
