@@ -1374,8 +1374,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     kind = _name_class(name)
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
-    is_weak = kind == "weak" and not _is_weak_secret(name, value)
-    if not kind or is_weak or len(value) < 3 or _HARMLESS.match(value):
+    is_harmless = _HARMLESS.match(value) or name.lower().endswith(value.lower()) or len(value) < 3
+    if not kind or is_harmless or kind == "weak" and not _is_weak_secret(name, value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
@@ -1402,7 +1402,8 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
     if value.isdigit():
         return len(value) >= 6
     is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
-    if after in tuple("(<`[") or re.search(r"[\[\]]", value) or is_word and _SAYS_SECRET.match(value):
+    is_code = match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value)
+    if is_code or is_word and _SAYS_SECRET.match(value):
         return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
