@@ -936,22 +936,20 @@ def adapt_copilot(name: str, hook: JsonObject) -> str:
     if hook.get("agent_id") and hook.get("agent_id") == hook.get("session_id"):
         hook["session_id"] = hook.get("parent_agent_id")
         name = {"UserPromptSubmit": "SubagentPrompt", "Stop": "SubagentTurn"}.get(name, name)
-    result, error = hook.get("tool_response"), hook.get("error")
+    result = hook.get("tool_response")
     if isinstance(result, dict) and isinstance(result.get("text_result_for_llm"), str):
         hook["tool_response"] = text = result["text_result_for_llm"]
         if name == "PostToolUse" and hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
             name, hook["error"] = "PostToolUseFailure", text
-    if name == "ErrorOccurred" and isinstance(error, dict) and hook.get("error_context") == "model_call":
-        name, hook["error"], hook["error_details"] = "StopFailure", "error", error.get("message")
+    if name == "ErrorOccurred" and "error" in hook and hook.get("error_context") == "model_call":
+        name, hook["error"], hook["error_details"] = "StopFailure", "error", hook["error"]
     return name
 
 
 def adapt_kimi(name: str, hook: JsonObject) -> str:
-    """Unpack prompts and errors; subagents have a name and no id."""
+    """Unpack prompts; subagents have a name and no id."""
     if isinstance(hook.get("prompt"), list):
         hook["prompt"] = _text_of_parts(hook["prompt"])
-    if isinstance(hook.get("error"), dict):
-        hook["error"] = hook["error"].get("message")
     if hook.get("agent_id") == "main":
         del hook["agent_id"]
     if name in ("SubagentStart", "SubagentStop"):
@@ -1030,6 +1028,8 @@ def like_claude(agent: str, given: JsonObject) -> JsonObject:
     name, tool = (_string(hook.get(field)) for field in ("hook_event_name", "tool_name"))
     if tool in about.tools:
         hook["tool_name"] = about.tools[tool]
+    if isinstance(hook.get("error"), dict):
+        hook["error"] = hook["error"].get("message")
     hook["hook_event_name"] = about.adapt(about.events.get(name, name), hook)
     session_id = _string(hook.get("session_id"))
     if about.transcript and re.fullmatch(r"[\w-]+", session_id):
@@ -1346,11 +1346,10 @@ _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
-    r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
+    r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
-    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z",
-    re.I | re.M,
-)  # fmt: skip
+    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
+)
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
 _NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
