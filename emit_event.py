@@ -439,15 +439,18 @@ def run_status_line(arguments: "list[str]") -> None:
 
 
 def in_background(work: "Any", *arguments: "Any") -> None:
-    """Call `work` in a process that outlives this one."""
-    if posix.fork():
+    """Call `work` in a process that outlives this one and is no child of it: a client may end its children."""
+    pid = posix.fork()
+    if pid:
+        posix.waitpid(pid, 0)
         return
     try:
         posix.setsid()
-        null = posix.open("/dev/null", posix.O_RDWR)
-        for fd in (0, 1, 2):  # the client waits for the end of the output
-            posix.dup2(null, fd)
-        work(*arguments)
+        if not posix.fork():
+            null = posix.open("/dev/null", posix.O_RDWR)
+            for fd in (0, 1, 2):  # the client waits for the end of the output
+                posix.dup2(null, fd)
+            work(*arguments)
     except BaseException as error:
         whole().log_failure(f"status line: {type(error).__name__}: {error}")
     finally:
