@@ -439,7 +439,7 @@ def run_status_line(arguments: "list[str]") -> None:
 
 
 def in_background(work: "Any", *arguments: "Any") -> None:
-    """Call `work` in a process that outlives this one and is no child of it: a client may end its children."""
+    """Call `work` in a process that outlives this one and is no child of it, as a client may end those."""
     pid = posix.fork()
     if pid:
         posix.waitpid(pid, 0)
