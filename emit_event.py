@@ -2,22 +2,16 @@
 """Hand one Claude Code hook event to the Contextuate Monitor, unnoticed.
 
 As a program it is a hook: Claude Code starts it for every event with one JSON object on standard input.
-It always exits with 0, writes nothing to standard output, and waits for the monitor's acknowledgement for at
-most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
+It exits with 0, writes nothing to standard output, and waits at most 250 ms for the monitor to acknowledge.
+An event that is not acknowledged goes to the spool, which the monitor reads. In mode "redis" every event goes
+there, and a publisher, one process of this file for each user, sends it to Redis.
 With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
+As a module it is what hook and monitor share.
 
-With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
-publisher is this same file, one process for each user: a hook starts it if none runs, and it exits when there
-was no event for 60 s.
-
-As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
-publisher.
-
-The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
-`contextuate_monitor.py install` writes the text above the line "end of the hot path" to a module, which a
-short launcher imports from its bytecode, and this whole file beside it for the rare paths.
-This file can be registered itself; a hook call then takes several times as long.
+The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
+"end of the hot path" to a module, which a short launcher imports from its bytecode, and this whole file
+beside it for the rare paths. This file can be registered itself; a call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
@@ -33,18 +27,17 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
-TIMEOUTS_LIMIT = 3  # after so many in a row, hooks spool at once for TIMEOUTS_PAUSE_S
-TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
 LINE_LIMIT_BYTES = 16 << 20  # the longest line that the monitor accepts
 PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
-SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 TERMINAL_VARIABLES = (
     "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
 )
-FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
+FIRST_PID_NAMESPACE = 4026531836  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
+DEBUG = posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")  # print the notes on standard error
+APPEND = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
 
 def run_hook() -> None:
@@ -70,7 +63,7 @@ def run_hook() -> None:
             whole().log_failure(reason)
         except BaseException as second:  # such as a full disk
             notes.append(f"and could not log it: {second!r}")
-    if debugging():
+    if DEBUG:
         try:
             posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
         except OSError:
@@ -78,32 +71,23 @@ def run_hook() -> None:
     posix._exit(0)
 
 
-def debugging() -> bool:
-    """True if CONTEXTUATE_DEBUG is set: the hook prints its notes on standard error."""
-    return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
-
-
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError.
-
-    It ends at EOF, at the newline of a one-line object, or when it is complete and nothing follows for 30 ms:
-    old clients send no newline, and other processes may hold the pipe open.
-    """
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError."""
     import select
 
+    # It ends at EOF, at the newline of a one-line object, or 30 ms after its end (old clients).
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
     data = bytearray()
     while len(data) <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
         maybe_whole = data.endswith((b"}", b"}\n", b"}\r\n"))
-        if left_ms <= 0 or not poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            if left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
+        if left_ms > 0 and poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
+            chunk = posix.read(fd, 1 << 20)
+            data += chunk
+            if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
                 return bytes(data)
-            continue
-        chunk = posix.read(fd, 1 << 20)
-        data += chunk
-        if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
+        elif left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
             return bytes(data)
     raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
 
@@ -125,7 +109,7 @@ def deliver(
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send_unless_slow(home, socket_path, line, kept)
+        outcome = send(home, socket_path, line, kept)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -133,14 +117,14 @@ def deliver(
     notes.append("kept in the spool: " + append_to_spool(home + "/spool", line))
     if mode == "redis":
         notes.append(ensure_publisher(home))
-        if debugging():
+        if DEBUG:
             notes.extend(whole().publisher_outcome(home, line))
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
-    home, user_home = variable(environ, b"CONTEXTUATE_HOME"), variable(environ, b"HOME")
-    config = variable(environ, b"CONTEXTUATE_CONFIG")
+    names = (b"CONTEXTUATE_HOME", b"HOME", b"CONTEXTUATE_CONFIG")
+    home, user_home, config = (variable(environ, name) for name in names)
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
         home = folder[: -len("/hooks/lib")]  # in which this hook is installed
@@ -181,11 +165,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str, limit_bytes: int = 8192) -> bytes:
-    """Return the beginning of a file; b"" where it cannot be read."""
+def read_small(path: str) -> bytes:
+    """Return the first 8 KiB of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, limit_bytes)
+        content = posix.read(fd, 8192)
         posix.close(fd)
         return content
     except OSError:
@@ -202,44 +186,35 @@ def machine_key(home: str) -> str:
 def wrap(
     payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook", wait_s: int = 0
 ) -> bytes:
-    """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
-
-    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "agent"?, "pid"?, "pidNamespace"?,
-    "sessionId"?, "cwd"?, "parentSessionId"?, "terminal"?, NAME: <payload>}`; "agent" is the argument of
-    `--agent` or `--answer`, "terminal" those of TERMINAL_VARIABLES that are set when a session starts.
-    """
+    """Return the line for one payload: unchanged, as the last field, behind what only the hook knows."""
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
     event_id = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-    machine = quote(variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename)
-    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},"machineId":{machine}'
-    if wait_s:
-        head += f',"answerable":{wait_s}'
-    if key:
-        head += f',"machineKey":"{key}"'
+    about: dict[str, Any] = {
+        "machineId": variable(environ, b"CONTEXTUATE_MACHINE_ID") or posix.uname().nodename,
+        "answerable": wait_s,
+        "machineKey": key,
+        "parentSessionId": variable(environ, b"CONTEXTUATE_PARENT_SESSION"),
+    }
     if sys.argv[2:] and sys.argv[1] in ("--agent", "--answer"):
-        head += f',"agent":{quote(sys.argv[2])}'
+        about["agent"] = sys.argv[2]
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
-        head += f',"pid":{int(pid)}'
-        namespace = pid_namespace()
-        if namespace:
-            head += f',"pidNamespace":{namespace}'
-    parent = variable(environ, b"CONTEXTUATE_PARENT_SESSION")
-    if parent:
-        head += f',"parentSessionId":{quote(parent)}'
-    session = variable(environ, b"CLAUDE_CODE_SESSION_ID")
-    if session and b'"session_id"' not in payload:
-        head += f',"sessionId":{quote(session)}'
+        about["pid"], about["pidNamespace"] = int(pid), pid_namespace()
+    if b'"session_id"' not in payload:
+        about["sessionId"] = variable(environ, b"CLAUDE_CODE_SESSION_ID")
     if b'"cwd"' not in payload:
         try:
-            head += f',"cwd":{quote(posix.getcwd())}'
+            about["cwd"] = posix.getcwd()
         except OSError:  # the directory has been removed
             pass
+    head = f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000}'
+    for field, value in about.items():
+        if value:
+            head += f',"{field}":{quote(value) if type(value) is str else value}'
     if len(payload) < 4096 and b'"SessionStart"' in payload:
-        values = [(name, environ.get(name.encode(), b"")) for name in TERMINAL_VARIABLES.split()]
-        pairs = (f'"{name}":{quote(it.decode("utf-8", "surrogateescape"))}' for name, it in values if it)
-        head += f',"terminal":{{{",".join(pairs)}}}'
+        values = [(it, variable(environ, it.encode())) for it in TERMINAL_VARIABLES.split()]
+        head += f',"terminal":{{{",".join(f"{quote(it)}:{quote(value)}" for it, value in values if value)}}}'
     # In JSON, a line end occurs only between tokens, so a space can replace it.
     head += f',"{name}":'
     return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
@@ -247,13 +222,11 @@ def wrap(
 
 def pid_namespace() -> int:
     """Return the inode of this process's pid namespace; 0 is the machine's first one, 1 unknown."""
-    if sys.platform != "linux":
-        return 0
     try:
-        name = posix.readlink("/proc/self/ns/pid")  # "pid:[4026531836]"
+        inode = int(posix.readlink("/proc/self/ns/pid")[5:-1])  # "pid:[4026531836]"
     except OSError:
-        return 1
-    return 0 if name == FIRST_PID_NAMESPACE else int(name[5:-1])
+        inode = 1
+    return inode if inode != FIRST_PID_NAMESPACE and sys.platform == "linux" else 0
 
 
 def quote(text: str) -> str:
@@ -265,35 +238,19 @@ def quote(text: str) -> str:
     return encode_basestring_ascii(text)
 
 
-def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
+def send(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
     """Send `line`; return "" or why it is not stored. Pauses for 10 s after three time-outs in a row."""
+    import _socket
+
     path = home + "/hook.timeouts"  # one byte for each time-out in a row; its mtime is the time of the last
     try:
         about = posix.stat(path)
         count, age_s = about.st_size, time.time() - about.st_mtime
     except OSError:
         count, age_s = 0, 0.0
-    if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
+    if count >= 3 and 0 <= age_s < 10:
         return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
     deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
-    outcome = send(socket_path, line, deadline, kept)
-    try:
-        if outcome and time.monotonic() >= deadline:
-            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
-            fd = posix.open(path, flags, 0o600)
-            posix.write(fd, b".")
-            posix.close(fd)
-        elif count:
-            posix.unlink(path)
-    except OSError:  # the file only saves time
-        pass
-    return outcome
-
-
-def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> str:
-    """Send `line` to the monitor and wait for its acknowledgement; return "" or why there was none."""
-    import _socket
-
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         connection.settimeout(ACKNOWLEDGEMENT_DEADLINE_S)
@@ -302,16 +259,21 @@ def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> 
             return f"{socket_path} belongs to another user"
         connection.sendall(line)
         connection.settimeout(max(0.001, deadline - time.monotonic()))
-        if connection.recv(1) != ACKNOWLEDGEMENT:
-            return "the monitor closed the connection"
-        if kept:
-            kept.append(connection)
-        return ""
+        outcome = "" if connection.recv(1) == ACKNOWLEDGEMENT else "the monitor closed the connection"
+        if kept and not outcome:
+            kept.append(connection)  # which is otherwise closed with its last reference
     except OSError as error:
-        return f"{type(error).__name__} {error}"
-    finally:
-        if not kept or kept[-1] is not connection:
-            connection.close()
+        outcome = f"{type(error).__name__} {error}"
+    try:
+        if outcome and time.monotonic() >= deadline:
+            fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
+            posix.write(fd, b".")
+            posix.close(fd)
+        elif count:
+            posix.unlink(path)
+    except OSError:  # the file only saves time
+        pass
+    return outcome
 
 
 def peer_uid(connection: "Any") -> int:
@@ -326,87 +288,66 @@ def peer_uid(connection: "Any") -> int:
 def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
 
-    Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
-    writes, and writes only if the locked file still has its name; the drainer renames a segment first and
-    then takes the exclusive lock. No process waits for a lock, so a stopped writer blocks no other. A newline
-    precedes each line, so that a line torn by a full disk or a kill damages no other.
+    Safe with any number of writers and one drainer, and no process waits for a lock: a writer writes under a
+    shared lock, and only if the locked file still has its name; the drainer renames a segment before it takes
+    the exclusive lock. A newline precedes each line: one torn by a full disk or a kill damages no other.
     """
     import fcntl
 
-    must_be_new = False  # the newest segment cannot be used
-    for _ in range(1000):
-        path, is_new = current_segment(directory, must_be_new)
-        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
+    for attempt in range(1000):
+        path, is_new = current_segment(directory, attempt > 0)
         try:
-            fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
-        except FileNotFoundError:
-            continue  # the drainer has just taken it
-        except OSError:
+            fd = posix.open(path, APPEND | posix.O_CREAT | posix.O_EXCL if is_new else APPEND, 0o600)
+        except OSError:  # the drainer has just taken it, or it is no file of ours
             if is_new:
                 raise
-            must_be_new = True
             continue
         try:
             about = posix.fstat(fd)
-            if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
-                must_be_new = True
-                continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if posix.stat(path).st_ino != about.st_ino:
-                continue
-            written = posix.write(fd, b"\n" + line)
-            if written <= len(line):
-                raise ValueError(f"only {written} of {len(line)} bytes fitted into {path}")
-            return path
+            is_ours = about.st_mode & 0o170000 == 0o100000 and about.st_uid == posix.getuid()
+            is_full = about.st_size >= SEGMENT_LIMIT_BYTES
+            if is_ours and not is_full and posix.stat(path).st_ino == about.st_ino:
+                written = posix.write(fd, b"\n" + line)
+                if written <= len(line):
+                    raise ValueError(f"only {written} of {len(line)} bytes fitted into {path}")
+                return path
         except (BlockingIOError, FileNotFoundError):
-            continue  # the drainer has just taken it
+            pass  # the drainer has just taken it
         finally:
             posix.close(fd)
     raise ValueError(f"no segment in {directory} could be written")
 
 
 def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
-    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing."""
-    names, now_ms = [], time.time_ns() // 1_000_000
+    """Return (path of the segment to append to unless it is full, whether it is new); makes the spool."""
+    newest, now_ms = "", time.time_ns() // 1_000_000
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
+        newest = max((it for it in posix.listdir(directory) if it.endswith((".jsonl", ".taken"))), default="")
     except OSError:
         whole().make_spool(directory)
-    newest = max(names, default="")
-    started = newest.partition("-")[0]
-    start_ms = int(started) if started.isdigit() else 0
-    if newest.endswith(".jsonl") and not must_be_new:
-        path = f"{directory}/{newest}"
-        try:
-            if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
-                return path, False
-        except OSError:
-            pass  # taken by the drainer since it was listed
+    start_ms = int(newest[:13]) if newest[:13].isdigit() else 0
+    if newest.endswith(".jsonl"):
+        if not must_be_new and now_ms - start_ms < 24 * 3600 * 1000:
+            return f"{directory}/{newest}", False
         whole().drop_old_segments(directory)
     # Segments are read in the order of their names: a new one is the last, even if the clock was set back.
     return f"{directory}/{max(now_ms, start_ms + 1):013d}-{posix.urandom(4).hex()}.jsonl", True
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
-
-    A publisher holds the lock on publisher.lock. A new one inherits the locked file. Raises OSError.
-    """
+    """Start a publisher unless one runs for `home`; return what was done, as text. Raises OSError."""
     import fcntl
 
-    path = home + "/publisher.lock"
-    flags = posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+    path = home + "/publisher.lock"  # held by a publisher; a new one inherits the locked file
     try:
-        fd = posix.open(path, flags, 0o600)
+        fd = posix.open(path, APPEND | posix.O_CREAT, 0o600)
     except OSError:
-        whole().set_aside(path)
-        fd = posix.open(path, flags, 0o600)
+        fd = whole().open_for_append(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if fd < 3:  # a standard stream was closed; in the publisher /dev/null would take this place
-            low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-            posix.close(low)
-        posix.set_inheritable(fd, True)
+        given, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD, 3)  # inherited; in the publisher 0 to 2 are /dev/null
+        posix.close(given)
         python = publisher_python(home)
         pid = posix.posix_spawn(
             python,
@@ -459,7 +400,6 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------
 
 GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
-PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
 
 
 def run_status_line(arguments: "list[str]") -> None:
@@ -486,26 +426,20 @@ def run_status_line(arguments: "list[str]") -> None:
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
         _signal.signal(number, _signal.SIG_DFL)
     reading, writing = posix.pipe()
-
-    def feed() -> None:
-        posix.close(reading)  # so that a command that does not read ends this process
+    if len(payload) <= 16384:  # fits into a new pipe, on macOS too
         posix.write(writing, payload)
-
-    if len(payload) <= PIPE_BYTES:
-        posix.write(writing, payload)
-    else:
-        in_background(feed)
+    else:  # dup2 closes its reading end, so that a command that does not read ends this process
+        in_background(lambda: posix.write(posix.dup2(writing, reading), payload))
     posix.dup2(reading, 0)
     posix.close(writing)
-    environ = dict(posix.environ)
-    environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
-    if arguments[0]:
-        environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
+    environ = {**posix.environ, b"LC_CTYPE": arguments[0].encode("utf-8", "surrogateescape")}
+    if not arguments[0]:
+        del environ[b"LC_CTYPE"]  # Python sets one where there is none
     posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
 
 
 def in_background(work: "Any", *arguments: "Any") -> None:
-    """Call `work` in a process that outlives this one and is no child of it."""
+    """Call `work` in a process that outlives this one and is no child of it, as a client may end those."""
     pid = posix.fork()
     if pid:
         posix.waitpid(pid, 0)
@@ -527,29 +461,35 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
     """Hand on an object GAUGES_INTERVAL_S after the last one, unless the figures have changed by then."""
     sent = kept + ".sent"  # its mtime is when the last one was handed on
     try:
-        replace_small(kept, about)
+        write_atomically(kept, about)
     except OSError:
         whole().make_private_directory(kept.rpartition("/")[0])
-        replace_small(kept, about)
+        write_atomically(kept, about)
     try:
         wait_s = GAUGES_INTERVAL_S + posix.stat(sent).st_mtime - time.time()
     except OSError:
         wait_s = 0
-    until = time.monotonic() + (wait_s if wait_s <= GAUGES_INTERVAL_S else 0)
-    while time.monotonic() < until and read_small(kept) == about:  # else a newer process waits
-        time.sleep(max(0.0, min(0.5, until - time.monotonic())))
+    while 0 < wait_s <= GAUGES_INTERVAL_S and read_small(kept) == about:  # else a newer process waits
+        time.sleep(min(0.5, wait_s))
+        wait_s -= 0.5
     if read_small(kept) == about:
-        replace_small(sent, b"")
+        write_atomically(sent, b"")
         deliver(payload, [], "statusLine")
 
 
-def replace_small(path: str, content: bytes) -> None:
-    """Write a file in one step."""
-    new = f"{path}.{posix.getpid()}"
-    fd = posix.open(new, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
-    posix.write(fd, content)
-    posix.close(fd)
-    posix.rename(new, path)
+def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace the file at `path` in one step, so that no reader sees half of it."""
+    temporary = f"{path}.{posix.getpid()}.{posix.urandom(4).hex()}.tmp"
+    fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC, mode)
+    try:
+        if posix.write(fd, content) < len(content):
+            raise OSError(f"{path}: only a part of it could be written")
+        posix.rename(temporary, path)
+    except BaseException:
+        posix.unlink(temporary)
+        raise
+    finally:
+        posix.close(fd)
 
 
 def figures_in(payload: bytes) -> "tuple[str, str, str]":
@@ -563,30 +503,27 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
 
     given = _json.make_scanner(Options)(payload.decode("utf-8", "replace"), 0)[0]  # type: ignore[arg-type]
 
-    def at(*path: str) -> "Any":
+    def at(path: str, digits: int = -1) -> str:  # a text, or a number with so many digits
         value = given
-        for name in path:
+        for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    def shown(value: "Any", digits: int = 0) -> str:
+        if digits < 0:
+            return value if isinstance(value, str) else ""
         return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
 
-    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
-    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
+    context, cost = at("context_window.used_percentage", 0), at("cost.total_cost_usd", 2)
+    figures = [context, cost, at("cost.total_lines_added", 0), at("cost.total_lines_removed", 0)]
     for window in ("five_hour", "seven_day"):
-        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
-    session, name = at("session_id"), at("model", "display_name")
-    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+        figures += [at(f"rate_limits.{window}.{it}", 0) for it in ("used_percentage", "resets_at")]
+    parts = (at("model.display_name"), context and f"{context} %", cost and f"${cost}")
     line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
-    return session if isinstance(session, str) else "", " ".join(figures), line
+    return at("session_id"), " ".join(figures), line
 
 
 # --- end of the status line ---
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
-import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
@@ -624,7 +561,6 @@ STATUS_LINE_END = "# --- end of the status line ---\n"
 # Every file is readable by this user only, never written through a link, and replaced whole or appended to.
 # ---------------------------------------------------------------------------
 
-EMIT_LOG_LIMIT_BYTES = 256 << 10
 NUMBERS = (int, float)  # types of numbers in JSON, for `type`: Python's bool is an int, too
 
 
@@ -674,19 +610,6 @@ def open_own(path: str, flags: int = os.O_RDONLY) -> int:
     raise PermissionError(errno.EPERM, "it is not a regular file of this user", path)
 
 
-def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Replace the file at `path` in one step, so that no reader sees half of it."""
-    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def open_for_append(path: str, _flags: int = 0) -> int:
     """Open a private file to append to, and make it if it is missing; also as opener of `open`."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -705,14 +628,6 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         os.replace(path, path + ".1")
     with os.fdopen(open_for_append(path), "wb") as file:
         file.write(content)
-
-
-def write_log(words: str) -> None:
-    """Add one line to emit.log in our directory."""
-    home = places(os.environb)[0]  # type: ignore[arg-type]
-    make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
-    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
@@ -741,9 +656,7 @@ def _text(value: Any) -> bool:
 def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
-    return Key(
-        default, expected, lambda it: it is None and null != "" or type(it) is int and low <= it <= high
-    )
+    return Key(default, expected, lambda n: low <= n <= high if type(n) is int else n is None and null != "")
 
 
 def _flag(default: bool) -> Key:
@@ -763,23 +676,19 @@ def host_and_port(node: str, default_port: int) -> "tuple[str, int]":
 
 
 def _nodes(value: Any) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return isinstance(value, list) and all(_text(node) and host_and_port(node, 1) for node in value)
-    except ValueError:
-        return False
+    return False
 
 
 def _redis_url(value: Any) -> bool:
     """True for a URL whose parts are unambiguous; a "/" or "#" in a password would end it early."""
-    try:
+    with contextlib.suppress(ValueError):  # of a port
         parts = urllib.parse.urlsplit(value if _text(value) else "")
-        port_is_good = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    if parts.scheme == "unix":
-        return parts.path.startswith("/") and not parts.fragment
-    path_is_good = re.fullmatch(r"(?:/\d{0,5})?", parts.path) is not None
-    return parts.scheme in ("redis", "rediss") and port_is_good and path_is_good and not parts.fragment
+        path = re.fullmatch("/.*" if parts.scheme == "unix" else r"(/\d{0,5})?", parts.path)
+        is_known = parts.scheme in ("unix", "redis", "rediss") and parts.port != 0
+        return is_known and path is not None and not parts.fragment
+    return False
 
 
 def _prices(value: Any) -> bool:
@@ -815,9 +724,7 @@ KEYS: dict[str, Key] = {
                          lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
     "redis.verify": _flag(True),
-    "redis.caFile": _optional_text("a path"),
-    "redis.certFile": _optional_text("a path"),
-    "redis.keyFile": _optional_text("a path"),
+    **{f"redis.{name}File": _optional_text("a path") for name in ("ca", "cert", "key")},
     "redis.sentinels": Key([], 'a list of "host:port" (26379 is the default port)', _nodes),
     "redis.master": Key("mymaster", "the name that the sentinels have for the primary", _text),
     "redis.sentinelPassword": _optional_text("a string"),
@@ -846,9 +753,6 @@ KEYS: dict[str, Key] = {
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
-REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
-
-HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
@@ -874,17 +778,17 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         elif isinstance(value, dict):
             flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
-            raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
+            raise ConfigError(f"{path}: {name}: expected an object, got {json.dumps(value)[:60]}")
     for name, value in flat.items():
         if name not in KEYS:
             warnings.append(f"{path}: {name}: unknown key, ignored")
         elif KEYS[name].accepts(value):
             values[name] = value
         else:
-            shown = "something else" if name in SECRET_KEYS else _shown(value)
+            shown = "something else" if name in SECRET_KEYS else json.dumps(value)[:60]
             raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
     if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
-        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
+        values["limits.fieldBytes"] = 64 << 10  # every event crosses a network
     if values["redis.tls"] is False and any(flat.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
@@ -913,34 +817,27 @@ def _read_config(path: str) -> "tuple[JsonObject, bool]":
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
+        raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
     return given, readable_by_others
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache.
-
-    `key`: the configuration file's device, inode, size and time, which are other ones in a container.
-    """
+    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            write_log(f"defaults used: {error}")
+            whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
-        path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
+        path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
-            write_atomically(path, b"\n".join(filter(None, lines)) + b"\n")
+            others = read_small(path).splitlines(True)[
+                :7
+            ]  # of other files and views of this one, newest first
+            write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
 
@@ -963,12 +860,10 @@ def make_machine_key(home: str) -> str:
 # ---------------------------------------------------------------------------
 # Agents: the hooks of other programs, as Claude Code would send them
 #
-# One entry of AGENTS for each program. Everything behind this room knows our events only. It has no memory: a
-# payload becomes one payload. A name that Claude Code's hooks do not have, such as SubagentPrompt, changes no
-# state. Two fields are ours: `isPermitted` (any permission for this call was given before) and
-# `mayBeSubagent` (this Stop is perhaps a subagent's).
-# Measured with Codex 0.169, Gemini CLI 0.61, Copilot CLI 1.0.102, Qwen Code 0.24 and Kimi Code 2.1; what each
-# cannot report is in `.docs/agents.md`.
+# Everything behind this room knows our events only. It has no memory: a payload becomes one payload. A name
+# that Claude Code's hooks do not have, such as SubagentPrompt, changes no state. Two fields are ours:
+# `isPermitted` (its permission was given before) and `mayBeSubagent` (this Stop is perhaps a subagent's).
+# Measured with the versions in `.docs/agents.md`, which says what each program cannot report.
 # ---------------------------------------------------------------------------
 
 
@@ -992,13 +887,11 @@ def adapt_codex(name: str, hook: JsonObject) -> str:
     if name == "PostToolUse" and hook.get("tool_name") == "Agent" and isinstance(response, str):
         with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # no JSON object
             launched = json.loads(response)
-            about = {"agentId": launched["agent_id"], "status": "async_launched"}
-            hook["tool_response"] = {**launched, **about}
+            hook["tool_response"] = {**launched, "agentId": launched["agent_id"], "status": "async_launched"}
     return "SubagentPrompt" if name == "UserPromptSubmit" and "agent_id" in hook else name
 
 
 _EXIT_CODE = re.compile(r"^Exit Code: [1-9]\d*$|completed with exit code [1-9]\d*>\s*\Z", re.M)
-_TASK_ID = re.compile(r"^task_id: (\S+)", re.M)
 
 
 def adapt_gemini(name: str, hook: JsonObject) -> str:
@@ -1019,7 +912,7 @@ def adapt_gemini(name: str, hook: JsonObject) -> str:
         hook["error"] = error.get("message")
     elif hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
         hook["error"] = text
-    launched = _TASK_ID.search(text) if hook.get("tool_name") == "Agent" else None
+    launched = re.search(r"^task_id: (\S+)", text, re.M) if hook.get("tool_name") == "Agent" else None
     if launched and isinstance(shown, dict) and shown.get("executionMode") == "background":
         hook["tool_response"] = {"agentId": launched[1], "status": "async_launched", "text": text}
     return "PostToolUseFailure" if "error" in hook else name
@@ -1046,23 +939,20 @@ def adapt_copilot(name: str, hook: JsonObject) -> str:
     if hook.get("agent_id") and hook.get("agent_id") == hook.get("session_id"):
         hook["session_id"] = hook.get("parent_agent_id")
         name = {"UserPromptSubmit": "SubagentPrompt", "Stop": "SubagentTurn"}.get(name, name)
-    result, error = hook.get("tool_response"), hook.get("error")
+    result = hook.get("tool_response")
     if isinstance(result, dict) and isinstance(result.get("text_result_for_llm"), str):
         hook["tool_response"] = text = result["text_result_for_llm"]
         if name == "PostToolUse" and hook.get("tool_name") == "Bash" and _EXIT_CODE.search(text):
             name, hook["error"] = "PostToolUseFailure", text
-    if name == "ErrorOccurred" and isinstance(error, dict) and hook.get("error_context") == "model_call":
-        name, hook["error"], hook["error_details"] = "StopFailure", "error", error.get("message")
+    if name == "ErrorOccurred" and "error" in hook and hook.get("error_context") == "model_call":
+        name, hook["error"], hook["error_details"] = "StopFailure", "error", hook["error"]
     return name
 
 
 def adapt_kimi(name: str, hook: JsonObject) -> str:
-    """Unpack prompts and errors; subagents have a name and no id."""
-    prompt, error = hook.get("prompt"), hook.get("error")
-    if isinstance(prompt, list):
-        hook["prompt"] = _text_of_parts(prompt)
-    if isinstance(error, dict):
-        hook["error"] = error.get("message")
+    """Unpack prompts; subagents have a name and no id."""
+    if isinstance(hook.get("prompt"), list):
+        hook["prompt"] = _text_of_parts(hook["prompt"])
     if hook.get("agent_id") == "main":
         del hook["agent_id"]
     if name in ("SubagentStart", "SubagentStop"):
@@ -1082,32 +972,23 @@ _GEMINI_TOOLS = {
 }  # fmt: skip
 AGENTS = {
     "codex": AgentFormat(
-        ".codex", "CODEX_HOME",
-        tools={"request_user_input": "AskUserQuestion", "spawn_agent": "Agent"},
+        ".codex", "CODEX_HOME", tools={"request_user_input": "AskUserQuestion", "spawn_agent": "Agent"},
         adapt=adapt_codex, usage=("token_usage_record", "usage", "response_id"),
         counts="input_tokens output_tokens cached_input_tokens cache_write_input_tokens",
     ),
     "gemini": AgentFormat(
-        ".gemini",
-        events={
-            "BeforeAgent": "UserPromptSubmit", "BeforeTool": "PreToolUse", "AfterTool": "PostToolUse",
-            "AfterAgent": "Stop",
-        },
-        fields={"prompt_response": "last_assistant_message"},
-        tools=_GEMINI_TOOLS, adapt=adapt_gemini,
-        usage=("gemini", "tokens", "id"), counts="input output cached -",
+        ".gemini", tools=_GEMINI_TOOLS, fields={"prompt_response": "last_assistant_message"},
+        events={"BeforeAgent": "UserPromptSubmit", "BeforeTool": "PreToolUse", "AfterTool": "PostToolUse",
+                "AfterAgent": "Stop"},
+        adapt=adapt_gemini, usage=("gemini", "tokens", "id"), counts="input output cached -",
     ),
     "copilot": AgentFormat(
-        ".copilot", "COPILOT_HOME",
-        fields={"tool_result": "tool_response"},
-        adapt=adapt_copilot, transcript="session-state/{}/events.jsonl",
-        usage=("session.usage_record", "usage", "apiCallId"),
+        ".copilot", "COPILOT_HOME", fields={"tool_result": "tool_response"}, adapt=adapt_copilot,
+        transcript="session-state/{}/events.jsonl", usage=("session.usage_record", "usage", "apiCallId"),
         counts="inputTokens outputTokens cacheReadTokens cacheWriteTokens",
     ),
     "qwen": AgentFormat(
-        ".qwen",
-        tools=_GEMINI_TOOLS, adapt=adapt_qwen,
-        usage=("assistant", "usageMetadata", "uuid"),
+        ".qwen", tools=_GEMINI_TOOLS, adapt=adapt_qwen, usage=("assistant", "usageMetadata", "uuid"),
         counts="promptTokenCount candidatesTokenCount cachedContentTokenCount -",
     ),
     "kimi": AgentFormat(
@@ -1117,7 +998,6 @@ AGENTS = {
         usage=("usage.record", "usage", ""), counts="inputOther output inputCacheRead inputCacheCreation",
     ),
 }  # fmt: skip
-_OWN_DIRECTORY = re.compile(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/")
 
 
 def _string(value: Any) -> str:
@@ -1134,7 +1014,7 @@ def agent_of(hook: JsonObject) -> str:
         return "kimi"
     if hook.get("hookName") == "permissionRequest" or "initial_prompt" in hook:
         return "copilot"  # it runs the hooks of a project's `.claude/settings.json`
-    match = _OWN_DIRECTORY.search(str(hook.get("transcript_path")))
+    match = re.search(r"/\.(codex|gemini|copilot|qwen|kimi)(?:-code)?/", str(hook.get("transcript_path")))
     return match[1] if match else ""
 
 
@@ -1151,6 +1031,8 @@ def like_claude(agent: str, given: JsonObject) -> JsonObject:
     name, tool = (_string(hook.get(field)) for field in ("hook_event_name", "tool_name"))
     if tool in about.tools:
         hook["tool_name"] = about.tools[tool]
+    if isinstance(hook.get("error"), dict):
+        hook["error"] = hook["error"].get("message")
     hook["hook_event_name"] = about.adapt(about.events.get(name, name), hook)
     session_id = _string(hook.get("session_id"))
     if about.transcript and re.fullmatch(r"[\w-]+", session_id):
@@ -1188,30 +1070,21 @@ DATA_NAMES = {
 
 # Payload field → field of the event; a value of another type is content.
 _EVENT_NAMES = {
-    "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
-    "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
-    "hook_event_name": "hookType",
+    "session_id": "sessionId", "cwd": "workingDirectory", "hook_event_name": "hookType",
+    "agent_id": "agentId", "agent_type": "agentType",  # alone: of an `--agent` session's main thread
 }  # fmt: skip
-# None: not in `data`
-_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys(_EVENT_NAMES)}  # None: not in `data`
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_ASSIGNED_BY_STORE = ("seq", "received")
 # Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
-    for field in (
-        *_PLACES, "is_interrupt", "error_details", "prompt_id", "session_title", "tool_calls",
-        "background_tasks", "stop_hook_active", "mcp_server_name", "agent_transcript_path", "to_model",
-        "new_cwd", "permission_suggestions",
-    )
+    for field in (*_PLACES, *"is_interrupt error_details prompt_id session_title tool_calls background_tasks "
+                  "to_model stop_hook_active mcp_server_name agent_transcript_path new_cwd "
+                  "permission_suggestions".split())
     if "_" in field
 }  # fmt: skip
 _ID_LIMIT = 256  # characters
-
-
-# What an event keeps of a status line's object.
-GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
 
 
 class MalformedEvent(ValueError):
@@ -1230,9 +1103,7 @@ def parse_event_line(line: bytes) -> JsonObject:
             value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=lambda it: it if it[4000:] else int(it))
-    except RecursionError:
-        raise MalformedEvent("nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedEvent(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MalformedEvent(f"expected one JSON object, got {type(value).__name__}")
@@ -1259,22 +1130,18 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
-    hook, line, event_type = (given.get(name) for name in ("hook", "statusLine", "eventType"))
-    about, data = (
-        {name: value for name, value in given.items() if name not in _ASSIGNED_BY_STORE},
-        dict(given),
-    )
-    if isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(hook, dict):
-        del about["hook"]
-        about, data = _fields_of_hook(hook, about)
-    elif isinstance(given.get("id"), str) and not isinstance(event_type, str) and isinstance(line, dict):
-        about, data = _fields_of_status_line(line, about)
-    elif isinstance(given.get("hook_event_name"), str):
+    about = {name: value for name, value in given.items() if name not in ("seq", "received")}
+    data, is_event = dict(given), isinstance(given.get("eventType"), str)
+    is_wrapped = isinstance(given.get("id"), str) and not is_event
+    names = ("hook_event_name",) if "eventType" in given else ("hook_event_name", "hookEventName")
+    if is_wrapped and isinstance(given.get("hook"), dict):
+        about, data = _fields_of_hook(about.pop("hook"), about)
+    elif is_wrapped and isinstance(given.get("statusLine"), dict):
+        about, data = _fields_of_status_line(about.pop("statusLine"), about)
+    elif any(isinstance(given.get(name), str) for name in names):
         about, data = _fields_of_hook(given, {})
-    elif isinstance(event_type, str):
+    elif is_event:
         about, data = _fields_of_event(about)
-    elif isinstance(given.get("hookEventName"), str) and "eventType" not in given:
-        about, data = _fields_of_hook(given, {})
     else:
         about = {}
     event: JsonObject = {
@@ -1297,13 +1164,11 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     """Return (fields of the event, data) of a payload."""
     is_known = "hook_event_name" in hook and "session_id" in hook
     if not is_known:
-        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
-        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
+        hook = {it if _CAMEL_CASE.get(it, it) in hook else _CAMEL_CASE[it]: hook[it] for it in hook}
     if not is_known or "agent" in wrapper or "pid" not in wrapper:  # only Claude Code names its process
         agent = _string(wrapper.get("agent")) or agent_of(hook)
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
-    about: JsonObject = {}
     data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
@@ -1311,11 +1176,9 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
             _keep(data, field, value)
         elif place is not None:
             data[place] = value
-    for name, value in wrapper.items():
-        if name in _EVENT_ONLY:
-            _keep(data, name, value)
-        else:
-            about["workingDirectory" if name == "cwd" else name] = value
+    for name in _EVENT_ONLY & wrapper.keys():
+        _keep(data, name, wrapper.pop(name))
+    about = {"workingDirectory" if name == "cwd" else name: value for name, value in wrapper.items()}
     for field, name in _EVENT_NAMES.items():
         if field in hook:
             value = hook[field]
@@ -1337,14 +1200,15 @@ def _terminal(value: Any) -> JsonObject:
 
 def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
     """Return (fields of the event, data) of a status line: the client's own objects with the figures."""
-    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
-    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
-    data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
+    wrapper.pop("cwd", None)
+    about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
+    kept = ("context_window", "cost", "rate_limits", "prompt_cache")
+    data: JsonObject = {"gauges": {name: line[name] for name in kept if name in line}}
     if isinstance(line.get("model"), dict):
         data["model"] = line["model"].get("id")
     if "effort" in line:
         data["effort"] = line["effort"]
-    return {**about, "hookType": "", "eventType": "status_line"}, data
+    return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
 def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
@@ -1361,8 +1225,8 @@ def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
     if isinstance(sums, dict) and "usage" not in data:
         five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
         cached = sum(count for count in (five, hour) if type(count) is int)
-        counts = {name: sums.get(name) for name in ("input", "output", "cacheRead")}
-        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
+        counts |= {"cacheCreation": cached, "cacheCreation1h": hour}
         model = data["model"] if _is_id(data.get("model")) else "unknown"
         data["usage"] = {"models": {model: counts}, "agents": {}}
     return about, data
@@ -1389,16 +1253,14 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
     "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
-_REQUIRED_FIELDS = frozenset(
-    "id timestamp sessionId machineId workingDirectory hookType eventType data".split()
-)
+_REQUIRED = {*"id timestamp sessionId machineId workingDirectory hookType eventType data".split()}
 _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
     fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
-    return fits and event.keys() >= _REQUIRED_FIELDS
+    return fits and event.keys() >= _REQUIRED
 
 
 def this_machine() -> str:
@@ -1416,11 +1278,10 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is fast, and requires nothing after a run of
-    unbounded length that may overlap with the next run: its time would be quadratic. Its last group that
-    matched, or else the whole match, is replaced. A `folded` one matches the text in lower case.
-    `is_secret(view, match, value)` checks what the shape alone does not decide. The pattern of a token
-    (`is_token`) is what follows its hint, which is not in the middle of a word.
+    A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
+    with the next run: its time would be quadratic. Its last group that matched, else the match, is replaced.
+    A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
+    `is_secret(view, match, value)` checks what the shape alone does not decide.
     """
 
     kind: str
@@ -1433,7 +1294,6 @@ class SecretShape(NamedTuple):
 
 
 # Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
-
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
@@ -1441,24 +1301,20 @@ _NEUTRAL_WORDS = frozenset(
     "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
     "production raw salt secondary staging str string test text val value".split()
 )
-_PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
-_SECRET_ENDS = tuple(
-    "secret token credential credentials creds apikey authkey accesskey secretkey privatekey accountkey "
-    "signingkey encryptionkey authorization bearer cookie".split()
-)
-_PASS_OWNERS = frozenset(  # dbPass is a password, renderPass is not
+_PASS_OWNERS = (  # dbPass and dbpass are passwords, renderPass is none
     "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
-    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi".split()
+    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi"
 )
-_SECRET_KEYS = frozenset(
+_KEY_OWNERS = (
     "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
     "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
-    "shared signing ssh storage subscription unseal webhook write".split()
+    "shared signing ssh storage subscription unseal webhook write"
 )
-_OTHER_KEYS = frozenset(
-    "by cache column composite dict foreign group hash hot index item map object order partition primary "
-    "public publishable registry row shard shortcut sort translation unique".split()
-)
+_PASSWORD_ENDS = (*"password passwd passphrase passcode passwort pwd pw".split(),
+                  *(it + "pass" for it in _PASS_OWNERS.split()))  # fmt: skip
+_SECRET_ENDS = (*"secret token credential credentials creds authorization bearer cookie".split(),
+                *(it + "key" for it in _KEY_OWNERS.split()))  # fmt: skip
+_OTHER_KEYS = frozenset("cache foreign hash index map object partition primary public sort unique".split())
 _OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
 
@@ -1471,72 +1327,45 @@ def _name_class(name: str) -> str:
     if not words or "[redacted:" in name:
         return ""
     owner, last = (words[-2] if len(words) > 1 else ""), words[-1]
-    if last.endswith(_PASSWORD_ENDS):
+    if (owner + last).endswith(_PASSWORD_ENDS) or last == "pass" and owner and name.isupper():
         return "password"
-    if last.endswith(_SECRET_ENDS):
+    if (owner + last).endswith(_SECRET_ENDS):
         return "" if owner in _OTHER_TOKENS else "secret"
-    if last == "pass" or last.endswith("pass") and last[:-4] in _PASS_OWNERS:
-        return "password" if last != "pass" or owner in _PASS_OWNERS or owner and name.isupper() else "weak"
-    if last == "key" and owner and owner not in _OTHER_KEYS:
-        return "secret" if owner in _SECRET_KEYS else "weak"
-    return "weak" if last == "auth" else ""
+    is_key = last == "key" and owner and owner not in _OTHER_KEYS
+    return "weak" if is_key or last in ("pass", "auth") else ""
 
 
-# Values that are no secrets.
-
-# A reference to a secret.
-_REFERS = re.compile(
+# Values that are no secrets: references to one, placeholders, names.
+_HARMLESS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
-    r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
-    r"|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
-)
-_PLACEHOLDER = re.compile(
-    r"(?:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
+    r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data"
+    r"|local|module|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
+    r"|(?i:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
     r"|number|boolean|object|empty|unset|hidden|inherit|changeme|(?P<same>.)(?P=same)+|\.+|v?\d+(?:\.\d+)+"
-    r"|your?[-_ ].*|x{3,}.*)$",
-    re.I,
-)
-_TYPE_NAME = re.compile(
-    r"(?i:(?:u?int|bytes|float|sha|utf|base|md|vec|x|[iufh])[-_]?\d{1,4}(?:[-_]?t|[xfi]?\d?|array))"
-    r"|(?:[A-Z][a-z]+)+\d+(?:[A-Z][a-z]+)*"
+    r"|your?[-_ ].*|x{3,}.*)$|(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$"  # a path
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
-_PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
-_RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
 _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
-    r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
+    r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
-    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z",
-    re.I | re.M,
-)  # fmt: skip
+    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
+)
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
-_NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
-
-
-def _is_login_in_base64(value: str) -> bool:
-    """True for `user:password` as Docker, npm and HTTP write it."""
-    try:
-        login = base64.b64decode(value, validate=True).decode()
-    except ValueError:
-        return False
-    return 0 < login.find(":") < len(login) - 1 and login.isprintable()
+_NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
     """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if name.lower().endswith("pass"):
         return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
-    return bool(_RANDOM.match(value)) and len(value) >= 16 or _is_login_in_base64(value)
-
-
-def _is_random(value: str) -> bool:
-    """True for a text with digits in it, or with more changes of case than a name in code has."""
-    if sum(map(str.isdigit, value)) > 1 and len(value) >= 6:
+    if re.match(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{16,}$", value):
         return True
-    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
+    with contextlib.suppress(ValueError):  # `user:password` as Docker and npm write it
+        return ":" in base64.b64decode(value, validate=True).decode()
+    return False
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
@@ -1547,83 +1376,61 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     kind = _name_class(name)
     if group == "quoted" and kind:
         value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
-    is_harmless = _REFERS.match(value) or _PLACEHOLDER.match(value) or _PATH.match(value)
-    if not kind or len(value) < 3 or is_harmless or name.lower().endswith(value.rstrip(")]").lower()):
-        return False
-    if kind == "weak" and not _is_weak_secret(name, value):
+    is_harmless = _HARMLESS.match(value) or name.lower().endswith(value.lower()) or len(value) < 3
+    if not kind or is_harmless or kind == "weak" and not _is_weak_secret(name, value):
         return False
     before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
     is_likely = digits > 0 or name.isupper() or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
-    if group == "quoted" and match["operator"] == "(":  # builder.password("…")
-        return bool(_RANDOM.match(value))
     if group == "quoted" and (match["named"] or match["operator"] == "="):
         return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        is_name = says_secret or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
+        is_name = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
         return bool(is_likely) and not has_space and not is_name
     if group == "bare":
-        return _is_bare_secret(text, match, before, name, value, bool(is_likely))
-    if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
-        return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
-    if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
-        return bool(_NAMES_ENTRY.search(before[-60:]))
+        return _is_bare_secret(match, before, name, value, bool(is_likely))
+    if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
+        return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
-        return call is not None and (digits > 1 or not has_space and (call[1] is not None or digits > 0))
-    # NAME VALUE
-    if match["quote"] == "'" and _SQL.search(before + head):
-        return True
-    is_netrc = any(word in before + head for word in ("machine", "default", "login"))
-    if says_secret or not (match["quote"] or digits or name.isupper() or is_netrc):
-        return False
-    return _SETS.search(before + head) is not None
+        call = re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I)
+        return call is not None or digits > 1
+    is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
+    is_value = match["quote"] or is_likely or re.search("machine|default|login", before + head)
+    return bool(is_sql or is_value and not says_secret and _SETS.search(before + head))
 
 
-def _is_bare_secret(
-    text: str, match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool
-) -> bool:
-    operator, after = match["operator"], text[match.end() : match.end() + 1]
+def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, is_likely: bool) -> bool:
+    operator, after = match["operator"], match.string[match.end() : match.end() + 1]
     if value.isdigit():
         return len(value) >= 6
-    if match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value):
-        return False
     is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
-    if is_word and _SAYS_SECRET.match(value):
+    is_code = match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value)
+    if is_code or is_word and _SAYS_SECRET.match(value):
         return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
         return name.isupper() or is_connection or after not in tuple("),;{}") or not is_word
-    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or after in tuple(";{)"):
+    if len(value) < 5 or after in tuple(";{)"):
         return False
     if is_likely and ends_line and ":" in operator and _LINE_START.match(before.rpartition("\n")[2]):
         return True
-    if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
-        return True
     if "@" in value or is_word and "." in value:
         return False
-    return _is_random(value) and (ends_line or "=" not in operator)
-
-
-def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
-    return "(" not in value and not _REFERS.match(value) and not is_word
-
-
-def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    return any(map(str.isdigit, value))
+    # Digits, or more changes of case than a name in code has.
+    is_random = sum(map(str.isdigit, value)) > 1 and len(value) >= 6
+    is_random |= len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
+    return is_random and (ends_line or "=" not in operator)
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
-    return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
+    return not (_HARMLESS.match(value) or is_word)
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
-_QUOTE = r"[\"'`]"
 # What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
@@ -1693,29 +1500,24 @@ eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 """
 
 
-def _token_shapes() -> "Iterator[SecretShape]":
-    for word in _TOKEN_TABLE.split():
-        if "{" in word:
-            pattern = re.compile(word)
-        elif word.endswith(":"):
-            kind = word[:-1]
-        else:
-            yield SecretShape(kind, word, pattern, is_token=True)
-
-
-_SHAPES = (
+_TOKENS: "list[SecretShape]" = []
+for _word in _TOKEN_TABLE.split():
+    if "{" in _word:
+        _body = re.compile(_word)
+    elif _word.endswith(":"):
+        _kind = _word[:-1]
+    else:
+        _TOKENS.append(SecretShape(_kind, _word, _body, is_token=True))
+SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
         r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
-    SecretShape("private-key", "Private-Lines:",  # of PuTTY
-        re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
-    *_token_shapes(),
+    _folded("private-key", "private-lines:", r" ?\d+\s(?P<secret>(?:[a-z0-9+/=]{8,}\s?)+)"),  # of PuTTY
+    *_TOKENS,
     SecretShape("telegram", "AA", re.compile(r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
-    SecretShape("mailchimp", "-us", re.compile(r"-us\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![A-Za-z0-9])")),
-    SecretShape("terraform", ".atlasv1.",
-        re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
-    SecretShape("azure", "Q~",
-        re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
+    _folded("mailchimp", "-us", r"\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![a-z0-9])"),
+    _folded("terraform", ".atlasv1.", r"(?<=(?P<begin>[a-z0-9]{14})\.atlasv1\.)[a-z0-9_=-]{40,}"),
+    _folded("azure", "q~", r"(?<=(?P<begin>[a-z0-9_~.]{3}\d)q~)[a-z0-9_~.-]{31,34}(?![a-z0-9])"),
     SecretShape("jwt", "eyJ", re.compile(
         r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
@@ -1724,13 +1526,13 @@ _SHAPES = (
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
     _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
     _folded("authorization", "authorization",
-        rf"(?<!\[redacted:authorization){_QUOTE}?"
-        rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
+        r"(?<!\[redacted:authorization)[\"'`]?(?:\s{0,20}[:=]\s{0,20}[\"'`]?(?:[a-z][a-z0-9-]{1,20}\s{1,20})?"
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
-        _is_authorization),
-    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{12,})", _has_digits),
+        lambda _view, match, value: not ("(" in value or _HARMLESS.match(value)
+                                         or _IDENTIFIER.match(value) and "basic" not in match[0])),
+    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
     _folded("cookie", "cookie",
-        rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
+        r"[\"'`]?: ?[\"'`]?(?P<secret>[^\s=;\"'<>:]{1,100}=[^\r\n\"'<>\\]{6,})"),
     SecretShape("url-password", "@", re.compile(
         r"://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:"
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
@@ -1741,19 +1543,15 @@ _SHAPES = (
     *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
-        lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
+        lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
-    _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
-    _command("sqlcmd", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
-    _command("redis-cli", r"-a ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
+    *(_command(program, rf"{option} ?[\"']?(?P<secret>[^\s\"']{{3,200}})")
+        for program, option in (("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"))),
     _folded("assignment", "set password",
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
-)  # fmt: skip
-
-SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
-REDACTION_ROUNDS = 8
+)))  # fmt: skip
 _METADATA_KEYS = frozenset(
     "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
@@ -1764,11 +1562,9 @@ _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated", "gauges"))
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-CUT_WORDS_BYTES = 80  # room for the text that replaces what was cut
 UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
-# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
-# rare letter is found or missed in a fifth of the time.
+# Hints have these parts in common: a text without the part is not searched for each of them.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
 _TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
@@ -1783,9 +1579,7 @@ for _shape in SECRET_SHAPES:
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-for _sign in "-_.":
-    _letters = "".join({hint[-2] for hint in _TOKEN_BY_HINT if hint[-1] == _sign})
-    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_letters}].){_TOKEN_BODY}"))
+_TOKEN_HINTS += [re.compile(rf"\{sign}{_TOKEN_BODY}") for sign in "-_."]
 for _first in "AE":
     _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
@@ -1803,18 +1597,13 @@ def _replacement(kind: str, secret: str) -> str:
 
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
-
-_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
-_ESCAPES = (
-    ("\x1b", re.compile(
-        r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
-    ("\\", re.compile(
-        r"\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])(?P<colour>\[[0-?]{0,40}[@-~])"
-        r"|(?:u00|[xX])(?P<code>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))")),
-    ("%", re.compile(r"%(?:25)*(?P<code>[2-7][0-9A-Fa-f]|0[9AaDd])")),
-    ("&", re.compile(
-        r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
-)  # fmt: skip
+_COLOUR = r"(?:\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])"
+_ESCAPE = re.compile(  # one without a group is a colour
+    rf"\x1b{_COLOUR}|\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])\[[0-?]{{0,40}}[@-~]"
+    r"|(?:u00|[xX])(?P<hex>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))"
+    r"|%(?:25)*(?P<percent>[2-7][0-9A-Fa-f]|0[9AaDd])"
+    r"|&(?:(?P<entity>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));"
+)
 _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
@@ -1827,21 +1616,17 @@ class _View:
         self.coloured = False
         # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
-        found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
         pieces: list[str] = []
         done = length = 0
-        for match in sorted(found, key=re.Match.start):
-            begin, end = match.span()
-            if begin < done:
-                continue
-            kind = str(match.lastgroup)
-            meaning = colours
-            if kind == "letter":
+        for match in _ESCAPE.finditer(raw):
+            (begin, end), kind, meaning = match.span(), match.lastgroup, colours
+            if kind is None:
+                self.coloured = True
+            elif kind in ("letter", "entity"):
                 meaning = _MEANINGS.get(match[kind], match[kind])  # or of a line that ends in a backslash:
                 meaning = "\\" * (meaning == "\n" and (end - begin) % 3 == 1) + meaning
-            elif kind != "colour":
-                meaning = chr(int(match[kind], 16 if kind == "code" else 10))
-            self.coloured = self.coloured or kind == "colour"
+            else:
+                meaning = chr(int(match[kind], 10 if kind == "number" else 16))
             pieces += raw[done:begin], meaning
             length += begin - done
             self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
@@ -1855,9 +1640,7 @@ class _View:
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
         """Return (start, end) in the raw text of a piece of the view."""
-        first, last = (
-            self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
-        )
+        first, last = (self._marks[bisect.bisect(self._marks, (at, math.inf)) - 1] for at in (start, end - 1))
         return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
@@ -1876,11 +1659,8 @@ class _View:
 
 
 def redact_text(text: str) -> str:
-    """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
-
-    Redacting the result changes nothing.
-    """
-    for _ in range(REDACTION_ROUNDS):  # the text beside a secret may look like one afterwards
+    """Replace secrets by `[redacted:<kind>:<first 8 hex of sha256>]`; a second time changes nothing."""
+    for _ in range(8):  # the text beside a secret may look like one afterwards
         shapes = _shapes_in(text)
         if not shapes:
             break
@@ -1889,20 +1669,19 @@ def redact_text(text: str) -> str:
         if view.coloured:  # some must begin a word
             begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
             found.update(_secrets_in(_View(text, " "), begin))
+        if not found:
+            break
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
             secrets.append((start, end, rank))
-        if not secrets:
-            break
-        pieces: list[str] = []
-        done = 0
+        redacted, done = "", 0
         for start, end, rank in secrets:
-            pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
+            redacted += text[done:start] + _replacement(SECRET_SHAPES[rank].kind, text[start:end])
             done = end
-        text = "".join(pieces) + text[done:]
+        text = redacted + text[done:]
     return text
 
 
@@ -1918,7 +1697,7 @@ def _folded_text(text: str) -> str:
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
     if "\x1b" in text:
-        text = _ESCAPES[0][1].sub("", text)
+        text = re.sub("\x1b" + _COLOUR, "", text)
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
@@ -1978,13 +1757,11 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
         encoded = _to_json(event).encode("ascii")
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
-        text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
+        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode()
+        text = text.replace("\\u212a", "k").replace("\\u001b", "\x1b")
         hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
-        is_small = (
-            len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
-        )
-        if is_small and not hints and not privacy.metadata_only:
+        is_flat = text.count("{") + text.count("[") < _DEPTH_LIMIT
+        if is_flat and not (hints or privacy.metadata_only) and len(encoded) <= privacy.field_limit_bytes:
             return event, encoded
     protector = _Protector(privacy, hints)
     data = event["data"]
@@ -1993,10 +1770,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # the reason of a denial is prose
     for name in [name for name in event if name not in _EVENT_FIELDS]:
-        if privacy.metadata_only:
-            del event[name]
-        else:
-            event[protector.clean(name)] = protector.value(event.pop(name), name, name)
+        value = event.pop(name)
+        if not privacy.metadata_only:
+            event[protector.clean(name)] = protector.value(value, name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
         earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
@@ -2005,22 +1781,14 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     return event, encode_json(event)
 
 
-def _metadata_of(data: JsonObject) -> JsonObject:
-    """Return the metadata in `data`: single values under known names, and numbers in known objects."""
-    kept = {}
-    for name, value in data.items():
-        if name in _METADATA_OBJECTS:
-            kept[name] = _figures_of(value, name)
-        elif name in _METADATA_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 200:
-            kept[name] = value
-    return {name: value for name, value in kept.items() if value is not None}
-
-
-def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 5:
-        names = filter(_ID_LIKE.fullmatch, value)
-        figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
-        return {name: figure for name, figure in figures.items() if figure is not None}
+def _metadata_of(value: Any, name: str = "", depth: int = 0) -> Any:
+    """Return the metadata in `data`: single values under known names; in known objects, numbers and ids."""
+    if isinstance(value, dict) and depth < 6 and (depth != 1 or name in _METADATA_OBJECTS):
+        kept = {it: _metadata_of(value[it], it, depth + 1) for it in filter(_ID_LIKE.fullmatch, value)}
+        return {name: value for name, value in kept.items() if value is not None}
+    if depth == 1:
+        is_single = not isinstance(value, (dict, list)) and len(str(value)) <= 200
+        return value if is_single and name in _METADATA_KEYS else None
     if isinstance(value, str):
         return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
     return value if isinstance(value, (bool, int, float)) else None
@@ -2059,11 +1827,7 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        folded = _folded_text(text)
-        for hint in self._hints:
-            if hint in folded:
-                return redact_text(text)
-        return text
+        return redact_text(text) if any(map(_folded_text(text).__contains__, self._hints)) else text
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
@@ -2074,16 +1838,17 @@ class _Protector:
         if size <= limit:
             return self.clean(text)
         self.cuts[path] = size
-        # The result with the text in its middle is within the limit, so that it is not cut again.
-        half = max(1, (limit - CUT_WORDS_BYTES) // 2)
+        # With the text in its middle, of at most 80 bytes, the result is within the limit and not cut again.
+        half = max(1, (limit - 80) // 2)
         # The margin is removed even if redaction has made the text before it shorter.
         unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
         head, tail = self.clean(text[: half + UNSEEN_MARGIN]), self.clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
         # Remove half a character at the cuts.
-        head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
-        tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
+        rest, first = bytes(range(0x80, 0xC0)), bytes(range(0xC0, 0x100))  # of a character in UTF-8
+        head = start.rstrip(rest).rstrip(first).decode("utf-8", "surrogatepass")
+        tail = end.lstrip(rest).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
@@ -2098,11 +1863,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
     """Return the event of one wrapped payload, redacted and cut to LINE_LIMIT_BYTES; raise ValueError."""
-    event = build_event(parse_event_line(line), now_ms(), this_machine())
-    try:
-        redact = bool(load_config(config_path)[0]["privacy.redact"])
-    except ConfigError:
-        redact = True
+    event, redact = build_event(parse_event_line(line), now_ms(), this_machine()), True
+    with contextlib.suppress(ConfigError):
+        redact = load_config(config_path)[0]["privacy.redact"]
     for shift in range(3, 15, 2):  # fields of 2 MiB, then less and less
         if len(line) > LINE_LIMIT_BYTES // 2:
             event, line = protect(event, Privacy(redact, field_limit_bytes=LINE_LIMIT_BYTES >> shift))
@@ -2112,8 +1875,11 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log, redacted."""
-    write_log(redact_text(reason))
+    """Add one line to emit.log in our directory, redacted."""
+    home = places(os.environb)[0]  # type: ignore[arg-type]
+    make_private_directory(home)
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
+    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
 
 
 # ---------------------------------------------------------------------------

@@ -1024,6 +1024,7 @@ def send_at_rate(
 ) -> None:
     """Send events at a steady rate, by hook processes or the hook's code; a call's id is its start time."""
     os.environ.update(machine.environment)
+    ee.ACKNOWLEDGEMENT_DEADLINE_S = 5.0
     environment, begin = dict(os.environb), time.monotonic()
     for number in range(count):
         time.sleep(max(0.0, begin + number / rate - time.monotonic()))
@@ -1032,7 +1033,7 @@ def send_at_rate(
         if hook is not None:
             spawn(hook, given + b"\n", machine.environment)
         elif machine.config["mode"] == "local":
-            refused = ee.send(machine.socket_path, ee.wrap(given, environment), time.monotonic() + 5)
+            refused = ee.send(machine.home, machine.socket_path, ee.wrap(given, environment))
             if refused:
                 raise BenchError(refused)
         else:
