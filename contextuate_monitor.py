@@ -8133,16 +8133,20 @@ class Monitor:
         For the threads that read them: what is not stored is read again, and has the same ids.
         """
 
-        def store(event: JsonObject) -> bool:
-            is_read = event["eventType"] in READ_KINDS
-            is_known = not is_read or self.loading is not None or event["sessionId"] in self.sessions.sessions
-            is_stored = not is_known or self.take_now(encode_json(event))  # no deleted session is restored
-            if event["data"].get("status") == emit_event.CLIENT_EXITED:
-                self.ingest.read_transcripts(event["sessionId"])
-            return is_stored
+        def store(part: list[JsonObject]) -> bool:
+            is_read = (it["eventType"] in READ_KINDS and self.loading is None for it in part)
+            known = self.sessions.sessions  # what was read does not restore a deleted session
+            new = [it for it, read in zip(part, is_read) if not read or it["sessionId"] in known]
+            settled, stored = self.ingest.take(list(map(encode_json, new)))
+            self._show(stored)
+            for event in part:
+                if event["data"].get("status") == emit_event.CLIENT_EXITED:
+                    self.ingest.read_transcripts(event["sessionId"])
+            return all(settled)
 
         with contextlib.suppress(TimeoutError):
-            return all(self.loop.call(functools.partial(store, event), 1.0) for event in events)
+            parts = (events[at : at + 50] for at in range(0, len(events), 50))
+            return all(self.loop.call(functools.partial(store, part), 1.0) for part in parts)
         return False
 
     def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:

@@ -2127,16 +2127,13 @@ def log_failure(reason: str) -> None:
 # ---------------------------------------------------------------------------
 
 PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # with which the branch is read
-TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and parsed at once
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 LOOK_S = 1.0  # between two looks at whether a transcript has grown
-USAGE_QUIET_S = 30.0  # between two totals of a session that works; so long a missing transcript is expected
+USAGE_QUIET_S = 30.0  # between two totals of a session that works
 USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
-WATCH_S = 3600.0  # after its last event a working session is still looked at: a killed client sends no end
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
 EVIDENCE_MS = 60_000  # older lines are history
-PROMPT_MARGIN_MS = 2000  # a hook's event and the line about the same prompt are no further apart
 USAGE_SCHEMA = 10
 _USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
@@ -2168,7 +2165,8 @@ CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, chain TEXT,
   usage TEXT DEFAULT '{{"models": {{}}, "agents": {{}}}}');
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, identity TEXT,
   position INTEGER);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, counts TEXT);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, counts TEXT)
+  WITHOUT ROWID;
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
@@ -2191,52 +2189,41 @@ class CostState(NamedTuple):
     models: "dict[str, Counts]"
 
 
+Fact = Any  # MessageUsage, CostState, or an event
+
+
 class TranscriptParser:
-    """Find usage, words and evidence in a transcript fed in pieces of any size; a line counts once complete.
+    """Find usage, words and evidence in the lines of a transcript.
 
     Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
-    words: `agent_words` for each text of the agent, and what a person typed (with `data.role`); their id is
-    the same in every copy of the line. Lines that begin before `words_from` (bytes) have no words.
+    words: texts of the agent, and what a person typed (with `data.role`); copies of a line have the same id.
     """
 
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
-        self.consumed = 0  # bytes; the next reader begins there
-        self.words_from: float = 0
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
         self._model = model  # of the last line that names one, where the lines with tokens do not
-        self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
-        """Take the next bytes; return what is in the lines that they complete, a message's own usage last."""
-        self._rest += data
-        if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
-            return []
-        *lines, rest = bytes(self._rest).split(b"\n")
-        found: list[Any] = []
-        for line in lines:
-            has_words = self.consumed >= self.words_from and not self._program
-            is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
-            if is_prompt or any(mark in line for mark in self._marks):
-                with contextlib.suppress(MalformedEvent):
-                    found += self.facts_in(parse_event_line(line), line, has_words)
-            self.consumed += len(line) + 1
-        if not lines:  # too long a line; its end will be no JSON object
-            self.consumed += len(rest)
-        self._rest = bytearray(rest if lines else b"")
-        return found
+    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Fact]":
+        """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
+        has_words = has_words and not self._program
+        is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
+        if is_prompt or any(map(line.__contains__, self._marks)):
+            with contextlib.suppress(MalformedEvent):
+                return list(self.facts_in(parse_event_line(line), line, has_words))
+        return []
 
-    def facts_in(
-        self, entry: JsonObject, line: bytes, has_words: bool = True
-    ) -> "Iterator[MessageUsage | CostState | JsonObject]":
-        """Yield what is in one line, and its JSON object; a message's own usage last."""
-        shown = _evidence_in(entry, self._agent_id, self._program)
+    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Fact]":
+        """Yield what is in one line, whose JSON object is `entry`."""
+        wrapped = entry.get("payload", entry.get("data")) if self._program else entry
+        inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
+        shown = _evidence_in(entry, inner, self._agent_id, self._program)
         time_ms = iso_time_ms(shown.pop("at", entry.get("timestamp")))
         if shown and time_ms:
             yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         if self._program:
-            yield from self._program_usage(entry, line)
+            yield from self._program_usage(entry, inner, line)
             return
         kind, message, sums = (entry.get(name) for name in ("type", "message", "modelUsage"))
         if kind == "cost-state" and isinstance(sums, dict):
@@ -2272,9 +2259,9 @@ class TranscriptParser:
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts)
         yield MessageUsage(key, agent_id, model, counts)
 
-    def _program_usage(self, entry: JsonObject, line: bytes) -> "Iterator[MessageUsage]":
+    def _program_usage(self, entry: JsonObject, inner: JsonObject, line: bytes) -> "Iterator[MessageUsage]":
         """Yield what a line of another program's transcript has of usage."""
-        about, inner = AGENTS[self._program], _inner_of(entry)
+        about = AGENTS[self._program]
         if entry.get("type") == "turn_context":
             self._model = id_or(inner.get("model"), self._model)
         type_name, place, key_name = about.usage
@@ -2305,21 +2292,14 @@ def _words(key: str, time_ms: "Optional[int]", agent_id: str, data: JsonObject) 
     return {**event, **({"agentId": agent_id} if agent_id else {}), "data": data}
 
 
-def _inner_of(entry: JsonObject) -> JsonObject:
-    """Return the content of another program's line, which some of them wrap."""
-    inner = entry.get("payload", entry.get("data"))
-    return inner if isinstance(inner, dict) else entry
-
-
-def _evidence_in(entry: JsonObject, agent_id: str, program: str) -> JsonObject:
+def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: str) -> JsonObject:
     """Return the event that a line is evidence of, without id; `at`: its own time; {} if there is none."""
-    inner = _inner_of(entry) if program else entry
     kind = inner.get("type") if program == "codex" else entry.get("type")
+    if kind == "assistant" and "isApiErrorMessage" not in entry:
+        return {}
     message, attachment, item, error = map(inner.get, ("message", "attachment", "item", "error"))
-    blocks, calls = (
-        objects_in(isinstance(message, dict) and message.get("content")),
-        objects_in(entry.get("toolCalls")),
-    )
+    blocks = objects_in(message.get("content") if isinstance(message, dict) else [])
+    calls = objects_in(entry.get("toolCalls"))
     text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
     if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
         by = {"agentId": agent_id} if agent_id else {}
@@ -2353,7 +2333,7 @@ def _evidence_in(entry: JsonObject, agent_id: str, program: str) -> JsonObject:
 
 
 def stable_id(content: bytes) -> str:
-    """Return an event's id that is derived from its content, as a UUID of version 4."""
+    """Return an event's id that is derived from its content."""
     digits = hashlib.sha256(content).hexdigest()
     variant = "89ab"[int(digits[16], 16) & 3]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
@@ -2387,7 +2367,6 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    What was said becomes `agent_words` events, once for all sessions: a fork begins with copies of lines.
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
     or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
     Stops early, without a result, once `stopping` is set; the next call continues there.
@@ -2415,7 +2394,8 @@ class UsageReader:
         if not with_totals and states and all(_file_state(it) == states[it] for it in states):
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        since_ms = int(event.get("since") or event["timestamp"]) - PROMPT_MARGIN_MS
+        # A hook's event and the line about the same prompt are at most 2 s apart.
+        since = int(event.get("since") or event["timestamp"]) - 2000
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
         try:
@@ -2433,7 +2413,7 @@ class UsageReader:
                     is_other = program == "codex" and session not in path  # a subagent's own file
                     agent_id = files[path] or (SIDECHAIN if is_other else "")
                     parser = TranscriptParser(agent_id, program, earlier.get("model", ""))
-                    found += [{**about, **it} for it in self._read(session, path, parser, since_ms)]
+                    found += [{**about, **it} for it in self._read(session, path, parser, since)]
                 usage = self.totals(session) if with_totals and not self._stopping.is_set() else None
                 key = hash(encode_json(usage))
                 if usage and key != before:
@@ -2481,49 +2461,44 @@ class UsageReader:
             self._database = database
         return self._database
 
-    def _read(
-        self, session: str, path: str, parser: TranscriptParser, since_ms: int
-    ) -> "Iterator[JsonObject]":
+    def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
         """Count what is new in a transcript; yield evidence, and words that no session has had.
 
-        Prompts since `since_ms` were reported by hooks; evidence from before it is history.
+        Hooks have reported the prompts after `since` (ms); evidence from before it is history.
         """
-        database = self._database
-        with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
+        database, counted = self._database, []
+        with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
             about = os.fstat(file.fileno())
             size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
             find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
-            (start,) = database.execute(find, (path, identity, size)).fetchone() or (0,)
-            place = start
-            parser.words_from = size - start - WORDS_TAIL_BYTES if self.with_words else math.inf
+            (place,) = database.execute(find, (path, identity, size)).fetchone() or (0,)
+            file.seek(place)
             while place < size and not self._stopping.is_set():
-                chunk = os.pread(file.fileno(), min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
-                if not chunk:
-                    break  # it has become shorter
-                place += len(chunk)
-                found = parser.feed(chunk)
-                counted = [it for it in found if not isinstance(it, dict)]
-                if counted:
-                    self.count(session, counted)
-                for it in (it for it in found if isinstance(it, dict)):
-                    if it["eventType"] != WORDS:
-                        if it["timestamp"] > max(now_ms() - EVIDENCE_MS, since_ms):
+                line = file.readline(TRANSCRIPT_LINE_LIMIT_BYTES)  # of a longer one a part, which is no JSON
+                if not line.endswith(b"\n") and len(line) < TRANSCRIPT_LINE_LIMIT_BYTES:
+                    break  # it is still written
+                has_words = self.with_words and place >= size - WORDS_TAIL_BYTES
+                place += len(line)
+                for it in parser.facts_of(line, has_words):
+                    if not isinstance(it, dict):
+                        counted.append(it)
+                    elif it["eventType"] != WORDS:
+                        if it["timestamp"] > max(now_ms() - EVIDENCE_MS, since):
                             yield it
-                        continue
-                    add = "INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)"
-                    is_new = database.execute(add, (it["id"], session)).rowcount == 1
-                    if is_new and (it["data"].get("role") != "user" or it["timestamp"] < since_ms):
-                        yield it
-            if parser.consumed:
-                row = (path, session, identity, start + parser.consumed)
-                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+                    else:
+                        add = "INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)"
+                        is_new = database.execute(add, (it["id"], session)).rowcount == 1
+                        if is_new and (it["data"].get("role") != "user" or it["timestamp"] < since):
+                            yield it
+            self.count(session, counted)
+            row = (path, session, identity, place)
+            database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
 
     def begin(self, session: str) -> None:
         """Begin to count for a session, or go on; drop those that were not read for 30 days."""
-        upsert = "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
-        upsert += " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms"
         database = self._open()
-        database.execute(upsert, (session, now_ms()))
+        database.execute("INSERT OR IGNORE INTO sessions (name) VALUES (?)", (session,))
+        database.execute("UPDATE sessions SET read_ms = ? WHERE name = ?", (now_ms(), session))
         database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - 30 * 24 * 3600 * 1000,))
 
     def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
@@ -2536,7 +2511,7 @@ class UsageReader:
                 before = json.loads(known[0]) if known else [0] * len(COUNT_NAMES)
                 counts = list(map(max, before, it.counts))  # of several lines the largest are true
                 if not known or counts != before:
-                    row = (key, session, json.dumps(counts))
+                    row = (key, session, str(counts))
                     database.execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", row)
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
                     for models in (usage["models"], of_agent):
@@ -2580,10 +2555,7 @@ class UsageReader:
 
 
 class UsageWorker(threading.Thread):
-    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
-
-    `deliver` is called in it with events, must not raise, and returns True once they are stored.
-    """
+    """Reads transcripts in a thread of its own, so that no event waits for them; `deliver` runs in it."""
 
     def __init__(self, home: str, deliver: "Callable[[list[JsonObject]], bool]") -> None:
         super().__init__(name="usage", daemon=True)  # begins with the first event
@@ -2595,12 +2567,6 @@ class UsageWorker(threading.Thread):
         # are looked at, whether they are to be read at once, and the files' states
         self._pending: dict[tuple[str, str], JsonObject] = {}
 
-    def is_busy(self, reported: "frozenset[str]") -> bool:
-        """True while something is to be read at once, or a session works that is not among the `reported`."""
-        with self._wake:
-            pending, now = list(self._pending.items()), time.monotonic()
-        return any(it["isEnd"] or (it["until"] > now and key[0] not in reported) for key, it in pending)
-
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
@@ -2611,8 +2577,7 @@ class UsageWorker(threading.Thread):
         key = (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
-        is_here = os.path.exists(paths.get(names[0], ""))
-        until = now + (USAGE_LATE_S if not works else WATCH_S if is_here else USAGE_QUIET_S)
+        until = now + (3600.0 if works else USAGE_LATE_S)  # a killed client sends no end
         with self._wake:
             is_first, before = not self._pending, self._pending.get(key, {})
             new = {**about, "data": paths, "until": until, "isEnd": is_end or before.get("isEnd", False)}
@@ -2632,16 +2597,14 @@ class UsageWorker(threading.Thread):
 
     def run(self) -> None:
         """Read what is due until `close`."""
-        looked = 0.0
+        next_look = 0.0  # time.monotonic
         while not self._closing.is_set():
             with self._wake:
                 if not (self._closing.is_set() or any(it["isEnd"] for it in self._pending.values())):
-                    left = looked + LOOK_S - time.monotonic()
-                    self._wake.wait(max(0.0, left) if self._pending else None)
+                    self._wake.wait(max(0.0, next_look - time.monotonic()) if self._pending else None)
                 now = time.monotonic()
-                is_look = now >= looked + LOOK_S
-                looked = now if is_look else looked
-                due = [(key, it) for key, it in self._pending.items() if is_look or it["isEnd"]]
+                due = [(key, it) for key, it in self._pending.items() if now >= next_look or it["isEnd"]]
+                next_look = now + LOOK_S if now >= next_look else next_look
             for key, entry in due:
                 is_over = entry["until"] <= now
                 self.reader.events(entry, entry["isEnd"] or is_over)
@@ -2785,7 +2748,6 @@ REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
-FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
 CLIENT_EXITED = "exited"  # the status of a client whose process has ended
 _ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoint", "version")
 
@@ -2845,7 +2807,6 @@ class RegistryWatcher:
         # its process ran another one `before`, and what was `reported` last
         self.clients: dict[str, JsonObject] = {}
         self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
-        self.sessions: frozenset[str] = frozenset()  # ids of those whose status is reported; for any thread
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2874,7 +2835,7 @@ class RegistryWatcher:
                 about, key = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED)
                 is_news = reported != {}
             elif not reported:
-                is_news = time_ms - client["first"] >= FIRST_STATUS_MS
+                is_news = time_ms - client["first"] >= 1000  # hooks have reported its beginning by then
                 at_ms = max(since_ms, client["before"])
             else:
                 is_news = reported != about and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
@@ -2889,8 +2850,6 @@ class RegistryWatcher:
                     "workingDirectory": record.directory, "hookType": "", "eventType": "client_status",
                     "data": about, **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
                 })  # fmt: skip
-        clients = self.clients.values()
-        self.sessions = frozenset(it["record"].session_id for it in clients if "status" in it["reported"])
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
@@ -3010,7 +2969,6 @@ BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
-SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
@@ -3065,12 +3023,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
         options["ssl_" + name] = path = given[key] and os.path.expanduser(given[key])
         if path:
             open(path, "rb").close()  # raises an error with the path, which that of OpenSSL does not contain
-    options.update(
-        ssl_cert_reqs="required" if given["verify"] else "none", ssl_check_hostname=given["verify"]
-    )
-    options.update(
-        socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0)
-    )
+    options["ssl_cert_reqs"] = "required" if given["verify"] else "none"
+    options.update(ssl_check_hostname=given["verify"], retry=Retry(NoBackoff(), 0))
+    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
     silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
@@ -3081,13 +3036,11 @@ def redis_client(values: "dict[str, Any]") -> Any:
         manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
         options["host"], options["port"] = manager.discover_master(given["master"])
     elif given["cluster"]:
-        nodes = [host_and_port(node, 6379) for node in ([] if given["cluster"] is True else given["cluster"])]
-        nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
-        cluster: Any = redis.cluster.RedisCluster(
-            startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
-            require_full_coverage=False,
-            **rest,
-        )
+        nodes = [(options.get("host", "localhost"), options.get("port", 6379))]
+        if given["cluster"] is not True:
+            nodes = [host_and_port(node, 6379) for node in given["cluster"]]
+        first = [redis.cluster.ClusterNode(*node) for node in nodes]  # type: ignore[no-untyped-call]
+        cluster: Any = redis.cluster.RedisCluster(startup_nodes=first, require_full_coverage=False, **rest)
         with contextlib.closing(cluster):
             # PUBLISH at the node that has the stream reaches subscribers of every node.
             node = cluster.get_node_from_key(stream_name(values) or given["channel"])
@@ -3129,14 +3082,9 @@ _REDIS_ADVICE = (
     ("READONLY|read only replica|read-only replica|previous master",
      "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
     ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
-    ("Cluster mode is not enabled", "set redis.cluster to false"),
     ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
-    ("OOM|used memory", "out of memory: raise maxmemory there or lower redis.streamMaxLength"),
-    ("WRONGTYPE", "choose another redis.channel"),
-    ("certificate required|CERTIFICATE_REQUIRED|did not return a certificate",
-     "set redis.certFile and redis.keyFile"),
-    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED",
-     "check redis.host and redis.caFile, and the server's certificate"),
+    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
     ("No such file or directory", "check the paths in the Redis configuration"),
     ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
     ("Connection refused", "is Redis running there?"),
@@ -3185,12 +3133,8 @@ class Publisher:
     """Send the events in the spool to Redis, in order, until it has been quiet for a while."""
 
     def __init__(self, home: str, config_path: str, lock_fd: int) -> None:
-        self._home, self._spool, self._config_path, self._lock_fd = (
-            home,
-            home + "/spool",
-            config_path,
-            lock_fd,
-        )
+        self._home, self._spool = home, home + "/spool"
+        self._config_path, self._lock_fd = config_path, lock_fd
         self._basis = self._current_basis()
         self._values = default_values()
         try:
@@ -3239,11 +3183,10 @@ class Publisher:
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
                 continue
-            if now - last_event >= PUBLISHER_QUIET_S and not self._own_events:
-                clients = self._registry.clients.values()
-                is_idle = all(it["record"].about.get("status", "idle") == "idle" for it in clients)
-                if is_idle and not self._usage.is_busy(self._registry.sessions):
-                    break
+            clients = self._registry.clients.values()
+            is_busy = any(it["record"].about.get("status", "idle") != "idle" for it in clients)
+            if now - last_event >= PUBLISHER_QUIET_S and not is_busy and not self._own_events:
+                break
             if now - last_event >= BUSY_S:
                 self._enter("idle")
             time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
@@ -3274,7 +3217,18 @@ class Publisher:
         if not self._lines and not self._batch:
             with contextlib.suppress(FileNotFoundError):  # "" is none, too
                 os.unlink(self._segment)
-            self._segment = self._next_segment()
+            self._segment = ""
+            for path, _ in spool_segments(self._spool):
+                with contextlib.suppress(OSError):  # a writer has it, it was drained, or it is not readable
+                    taken = take_segment(path)
+                    with open(taken, "rb", opener=open_own) as file:
+                        self._lines.extend(filter(None, map(bytes.strip, file)))
+                    self._segment = taken
+                    break
+            dropped = take_dropped(self._spool) if self._segment else 0
+            if dropped:
+                text = f"the spool of this machine was full: {dropped} events were dropped"
+                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": dropped}})
         size = 0
         while self._lines and len(self._batch) < 200 and size < 256 << 10:
             line = self._lines.popleft()
@@ -3294,20 +3248,6 @@ class Publisher:
                 keep_in_quarantine(self._home + "/quarantine.log", line, reason, self._privacy)
         return bool(self._batch)
 
-    def _next_segment(self) -> str:
-        """Read the oldest segment that can be read, and add an event on what was dropped; return its path."""
-        for path, _ in spool_segments(self._spool):
-            with contextlib.suppress(OSError):  # a writer has it, it was drained, or it is not readable
-                taken = take_segment(path)
-                with open(taken, "rb", opener=open_own) as file:
-                    self._lines.extend(filter(None, map(bytes.strip, file)))
-                events = take_dropped(self._spool)
-                if events:
-                    text = f"the spool of this machine was full: {events} events were dropped"
-                    self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
-                return taken
-        return ""
-
     def _add(self, given: JsonObject) -> None:
         event = build_event(given, now_ms(), this_machine())
         if self._machine_key and event["machineId"] == this_machine():
@@ -3323,7 +3263,7 @@ class Publisher:
     def _publish(self) -> None:
         """Send the batch, or one event after a failure; keep the events that did not arrive."""
         batch = self._batch[: 1 if self._failures else None]
-        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
+        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / 50_000  # bytes a second
         channel, stream = self._values["redis.channel"], stream_name(self._values)
         limit, is_cluster = self._values["redis.streamMaxLength"], bool(self._values["redis.cluster"])
         try:
@@ -3339,8 +3279,7 @@ class Publisher:
             self._fail(redis_trouble(error, self._values))
             return
         step = 2 if stream else 1
-        sent: _Batch = []
-        kept: _Batch = []
+        sent, kept = _Batch(), _Batch()
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
@@ -3429,7 +3368,6 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
 # ---------------------------------------------------------------------------
 
 ANSWERED_HOOKS = ("PermissionRequest", "Elicitation")
-ANSWER_LIMIT_BYTES = 256 << 10
 ANSWER_AGE_MS = 60_000  # older signed answers are dropped
 ANSWER_ROUND_S = 2
 DENIED_WORDS = "The user does not want this."
@@ -3468,7 +3406,7 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
     elif len(kept) > 1:
         kept[1].settimeout(None)
         with open(kept[1].fileno(), "rb", closefd=False) as lines:
-            line = lines.readline(ANSWER_LIMIT_BYTES)
+            line = lines.readline(256 << 10)
         if line.endswith(b"\n") and print_answer(asked, line):
             kept[1].sendall(ACKNOWLEDGEMENT)
 
@@ -3495,26 +3433,25 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
     if not isinstance(answer, dict) or not isinstance(answer.get("do"), str):
         return None
     do, names, tool_input = answer["do"], answer.keys() - {"do"}, asked.get("tool_input")
-    if asked.get("hook_event_name") == "Elicitation":
-        if do in ("decline", "cancel") and not names:
-            return {"action": do}
+    hook, tool, decision = asked.get("hook_event_name"), asked.get("tool_name"), None
+    if hook == "Elicitation":
         fits = names == {"content"} and fits_form(asked.get("requested_schema"), answer["content"])
-        return {"action": do, "content": answer["content"]} if do == "accept" and fits else None
-    decision = None
-    if asked.get("hook_event_name") != "PermissionRequest" or not isinstance(tool_input, dict):
+        if do == "accept" and fits:
+            return {"action": do, "content": answer["content"]}
+        return {"action": do} if do in ("decline", "cancel") and not names else None
+    if hook != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
     if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
         decision = {"behavior": "deny", "message": answer.get("message", DENIED_WORDS)}
-    elif asked.get("tool_name") == "AskUserQuestion":  # allowed without answers, it would return none
+    elif tool == "AskUserQuestion":  # allowed without answers, it would return none
         chosen = _chosen(tool_input.get("questions"), answer.get("answers"))
         if do == "answer" and names == {"answers"} and chosen:
             decision = {"behavior": "allow", "updatedInput": {**tool_input, "answers": chosen}}
-    elif do == "allow" and not names:
-        is_plan = asked.get("tool_name") == "ExitPlanMode"  # ignored without an input
-        decision = {"behavior": "allow", **({"updatedInput": tool_input} if is_plan else {})}
+    elif do == "allow" and not names:  # a plan's is ignored without an input
+        decision = {"behavior": "allow", **({"updatedInput": tool_input} if tool == "ExitPlanMode" else {})}
     elif do == "always" and names == {"suggestions"}:
         wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
-        if wanted and wanted == objects_in(wanted):
+        if wanted:
             decision = {"behavior": "allow", "updatedPermissions": wanted}
     return decision and {"decision": decision}
 
@@ -3524,11 +3461,12 @@ def _is_text(value: Any) -> bool:
 
 
 def _items(offered: Any, numbers: Any) -> "list[Any]":
-    """Return the items with these numbers, each once; [] if there is not one for each number."""
+    """Return the objects with these numbers, each once; [] if there is not one for each number."""
     if not isinstance(offered, list) or not isinstance(numbers, list):
         return []
     are_good = all(type(it) is int and 0 <= it < len(offered) for it in numbers)
-    return [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
+    found = [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
+    return found if found == objects_in(found) else []
 
 
 def _chosen(questions: Any, answers: Any) -> JsonObject:
@@ -3537,10 +3475,10 @@ def _chosen(questions: Any, answers: Any) -> JsonObject:
     if not isinstance(answers, list) or len(objects_in(questions)) != len(answers):
         return {}
     for question, picked in zip(objects_in(questions), answers):
-        labels = []
+        labels: list[Any] = []
         for it in picked if isinstance(picked, list) else ():
-            option = next(iter(objects_in(_items(question.get("options"), [it]))), {})
-            labels.append(it if isinstance(it, str) else option.get("label"))
+            options = [{"label": it}] if isinstance(it, str) else _items(question.get("options"), [it])
+            labels += [option.get("label") for option in options] or [None]
         is_several = question.get("multiSelect") is True
         are_texts = all(map(_is_text, [*labels, question.get("question")]))
         if not labels or not are_texts or (labels[1:] and not is_several):

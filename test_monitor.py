@@ -4870,7 +4870,7 @@ def session_line(name: str, time_ms: int, **more: Any) -> bytes:
 
 def evidence(name: str, time_ms: int = NOW_MS, agent_id: str = "", **more: Any) -> list[dict[str, Any]]:
     """Return what a transcript's parser finds in one of SESSION_LINES."""
-    return ee.TranscriptParser(agent_id).feed(session_line(name, time_ms, **more))
+    return ee.TranscriptParser(agent_id).facts_of(session_line(name, time_ms, **more))
 
 
 # Besides: `shows STATUS` (of the client), `shows LINE` (of SESSION_LINES), `wait TIME` (silence), `mark [TIME]` (so long ago), `clock TIME` (how far the machine's clock is off),
@@ -6404,7 +6404,6 @@ USAGE_STORIES = {
 @pytest.mark.parametrize("rule", USAGE_STORIES)
 def test_a_transcript_that_grows_is_counted_as_the_table_says(rule, transcript, monkeypatch):
     monkeypatch.setattr(ee, "TRANSCRIPT_LINE_LIMIT_BYTES", 4000)
-    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
     for part in USAGE_STORIES[rule].split("; "):
         step, _, total = part.partition(" → ")
         transcript.do(step)
@@ -6578,21 +6577,22 @@ def test_an_old_clients_agent_transcript_counts_for_its_agent(transcript):
 
 
 @pytest.fixture
-def preads(monkeypatch: Any) -> list[int]:
-    """The sizes of what was read of transcripts."""
-    sizes, real = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, at: (sizes.append(size), real(fd, size, at))[1])
+def lines_read(monkeypatch: Any) -> list[int]:
+    """The sizes of the lines that were read of transcripts."""
+    sizes, real = [], ee.TranscriptParser.facts_of
+    read = lambda it, line, *words: (sizes.append(len(line)), real(it, line, *words))[1]  # noqa: E731
+    monkeypatch.setattr(ee.TranscriptParser, "facts_of", read)
     return sizes
 
 
-def test_what_was_read_is_not_read_again(transcript, preads):
+def test_what_was_read_is_not_read_again(transcript, lines_read):
     transcript.add(usage_lines(range(5000)))
     assert transcript.total() == 5000
-    preads.clear()
-    assert transcript.total() is None and preads == []
+    lines_read.clear()
+    assert transcript.total() is None and lines_read == []
     transcript.add(usage_line("more", 1))
     assert Transcript(transcript.home).total() == 5001  # also by another process
-    assert sum(preads) < 2000
+    assert len(lines_read) == 1
 
 
 @given(
@@ -6621,25 +6621,11 @@ def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forge
     assert (total or 0) == sum(largest.values())
 
 
-def fed_in_pieces(data: bytes, sizes: list[int], words_from: int | None = None) -> list[Any]:
-    """Return what a transcript's parser finds in pieces of these sizes, in turn; it must be what it finds in all."""
-    whole, pieces, place, found = ee.TranscriptParser(), ee.TranscriptParser(), 0, []
-    if words_from is not None:
-        whole.words_from = pieces.words_from = words_from
-    for size in itertools.cycle(sizes):
-        found += pieces.feed(data[place : place + size])
-        place += size
-        if place >= len(data):
-            break
-    assert found == whole.feed(data) and pieces.consumed == whole.consumed == len(data)
-    return found
-
-
-@given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
+@given(data=st.binary(max_size=600))
 @settings(max_examples=200)
-def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
-    data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
-    assert fed_in_pieces(data, sizes)[-1].key.startswith("m2 ")
+def test_no_bytes_break_the_transcript_parser(data):
+    parser, content = ee.TranscriptParser(), usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
+    assert [it for line in content.split(b"\n") for it in parser.facts_of(line)][-1].key.startswith("m2 ")
 
 
 @pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
@@ -6689,14 +6675,11 @@ def test_an_odd_transcript_path_is_not_read_and_no_failure(tmp_path, path):
     assert usage_output(usage) == 210 and not (tmp_path / "emit.log").exists()
 
 
-def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch, preads):
-    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, lines_read):
     transcript.add(usage_lines(range(500)))
-    stopping = types.SimpleNamespace(is_set=lambda: len(preads) >= 9)
+    stopping = types.SimpleNamespace(is_set=lambda: len(lines_read) >= 100)
     assert usage_read(ee.UsageReader(transcript.home, stopping), transcript.path) is None
-    stopped = sum(preads)
-    assert transcript.total() == 500
-    assert 20_000 < stopped < 60_000 < sum(preads) < os.path.getsize(transcript.path) * 1.3
+    assert len(lines_read) == 100 and transcript.total() == 500 == len(lines_read)
 
 
 def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
@@ -6713,17 +6696,15 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ee.UsageReader, "totals", slow)
     worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events))
-    reported = frozenset(("s1", "s2"))
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
-    assert not worker.is_busy(reported) and worker.is_busy(frozenset(("s2",)))
     worker.put(usage_event(first.path, "s1"))
-    assert reading.wait(10) and worker.is_busy(reported)
+    assert reading.wait(10)
     first.add(usage_line("late", 2))
     for number in range(50):
         worker.put({**usage_event(first.path, "s1"), "timestamp": NOW_MS + number})
         worker.put(usage_event(second.path, "s2"))
     goes_on.set()
-    eventually(lambda: not worker.is_busy(reported))
+    eventually(lambda: len(made) >= 3)
     totals = [(event["sessionId"], usage_output(event["data"]["usage"])) for event in made]
     assert totals == [("s1", 5), ("s1", 7), ("s2", 5)] and made[1]["timestamp"] == NOW_MS + 49
     worker.close()
@@ -6860,16 +6841,15 @@ def test_of_a_long_transcript_only_the_end_is_read_for_words(transcript, monkeyp
     assert words_of(transcript.reader.events(usage_event(transcript.path))) == ""
 
 
-@given(sizes=st.lists(st.integers(20, 3000), min_size=1, max_size=20), first=st.integers(0, 40_000))
+@given(first=st.integers(0, 40_000))
 @settings(max_examples=10)
-def test_a_transcript_in_pieces_has_the_same_facts(sizes, first):
+def test_the_words_of_a_transcript_are_its_texts(first):
     for path in glob.glob(f"{RECORDED}/transcripts/*/*.jsonl"):
-        data = pathlib.Path(path).read_bytes()
-        found = fed_in_pieces(data, sizes, first)
+        lines, parser = pathlib.Path(path).read_bytes().splitlines(keepends=True), ee.TranscriptParser()
+        starts = list(itertools.accumulate(map(len, lines), initial=0))
+        found = [it for at, line in zip(starts, lines) for it in parser.facts_of(line, at >= first)]
         said = [it["data"] for it in found if isinstance(it, dict) and it["eventType"] == ee.WORDS]
-        lines = data.split(b"\n")
-        starts = itertools.accumulate((len(line) + 1 for line in lines), initial=0)
-        read = (json.loads(line) for at, line in zip(starts, lines) if line and at >= first)
+        read = (json.loads(line) for at, line in zip(starts, lines) if at >= first)
         read = [it.get("message") or {} for it in read]
         blocks = [block for it in read if it.get("role") == "assistant" for block in it["content"]]
         own = [block["text"] for block in blocks if "text" in block]
@@ -7731,8 +7711,7 @@ def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
 def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     registry_file(tmp_path, status="busy", statusUpdatedAt=500)
     assert changes(watcher, 1000, 1300) == []  # its hooks report its beginning
-    assert not watcher.sessions
-    assert changes(watcher, 2000, 2300) == [("busy", None, 500)] and watcher.sessions == {"s1"}
+    assert changes(watcher, 2000, 2300) == [("busy", None, 500)]
     registry_file(tmp_path, status="waiting", waitingFor="permission prompt", statusUpdatedAt=2500)
     assert changes(watcher, 2600) == []
     registry_file(tmp_path, status="idle", statusUpdatedAt=2700)
@@ -7997,7 +7976,9 @@ def test_a_recorded_agent_says_what_it_waits_for_and_who_works(name, number, rea
 )  # fmt: skip
 def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, output, evidence):
     content = open(f"{AGENT_RECORDINGS}/transcripts/{agent}.jsonl", "rb").read()  # noqa: SIM115
-    found = [it for it in ee.TranscriptParser("", agent).feed(content) if isinstance(it, dict)]
+    parser = ee.TranscriptParser("", agent)
+    facts = itertools.chain.from_iterable(map(parser.facts_of, content.splitlines()))
+    found = [it for it in facts if isinstance(it, dict)]
     assert [it["data"].get("status", it["eventType"]) for it in found] == evidence
     path = tmp_path / "events.jsonl"
     path.write_bytes(content)
