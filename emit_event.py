@@ -2567,6 +2567,14 @@ class UsageWorker(threading.Thread):
         # are looked at, whether they are to be read at once, and the files' states
         self._pending: dict[tuple[str, str], JsonObject] = {}
 
+    def is_watching(self, reported: "set[str]") -> bool:
+        """True while a session works that is not among the `reported`, those in the registry."""
+        with self._wake:
+            pending = [
+                session for (session, _), it in self._pending.items() if it["until"] > time.monotonic()
+            ]
+        return not reported.issuperset(pending)
+
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
@@ -3185,7 +3193,9 @@ class Publisher:
                 continue
             clients = self._registry.clients.values()
             is_busy = any(it["record"].about.get("status", "idle") != "idle" for it in clients)
-            if now - last_event >= PUBLISHER_QUIET_S and not is_busy and not self._own_events:
+            reported = {it["record"].session_id for it in clients if "status" in it["reported"]}
+            is_busy = is_busy or bool(self._own_events) or self._usage.is_watching(reported)
+            if now - last_event >= PUBLISHER_QUIET_S and not is_busy:
                 break
             if now - last_event >= BUSY_S:
                 self._enter("idle")

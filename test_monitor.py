@@ -6697,6 +6697,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(ee.UsageReader, "totals", slow)
     worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events))
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
+    assert worker.is_watching({"s2"}) and not worker.is_watching({"s1"})
     worker.put(usage_event(first.path, "s1"))
     assert reading.wait(10)
     first.add(usage_line("late", 2))
