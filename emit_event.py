@@ -2406,7 +2406,7 @@ class UsageReader:
             grown = [path for path in files if now[path] and now[path] != states.get(path)]
             with self._open() as database:  # all or nothing
                 earlier = self._usage_of(session)
-                if with_totals if earlier else grown:
+                if (earlier and with_totals) or (grown and not earlier):
                     self.begin(session)
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: files[it] == ""):
@@ -2814,7 +2814,7 @@ class RegistryWatcher:
         # Path → a client whose process runs: its `record`, when (ms) its session was seen `first`, until when
         # its process ran another one `before`, and what was `reported` last
         self.clients: dict[str, JsonObject] = {}
-        self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
+        self._looked_ms = -REGISTRY_ALIVE_MS  # when their processes were looked at
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -3007,10 +3007,7 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors.
-
-    Off are redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which need rights.
-    """
+    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors."""
     import redis.cluster
     import redis.sentinel
     from redis.backoff import NoBackoff
@@ -3032,8 +3029,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
         if path:
             open(path, "rb").close()  # raises an error with the path, which that of OpenSSL does not contain
     options["ssl_cert_reqs"] = "required" if given["verify"] else "none"
-    options.update(ssl_check_hostname=given["verify"], retry=Retry(NoBackoff(), 0))
-    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
+    options.update(ssl_check_hostname=given["verify"], socket_connect_timeout=1.0)
+    # Without retries, which reconnect silently, and without HELLO and CLIENT SETINFO, which need rights.
+    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
     silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)

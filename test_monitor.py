@@ -6899,15 +6899,18 @@ def test_what_could_not_be_stored_is_found_again_with_the_same_ids(transcript):
 
 
 def usage_is_held(home: str) -> bool:
-    """True while a reader has counted what it has not delivered yet."""
-    path = home + "/usage.db"
-    if not os.path.exists(path):
-        return False
-    with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
-        try:
-            database.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            return True
+    """True if for a second a reader keeps what it has counted from being final: it is not delivered yet."""
+    until = time.monotonic() + 1
+    while os.path.exists(home + "/usage.db"):
+        with contextlib.closing(
+            sqlite3.connect(home + "/usage.db", timeout=0, isolation_level=None)
+        ) as database:
+            try:
+                database.execute("BEGIN IMMEDIATE")
+                return False
+            except sqlite3.OperationalError:
+                if time.monotonic() > until:
+                    return True
     return False
 
 
