@@ -3421,14 +3421,14 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
 
 def print_answer(asked: JsonObject, line: bytes) -> bool:
     """Print an answer in the client's form; return False if it is not a valid one."""
-    output = None
     with contextlib.suppress(ValueError, RecursionError):
         output = client_answer(asked, json.loads(line.decode("utf-8")))
-    if output:
-        output = {"hookEventName": asked["hook_event_name"], **output}
-        with open(1, "wb", closefd=False) as stdout:
-            stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
-    return output is not None
+        if output:
+            output = {"hookEventName": asked["hook_event_name"], **output}
+            with open(1, "wb", closefd=False) as stdout:
+                stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
+            return True
+    return False
 
 
 def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
@@ -3449,8 +3449,9 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         return {"action": do} if do in ("decline", "cancel") and not names else None
     if hook != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
-    if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
-        decision = {"behavior": "deny", "message": answer.get("message", DENIED_WORDS)}
+    words = answer.get("message", DENIED_WORDS)
+    if do == "deny" and names <= {"message"} and _is_text(words):
+        decision = {"behavior": "deny", "message": words}
     elif tool == "AskUserQuestion":  # allowed without answers, it would return none
         chosen = _chosen(tool_input.get("questions"), answer.get("answers"))
         if do == "answer" and names == {"answers"} and chosen:
@@ -3459,8 +3460,7 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         decision = {"behavior": "allow", **({"updatedInput": tool_input} if tool == "ExitPlanMode" else {})}
     elif do == "always" and names == {"suggestions"}:
         wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
-        if wanted:
-            decision = {"behavior": "allow", "updatedPermissions": wanted}
+        decision = {"behavior": "allow", "updatedPermissions": wanted} if wanted else None
     return decision and {"decision": decision}
 
 
@@ -3470,8 +3470,7 @@ def _is_text(value: Any) -> bool:
 
 def _items(offered: Any, numbers: Any) -> "list[Any]":
     """Return the objects with these numbers, each once; [] if there is not one for each number."""
-    if not isinstance(offered, list) or not isinstance(numbers, list):
-        return []
+    offered, numbers = (it if isinstance(it, list) else [] for it in (offered, numbers))
     are_good = all(type(it) is int and 0 <= it < len(offered) for it in numbers)
     found = [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
     return found if found == objects_in(found) else []
