@@ -6294,10 +6294,13 @@ class HookPort:
         unlock_file(self.path + ".lock", self._lock)
 
 
+Deliver = Callable[[list[JsonObject]], bool]  # for other threads: returns whether the events are stored
+
+
 class Ingest:
     """Build events from received lines, store each once, and count them by machine."""
 
-    def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
+    def __init__(self, settings: Settings, journal: Journal, deliver: Deliver) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
         self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
@@ -6309,8 +6312,7 @@ class Ingest:
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
         self.registry = RegistryThread(settings.machine_key, deliver)
-        watcher = self.registry.watcher
-        self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
+        self._usage = emit_event.UsageWorker(settings.home, deliver)
         self._usage.reader.with_words = not settings.privacy.metadata_only
         self._noted: dict[tuple[str, str], str] = {}  # see emit_event.add_agent_note
 
@@ -6439,7 +6441,7 @@ class Ingest:
 class RegistryThread(threading.Thread):
     """Reads the registry of this machine's clients, whose disk may be slow; calls `deliver` with events."""
 
-    def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+    def __init__(self, machine_key: str, deliver: Deliver) -> None:
         super().__init__(name="registry", daemon=True)
         self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
@@ -6463,8 +6465,7 @@ class RegistryThread(threading.Thread):
         """Deliver changes of clients' statuses until `close`."""
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
-                for event in self.watcher.poll(now_ms()):
-                    self._deliver(event)
+                self._deliver(self.watcher.poll(now_ms()))
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
             if not self.watcher.clients:
@@ -7218,7 +7219,7 @@ class Monitor:
         """Store the spool's segments, and remove each that is stored; after a failure it is read again."""
         self._is_draining, spool = True, self.settings.path("spool")
         try:
-            events, _ = emit_event.take_dropped(spool)
+            events = emit_event.take_dropped(spool)
             if events:
                 self.spool_dropped += events
                 log.warning("the spool was full: %d events were dropped before the monitor ran", events)
@@ -7273,17 +7274,27 @@ class Monitor:
         self._show(stored)
         return settled[0]
 
-    def _take_own(self, event: JsonObject) -> None:
-        """Store what a transcript contains, or the status of a client; called in their threads."""
+    def _take_own(self, events: list[JsonObject]) -> bool:
+        """Store what transcripts contain, or statuses of clients; return whether all is stored within 1 s.
 
-        def store() -> None:
-            is_read = event["eventType"] in READ_KINDS
-            if not is_read or self.loading is not None or event["sessionId"] in self.sessions.sessions:
-                self.take_now(encode_json(event))  # these must not restore a deleted session
-            if event["data"].get("status") == emit_event.CLIENT_EXITED:
-                self.ingest.read_transcripts(event["sessionId"])
+        For the threads that read them: what is not stored is read again, and has the same ids.
+        """
 
-        self.loop.call_soon(store)
+        def store(part: list[JsonObject]) -> bool:
+            is_read = (it["eventType"] in READ_KINDS and self.loading is None for it in part)
+            known = self.sessions.sessions  # what was read does not restore a deleted session
+            new = [it for it, read in zip(part, is_read) if not read or it["sessionId"] in known]
+            settled, stored = self.ingest.take(list(map(encode_json, new)))
+            self._show(stored)
+            for event in part:
+                if event["data"].get("status") == emit_event.CLIENT_EXITED:
+                    self.ingest.read_transcripts(event["sessionId"])
+            return all(settled)
+
+        with contextlib.suppress(TimeoutError):
+            parts = (events[at : at + 50] for at in range(0, len(events), 50))
+            return all(self.loop.call(functools.partial(store, part), 1.0) for part in parts)
+        return False
 
     def _show(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket] = {}) -> None:
         """Apply stored events, send them to clients and index; `waiting`: event id → hook's connection."""

@@ -165,11 +165,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str) -> bytes:
-    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+def read_small(path: str, limit_bytes: int = 8192) -> bytes:
+    """Return the beginning of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, 8192)
+        content = posix.read(fd, limit_bytes)
         posix.close(fd)
         return content
     except OSError:
@@ -1893,19 +1893,14 @@ def log_failure(reason: str) -> None:
 # ---------------------------------------------------------------------------
 
 PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # with which the branch is read
-USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
-TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and parsed at once
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
-USAGE_KEPT_MS = 30 * 24 * 3600 * 1000  # a session that was read longer ago is dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 LOOK_S = 1.0  # between two looks at whether a transcript has grown
-USAGE_QUIET_S = 30.0  # between two totals of a session that works; so long a missing transcript is expected
+USAGE_QUIET_S = 30.0  # between two totals of a session that works
 USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
-WATCH_S = 3600.0  # after its last event a working session is still looked at: a killed client sends no end
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
 EVIDENCE_MS = 60_000  # older lines are history
-PROMPT_MARGIN_MS = 2000  # a hook's event and the line about the same prompt are no further apart
-USAGE_SCHEMA = 9
+USAGE_SCHEMA = 10
 _USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -1916,47 +1911,31 @@ _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
 _MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
 _USER_LINE = re.compile(b'"type": ?"user"')
+_AGENT_MARKS = (
+    b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
+    b' "permission.completed" "cancelled" "CommandExecution"'
+).split()
 # Lines of the type `user` that no person typed.
 NOT_TYPED = re.compile(
     r"\s*(?:\[Request interrupted|Caveat: The messages below|$"
     r"|<(?:command-\w+|local-command-\w+|bash-\w+|task-notification|teammate-message|system-reminder)\b)"
 )
-_AGENT_MARKS = (
-    b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
-    b' "permission.completed" "cancelled" "CommandExecution"'
-).split()
-_TYPED_COMMAND = re.compile(r"<bash-input>\s*(.*)</bash-input>\s*", re.S)
 WORDS = "agent_words"  # the type of events with what was said
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
-_BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
-AGENTS_REMEMBERED = 4096
 CLIENT_FILE_LIMIT_BYTES = 64 << 10  # of a note or a registry file
-_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
-    "spawnDepth": lambda value: type(value) is int,
-}
-# `model` and `context` are of the main agent's last message, `origin` is whose messages come first. Of words
-# a row of `messages` has the id only.
+# `usage` is that of the event, with all agents, the last to use tokens at the end. Words have no `counts`.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages; DROP TABLE IF EXISTS words;
-DROP TABLE IF EXISTS sessions;
-CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
-  chain TEXT);
+DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages; DROP TABLE IF EXISTS sessions;
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, chain TEXT,
+  usage TEXT DEFAULT '{{"models": {{}}, "agents": {{}}}}');
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, identity TEXT,
   position INTEGER);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, agent TEXT,
-  model TEXT, {", ".join(COUNT_NAMES)});
-CREATE INDEX messages_of_session ON messages (session);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, counts TEXT)
+  WITHOUT ROWID;
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
-# Of several lines of one message the largest numbers are true.
-_COUNT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET " + (
-    ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
-)
-_SUMS = ", ".join(f"SUM({name})" for name in COUNT_NAMES)
 Counts = tuple[int, int, int, int, int]  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
@@ -1967,122 +1946,95 @@ class MessageUsage(NamedTuple):
     agent_id: str
     model: str
     counts: Counts
-    session_id: str = ""  # the one in the line; a fork begins with lines of another session
 
 
 class CostState(NamedTuple):
     """The client's own sums, for the whole session so far; a fork's include those of its parent."""
 
-    session_id: str
     chain: str  # the same for a session and its forks: when the first of them began
     models: "dict[str, Counts]"
 
 
+Fact = Any  # MessageUsage, CostState, or an event
+
+
 class TranscriptParser:
-    """Find usage, words and evidence in a transcript fed in pieces of any size; a line counts once complete.
+    """Find usage, words and evidence in the lines of a transcript.
 
     Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
-    words: `agent_words` for each text of the agent, and what a person typed (with `data.role`); their id is
-    the same in every copy of the line. Lines that begin before `words_from` (bytes) have no words.
+    words: texts of the agent, and what a person typed (with `data.role`); copies of a line have the same id.
     """
 
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
-        self.consumed = 0  # bytes; the next reader begins there
-        self.words_from: float = 0
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
         self._model = model  # of the last line that names one, where the lines with tokens do not
-        self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
-        """Take the next bytes; return what is in the lines that they complete, a message's own usage last."""
-        self._rest += data
-        if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
-            return []
-        *lines, rest = bytes(self._rest).split(b"\n")
-        found: list[Any] = []
-        for line in lines:
-            has_words = self.consumed >= self.words_from and not self._program
-            is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
-            if is_prompt or any(mark in line for mark in self._marks):
-                with contextlib.suppress(MalformedEvent):
-                    found += self.facts_in(parse_event_line(line), line, has_words)
-            self.consumed += len(line) + 1
-        if not lines:  # too long a line; its end will be no JSON object
-            self.consumed += len(rest)
-        self._rest = bytearray(rest if lines else b"")
-        return found
+    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Fact]":
+        """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
+        has_words = has_words and not self._program
+        is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
+        if is_prompt or any(map(line.__contains__, self._marks)):
+            with contextlib.suppress(MalformedEvent):
+                return list(self.facts_in(parse_event_line(line), line, has_words))
+        return []
 
-    def facts_in(
-        self, entry: JsonObject, line: bytes, has_words: bool = True
-    ) -> "Iterator[MessageUsage | CostState | JsonObject]":
-        """Yield what is in one line, and its JSON object; a message's own usage last."""
-        wrapped = entry.get("payload", entry.get("data")) if self._program else None
+    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Fact]":
+        """Yield what is in one line, whose JSON object is `entry`."""
+        wrapped = entry.get("payload", entry.get("data")) if self._program else entry
         inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
-        shown = (
-            _agent_evidence(self._program, self._agent_id, entry, inner)
-            if self._program
-            else _evidence_in(entry, self._agent_id)
-        )
+        shown = _evidence_in(entry, inner, self._agent_id, self._program)
         time_ms = iso_time_ms(shown.pop("at", entry.get("timestamp")))
         if shown and time_ms:
             yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         if self._program:
-            yield from self._of_program(AGENTS[self._program], entry, inner, line)
+            yield from self._program_usage(entry, inner, line)
             return
-        kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
-        sums = entry.get("modelUsage")
+        kind, message, sums = (entry.get(name) for name in ("type", "message", "modelUsage"))
         if kind == "cost-state" and isinstance(sums, dict):
-            names = filter(_is_id, sums)
-            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in names}
-            begun = entry.get("startTime")
-            yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
+            begun, session_id = entry.get("startTime"), id_or(entry.get("sessionId"), "")
+            models = {id_or(it, ""): _counts_of(sums[it], _CLIENT_COUNTS) for it in sums if _is_id(it)}
+            yield CostState(str(begun) if type(begun) is int else session_id, models)
         if not isinstance(message, dict):
             return
-        if has_words and kind == "user" and time_ms and b'"tool_result"' not in line:
-            yield from self._prompt_in(entry, time_ms)
-        if kind != "assistant":
-            return
+        texts = texts_of(message.get("content")) if has_words and time_ms else []
+        if kind == "user" and texts and b'"tool_result"' not in line:
+            text = "\n".join(texts)
+            command = re.fullmatch(r"<bash-input>\s*(.*)</bash-input>\s*", text, re.S)  # it fires no hook
+            marks = map(entry.get, ("isMeta", "isCompactSummary", "isSidechain"))
+            if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
+                role, text = ("shell", command[1]) if command else ("user", text)
+                yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
-        if not message_id or model in ("", "<synthetic>") or not isinstance(usage, dict):
+        is_answer = kind == "assistant" and message_id and model not in ("", "<synthetic>")
+        if not is_answer or not isinstance(usage, dict):
             return
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
-        for text in texts_of(message.get("content")) if has_words and time_ms else ():
-            yield _words(f"{key} {text}", time_ms or 0, agent_id, {"text": text, "messageId": message_id})
-        beside = (part for part in objects_in(usage.get("iterations")) if part.get("type") in _BESIDE)
+        for text in texts:
+            yield _words(f"{key} {text}", time_ms, agent_id, {"text": text, "messageId": message_id})
+        own_sums = ("advisor_message", "compaction")  # not in the sums above them
+        beside = (it for it in objects_in(usage.get("iterations")) if it.get("type") in own_sums)
         for number, part in enumerate(beside):
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
-            yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
-        yield MessageUsage(key, agent_id, model, counts, session_id)
+            yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts)
+        yield MessageUsage(key, agent_id, model, counts)
 
-    def _prompt_in(self, entry: JsonObject, time_ms: int) -> "Iterator[JsonObject]":
-        """Yield the prompt in a line, if a person typed one; `shell`: a command, which fires no hook."""
-        text = "\n".join(texts_of(entry["message"].get("content")))
-        command = _TYPED_COMMAND.fullmatch(text)
-        marks = list(map(entry.get, ("isMeta", "isCompactSummary", "isSidechain")))
-        if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
-            role, text = ("shell", command[1]) if command else ("user", text)
-            yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
-
-    def _of_program(
-        self, about: AgentFormat, entry: JsonObject, inner: JsonObject, line: bytes
-    ) -> "Iterator[MessageUsage]":
+    def _program_usage(self, entry: JsonObject, inner: JsonObject, line: bytes) -> "Iterator[MessageUsage]":
         """Yield what a line of another program's transcript has of usage."""
-        kind = entry.get("type")
-        if kind == "turn_context":
+        about = AGENTS[self._program]
+        if entry.get("type") == "turn_context":
             self._model = id_or(inner.get("model"), self._model)
         type_name, place, key_name = about.usage
         usage = inner.get(place)
-        if kind != type_name or not isinstance(usage, dict):
+        if entry.get("type") != type_name or not isinstance(usage, dict):
             return
-        count_names = [*about.counts.split(), "-"]
-        sent, received, read, written, _ = _counts_of(usage, count_names)
+        sent, received, read, written, _ = _counts_of(usage, [*about.counts.split(), "-"])
         if self._program != "kimi":  # the others' input includes what the cache had
             sent = max(0, sent - read - written)
         if self._program == "gemini":
@@ -2091,8 +2043,7 @@ class TranscriptParser:
         agent_id = id_or(entry.get("agentId", thread), self._agent_id).replace("main", "", 1)
         model = id_or(usage.get("model", entry.get("model")), self._model) or "unknown"
         key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
-        counts = (sent, received, read, written, 0)
-        yield MessageUsage(f"{self._program} {key}", agent_id, model, counts)
+        yield MessageUsage(f"{self._program} {key}", agent_id, model, (sent, received, read, written, 0))
 
 
 def texts_of(content: Any) -> "list[str]":
@@ -2102,67 +2053,64 @@ def texts_of(content: Any) -> "list[str]":
     return [text for text in texts if isinstance(text, str) and not text.isspace() and text]
 
 
-def _words(key: str, time_ms: int, agent_id: str, data: JsonObject) -> JsonObject:
+def _words(key: str, time_ms: "Optional[int]", agent_id: str, data: JsonObject) -> JsonObject:
     event = {"id": stable_id(encode_json(key)), "timestamp": time_ms, "hookType": "", "eventType": WORDS}
     return {**event, **({"agentId": agent_id} if agent_id else {}), "data": data}
 
 
-def _agent_evidence(program: str, agent_id: str, entry: JsonObject, inner: JsonObject) -> JsonObject:
-    """Return the event that a line of another program's transcript is evidence of; `at`: its time."""
-    if agent_id or "agentId" in entry:
-        return {}
+def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: str) -> JsonObject:
+    """Return the event that a line is evidence of, without id; `at`: its own time; {} if there is none."""
     kind = inner.get("type") if program == "codex" else entry.get("type")
-    calls, error, item = objects_in(entry.get("toolCalls")), inner.get("error"), inner.get("item")
-    data: JsonObject = {}
-    at = {}
+    if kind == "assistant" and "isApiErrorMessage" not in entry:
+        return {}
+    message, attachment, item, error = map(inner.get, ("message", "attachment", "item", "error"))
+    blocks = objects_in(message.get("content") if isinstance(message, dict) else [])
+    calls = objects_in(entry.get("toolCalls"))
+    text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
+    if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
+        by = {"agentId": agent_id} if agent_id else {}
+        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
+    if agent_id or "agentId" in entry or entry.get("isSidechain") is True:
+        return {}
+    data, at = {}, {}
+    if kind == "permission.completed":
+        return {"eventType": "permission_result", "data": {}}
     if kind == "item_completed" and isinstance(item, dict) and item.get("exit_code"):
         data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
         data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
         return {"eventType": "tool_error", "data": data}
-    if kind == "permission.completed":
-        return {"eventType": "permission_result", "data": {}}
-    if kind in ("turn_aborted", "abort"):
+    if kind in ("turn_aborted", "abort") or (
+        kind == "user" and text.startswith("[Request interrupted by user")
+    ):
         data = {"status": "interrupted"}
-    elif kind == "task_complete" and isinstance(error, dict):
-        data = {"status": "failed", "error": "error", "error_details": error.get("message")}
-    elif program == "gemini" and kind == "error":
-        data = {"status": "failed", "error": "error", "error_details": entry.get("content")}
     elif calls and all(call.get("status") == "cancelled" for call in calls):
         data, at = {"status": "interrupted"}, {"at": calls[-1].get("timestamp")}
-    return {"eventType": "client_status", "data": data, **at} if data else {}
-
-
-def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
-    """Return the event that a line is evidence of, without id and time; {} if there is none."""
-    kind, message, attachment = (entry.get(name) for name in ("type", "message", "attachment"))
-    blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
-    text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
-    data: JsonObject = {}
-    if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
-        by = {"agentId": agent_id} if agent_id else {}
-        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
-    if agent_id or entry.get("isSidechain") is True:
-        return {}
-    if kind == "user" and text.startswith("[Request interrupted by user"):
-        data = {"status": "interrupted"}
     elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
         data = {"status": "killed", "message": str(entry["content"])[:2000]}
+    elif kind == "task_complete" and isinstance(error, dict):
+        data = {"status": "failed", "error": "error", "error_details": error.get("message")}
+    elif kind == "error" and program == "gemini":
+        data = {"status": "failed", "error": "error", "error_details": entry.get("content")}
     elif entry.get("isApiErrorMessage") is True:
         data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
     elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
         data = {"status": "failed", "error": "max_turns", "assistantResponse": "it ran out of turns"}
-    return {"eventType": "client_status", "data": data} if data else {}
+    return {"eventType": "client_status", "data": data, **at} if data else {}
 
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+    digits = hashlib.sha256(content).hexdigest()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
     """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    text = str(text)[:40]
+    text = text[:23].rstrip("Z") + "+00:00" if text.endswith("Z") else text
     with contextlib.suppress(ValueError):
-        moment = datetime.datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$|Z$", r"\1+00:00", str(text)[:40]))
+        moment = datetime.datetime.fromisoformat(text)
         return max(0, round(moment.timestamp() * 1000)) or None if moment.tzinfo else None
     return None
 
@@ -2185,7 +2133,6 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    What was said becomes `agent_words` events, once for all sessions: a fork begins with copies of lines.
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
     or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
     Stops early, without a result, once `stopping` is set; the next call continues there.
@@ -2194,45 +2141,67 @@ class UsageReader:
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
         self._home = home  # "": nothing is saved
         self._stopping = stopping or threading.Event()
+        self.deliver: Callable[[list[JsonObject]], bool] = lambda events: True  # True once they are stored
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self.with_words = True
         # Session → hash of its last totals, and when they were read (time.monotonic)
         self._delivered: dict[str, tuple[int, float]] = {}
-        self._found: list[JsonObject] = []  # evidence and words of the last reading
-        self._no_hooks_ms = 0  # prompts before this time were reported by no hook
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
-        """Read on in the transcripts that an event names; return words, evidence, and usage if it is new.
+        """Read on in the transcripts that an event names; deliver words, evidence, and usage if it is new.
 
-        Without `is_end` only what has grown is read, and there is usage every USAGE_QUIET_S. Of UsageWorker:
-        `since`, the time of the first event since nothing was read; `states`, of the files when they were.
+        What is not delivered (the process is killed) is found again, with the same ids. Without `is_end` only
+        what has grown is read, and there is usage every USAGE_QUIET_S. Of UsageWorker: `since`, the time of
+        the first event since nothing was read; `states`, of the files when they were.
         """
-        data, session_id, states = event["data"], event["sessionId"], event.get("states", {})
-        before, read_at = self._delivered.get(session_id, (0, 0.0))
+        data, session, states = event["data"], event["sessionId"], event.get("states", {})
+        before, read_at = self._delivered.get(session, (0, 0.0))
         with_totals = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
         if not with_totals and states and all(_file_state(it) == states[it] for it in states):
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        since_ms: int = event.get("since") or event["timestamp"]
-        self._found, self._no_hooks_ms = [], since_ms - PROMPT_MARGIN_MS
+        # A hook's event and the line about the same prompt are at most 2 s apart.
+        since = int(event.get("since") or event["timestamp"]) - 2000
+        program = event.get("agent", "") if event.get("agent") in AGENTS else ""
+        found: list[JsonObject] = []
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             folders = {os.path.dirname(path) for path, agent_id in files.items() if agent_id}
             folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
             now = {path: _file_state(path) for path in (*files, *folders)}
-            grown = {path: files[path] for path in files if now[path] and now[path] != states.get(path)}
-            with self._open():  # all or nothing: what was not returned is found again
-                usage = self._read(session_id, grown, str(event.get("agent")), with_totals)
+            grown = [path for path in files if now[path] and now[path] != states.get(path)]
+            with self._open() as database:  # all or nothing
+                earlier = self._usage_of(session)
+                if (earlier and with_totals) or (grown and not earlier):
+                    self.begin(session)
+                # The main one is the last, because the client's sums in it include those of the subagents.
+                for path in sorted(grown, key=lambda it: files[it] == ""):
+                    is_other = program == "codex" and session not in path  # a subagent's own file
+                    agent_id = files[path] or (SIDECHAIN if is_other else "")
+                    parser = TranscriptParser(agent_id, program, earlier.get("model", ""))
+                    found += [{**about, **it} for it in self._read(session, path, parser, since)]
+                usage = self.totals(session) if with_totals and not self._stopping.is_set() else None
+                key = hash(encode_json(usage))
+                if usage and key != before:
+                    found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+                while found and not self.deliver(found):
+                    if self._stopping.wait(LOOK_S):
+                        database.rollback()
+                        return []
         except Exception as error:  # an unreadable transcript must not stop the thread
-            self._recover(error)
+            with contextlib.suppress(OSError):
+                log_failure(f"token usage could not be read: {error!r}")
+            with contextlib.suppress(Exception):  # a damaged file cannot always be closed
+                self.close()
+            if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: no database
+                for suffix in ("", "-wal", "-shm"):
+                    with contextlib.suppress(OSError):
+                        os.unlink(f"{self._home}/usage.db{suffix}")
             return []
         states.clear()
         states.update(now)
-        found, key = [{**about, **it} for it in self._found], hash(encode_json(usage))
         if with_totals:
-            self._delivered[session_id] = key, time.monotonic()
-            if usage and key != before:
-                found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+            self._delivered[session] = key, time.monotonic()
         return found
 
     def close(self) -> None:
@@ -2240,16 +2209,6 @@ class UsageReader:
         database, self._database = self._database, None
         if database is not None:
             database.close()
-
-    def _recover(self, error: Exception) -> None:
-        with contextlib.suppress(OSError):
-            log_failure(f"token usage could not be read: {error!r}")
-        with contextlib.suppress(Exception):  # a damaged file cannot always be closed
-            self.close()
-        if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: it is no database
-            for suffix in ("", "-journal"):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self._home}/usage.db{suffix}")
 
     def _open(self) -> Any:
         if self._database is None:
@@ -2261,147 +2220,126 @@ class UsageReader:
                 os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
-            for pragma in ("synchronous = OFF", "journal_mode = TRUNCATE", "foreign_keys = ON"):
+            for pragma in ("synchronous = OFF", "journal_mode = WAL", "foreign_keys = ON"):
                 database.execute("PRAGMA " + pragma)
             if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
                 database.executescript(_USAGE_TABLES)
             self._database = database
         return self._database
 
-    def _read(
-        self, session: str, files: "dict[str, str]", agent: str, with_totals: bool
-    ) -> "JsonObject | None":
-        find = "SELECT model FROM sessions WHERE name = ?"
-        known = self._database.execute(find, (session,)).fetchone()
-        if not known and not files:
-            return None  # the session's file system is not here
-        if with_totals or not known:
-            self.begin(session)
-        program, model = agent if agent in AGENTS else "", known and known[0]
-        # The main transcript is the last, because the client's sums in it include those of the subagents.
-        for path, agent_id in sorted(files.items(), key=lambda file: file[1] == ""):
-            if program == "codex" and session not in path:
-                agent_id = agent_id or SIDECHAIN  # a subagent's own file
-            with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
-                self._count(session, path, file.fileno(), TranscriptParser(agent_id, program, model or ""))
-        return self.totals(session) if with_totals and not self._stopping.is_set() else None
+    def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
+        """Count what is new in a transcript; yield evidence, and words that no session has had.
 
-    def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
-        about = os.fstat(fd)
-        size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
-        find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
-        (start,) = self._database.execute(find, (path, identity, size)).fetchone() or (0,)
-        place = start
-        parser.words_from = size - start - WORDS_TAIL_BYTES if self.with_words else math.inf
-        while place < size and not self._stopping.is_set():
-            chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
-            if not chunk:
-                break  # it has become shorter
-            place += len(chunk)
-            found = parser.feed(chunk)
-            self._found += [it for it in found if isinstance(it, dict) and self._is_new(session, it)]
-            self.count(session, [it for it in found if not isinstance(it, dict)])
-        if parser.consumed:
-            row = (path, session, identity, start + parser.consumed)
-            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+        Hooks have reported the prompts after `since` (ms); evidence from before it is history.
+        """
+        database, counted = self._database, []
+        with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
+            about = os.fstat(file.fileno())
+            size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
+            find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
+            (place,) = database.execute(find, (path, identity, size)).fetchone() or (0,)
+            file.seek(place)
+            while place < size and not self._stopping.is_set():
+                line = file.readline(TRANSCRIPT_LINE_LIMIT_BYTES)  # of a longer one a part, which is no JSON
+                if not line.endswith(b"\n") and len(line) < TRANSCRIPT_LINE_LIMIT_BYTES:
+                    break  # it is still written
+                has_words = self.with_words and place >= size - WORDS_TAIL_BYTES
+                place += len(line)
+                for it in parser.facts_of(line, has_words):
+                    if not isinstance(it, dict):
+                        counted.append(it)
+                    elif it["eventType"] != WORDS:
+                        if it["timestamp"] > max(now_ms() - EVIDENCE_MS, since):
+                            yield it
+                    else:
+                        add = "INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)"
+                        is_new = database.execute(add, (it["id"], session)).rowcount == 1
+                        if is_new and (it["data"].get("role") != "user" or it["timestamp"] < since):
+                            yield it
+            self.count(session, counted)
+            row = (path, session, identity, place)
+            database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
 
     def begin(self, session: str) -> None:
-        """Begin to count for a session, or go on; drop those that were read long ago."""
-        # A dropped session is read from its start when it has another event.
-        upsert = "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
-        upsert += " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms"
+        """Begin to count for a session, or go on; drop those that were not read for 30 days."""
         database = self._open()
-        database.execute(upsert, (session, now_ms()))
-        database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - USAGE_KEPT_MS,))
+        database.execute("INSERT OR IGNORE INTO sessions (name) VALUES (?)", (session,))
+        database.execute("UPDATE sessions SET read_ms = ? WHERE name = ?", (now_ms(), session))
+        database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - 30 * 24 * 3600 * 1000,))
 
     def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
         """Count what a parser has found, for a session that has begun."""
-        database, own = self._database, [it for it in found if isinstance(it, MessageUsage)]
-        own = [it for it in own if not it.agent_id]
-        if own:
-            update = "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
-            used = own[-1].counts
-            about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
-            database.execute(update + " WHERE name = ?", about_own)
-        for entry in found:
-            for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry):
+        database, usage = self._database, self._usage_of(session)
+        for entry, _ in itertools.groupby(found):  # each line of a message has all of its usage
+            for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry, usage):
                 key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
-                database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+                known = database.execute("SELECT counts FROM messages WHERE id = ?", (key,)).fetchone()
+                before = json.loads(known[0]) if known else [0] * len(COUNT_NAMES)
+                counts = list(map(max, before, it.counts))  # of several lines the largest are true
+                if not known or counts != before:
+                    row = (key, session, str(counts))
+                    database.execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", row)
+                    of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
+                    for models in (usage["models"], of_agent):
+                        add_counts(
+                            models.setdefault(it.model, {}), (now - then for now, then in zip(counts, before))
+                        )
+                if it is entry and not it.agent_id:
+                    usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
+        database.execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
 
     def totals(self, session: str) -> "JsonObject | None":
         """Return what a session has used so far; None if that is nothing."""
-        database = self._database
-        models: dict[str, JsonObject] = {}
-        agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
-        sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? AND model > '' GROUP BY 1, 2"
-        for agent, model, *counts in database.execute(
-            sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
-        ):
-            for by_model in (models, agents.setdefault(agent, {})):
-                add_counts(by_model.setdefault(model, {}), counts)
-        if not models:
-            return None
-        usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-        find = "SELECT model, context FROM sessions WHERE name = ?"
-        model, context = database.execute(find, (session,)).fetchone()
-        return {**usage, "model": model, "context": context} if model else usage
+        usage = self._usage_of(session)
+        agents = usage.get("agents", {})  # in the event the main agent, then those that used tokens last
+        newest = ["", *filter(None, reversed(agents))][:AGENTS_IN_USAGE]
+        return {**usage, "agents": {it: agents[it] for it in newest if it in agents}} if agents else None
 
-    def _is_new(self, session: str, event: JsonObject) -> bool:
-        """True if an event is recent evidence, or words that no session has had, and no hook has reported."""
-        if event["eventType"] != WORDS:  # a fork begins with copies of lines
-            return bool(event["timestamp"] > max(now_ms() - EVIDENCE_MS, self._no_hooks_ms))
-        is_by_hook = event["data"].get("role") == "user" and event["timestamp"] >= self._no_hooks_ms
-        add = "INSERT OR IGNORE INTO messages (id, session) VALUES (?, ?)"
-        return self._database.execute(add, (event["id"], session)).rowcount == 1 and not is_by_hook
+    def _usage_of(self, session: str) -> JsonObject:
+        find = "SELECT usage FROM sessions WHERE name = ?"
+        row = self._database.execute(find, (session,)).fetchone()
+        return json.loads(row[0]) if row else {}
 
-    def _rest_of(self, session: str, state: CostState) -> "Iterator[MessageUsage]":
-        """Yield what the client's sums have beyond what was counted so far: requests that have no line."""
-        # The sums belong to the first session of a chain; a fork begins with messages of another one.
-        find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
-        if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
-            return
+    def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":
+        """Yield what the client's sums have beyond what was counted for their chain: no line has it."""
         self._database.execute("UPDATE sessions SET chain = ? WHERE name = ?", (state.chain, session))
-        models = (self.totals(session) or {}).get("models", {})
-        counted = {model: [by.get(name, 0) for name in COUNT_NAMES] for model, by in models.items()}
-        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
+        find = "SELECT usage FROM sessions WHERE chain = ? AND name != ?"
+        others = [json.loads(row[0]) for row in self._database.execute(find, (state.chain, session))]
         nothing = [0] * len(COUNT_NAMES)
-        in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (state.models, counted))
-        left = [max(0, own - ours) for own, ours in zip(in_all, known)]
-        for model, sums in state.models.items():
-            more = [min(max(0, a - b), c) for a, b, c in zip(sums, counted.get(model, nothing), left)]
+        ours: dict[str, list[int]] = {}
+        for model, by in (it for each in (usage, *others) for it in each["models"].items()):
+            ours[model] = [by.get(it, 0) + a for it, a in zip(COUNT_NAMES, ours.get(model, nothing))]
+        # A model's names may differ (`[1m]`, those of a cloud), so in all no more than all that is left.
+        in_all, known = (map(sum, zip(nothing, *by.values())) for by in (state.models, ours))
+        left = [a - b for a, b in zip(in_all, known)]
+        for model, own in state.models.items():
+            more = [max(0, min(a - b, c)) for a, b, c in zip(own, ours.get(model, nothing), left)]
             left = [a - b for a, b in zip(left, more)]
             if any(more):
-                key = f"{state.chain} cost-state {model} {sums}"
+                key = f"{state.chain} cost-state {model} {own}"
                 yield MessageUsage(key, "", model, (more[0], more[1], more[2], more[3], min(more[3:])))
 
 
-class UsageWorker:
-    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
+class UsageWorker(threading.Thread):
+    """Reads transcripts in a thread of its own, so that no event waits for them; `deliver` runs in it."""
 
-    `deliver` is called in it and must not raise; `is_reported`: if the registry reports a session's status.
-    """
-
-    def __init__(
-        self, home: str, deliver: "Callable[[JsonObject], Any]", is_reported: "Callable[[str], bool]"
-    ) -> None:
-        self._deliver = deliver
-        self._is_reported = is_reported
+    def __init__(self, home: str, deliver: "Callable[[list[JsonObject]], bool]") -> None:
+        super().__init__(name="usage", daemon=True)  # begins with the first event
         self._closing = threading.Event()
         self.reader = UsageReader(home, self._closing)
+        self.reader.deliver = deliver
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → the event's fields, until when (time.monotonic) they
         # are looked at, whether they are to be read at once, and the files' states
         self._pending: dict[tuple[str, str], JsonObject] = {}
-        self._thread: Optional[threading.Thread] = None  # begins with the first event
 
-    @property
-    def is_busy(self) -> bool:
-        """True while something is to be read at once, or a session works that no registry reports."""
+    def is_watching(self, reported: "set[str]") -> bool:
+        """True while a session works that is not among the `reported`, those in the registry."""
         with self._wake:
-            return any(
-                it["isEnd"] or (it["until"] > time.monotonic() and not self._is_reported(session))
-                for (session, _), it in self._pending.items()
-            )
+            pending = [
+                session for (session, _), it in self._pending.items() if it["until"] > time.monotonic()
+            ]
+        return not reported.issuperset(pending)
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
@@ -2409,18 +2347,17 @@ class UsageWorker:
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
             return
-        is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
+        is_end = event["hookType"] in ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
+        key = (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
-        is_here = os.path.exists(paths.get(names[0], ""))
-        until = now + (USAGE_LATE_S if not works else WATCH_S if is_here else USAGE_QUIET_S)
+        until = now + (3600.0 if works else USAGE_LATE_S)  # a killed client sends no end
         with self._wake:
             is_first, before = not self._pending, self._pending.get(key, {})
             new = {**about, "data": paths, "until": until, "isEnd": is_end or before.get("isEnd", False)}
             self._pending[key] = {"since": event["timestamp"], "states": {}, **before, **new}
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
-                self._thread.start()
+            if self.ident is None:
+                self.start()
             if is_end or is_first:  # else the thread wakes up for its next look
                 self._wake.notify()
 
@@ -2429,24 +2366,22 @@ class UsageWorker:
         self._closing.set()
         with self._wake:
             self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
+        if self.is_alive():
+            self.join()
 
-    def _run(self) -> None:
-        looked = 0.0
+    def run(self) -> None:
+        """Read what is due until `close`."""
+        next_look = 0.0  # time.monotonic
         while not self._closing.is_set():
             with self._wake:
                 if not (self._closing.is_set() or any(it["isEnd"] for it in self._pending.values())):
-                    left = looked + LOOK_S - time.monotonic()
-                    self._wake.wait(max(0.0, left) if self._pending else None)
+                    self._wake.wait(max(0.0, next_look - time.monotonic()) if self._pending else None)
                 now = time.monotonic()
-                is_look = now >= looked + LOOK_S
-                looked = now if is_look else looked
-                due = [(key, it) for key, it in self._pending.items() if is_look or it["isEnd"]]
+                due = [(key, it) for key, it in self._pending.items() if now >= next_look or it["isEnd"]]
+                next_look = now + LOOK_S if now >= next_look else next_look
             for key, entry in due:
                 is_over = entry["until"] <= now
-                for found in self.reader.events(entry, entry["isEnd"] or is_over):
-                    self._deliver(found)
+                self.reader.events(entry, entry["isEnd"] or is_over)
                 with self._wake:
                     if self._pending.get(key) is entry:
                         entry["isEnd"] = False
@@ -2510,7 +2445,7 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
             totals[name] = totals.get(name, 0) + count
 
 
-GIT_DEPTH_LIMIT = 256  # folders of a path
+# A branch, or a commit's id with its first characters, in `.git/HEAD`: anything else may be a private file.
 _GIT_HEAD = re.compile(
     r"ref: refs/(?:heads/)?([^\s~^:?*\[\\]{1,255})|([0-9a-f]{7})[0-9a-f]{33}(?:[0-9a-f]{24})?"
 )
@@ -2526,11 +2461,10 @@ def add_git_place(event: JsonObject) -> None:
         return
 
     def read(*path: str) -> str:
-        with open(os.path.realpath(os.path.join(*path)), "rb", opener=open_own) as file:
-            return file.read(4096).decode("utf-8", "replace").strip()
+        return read_small(os.path.realpath(os.path.join(*path))).decode("utf-8", "replace").strip()
 
     folders = os.path.normpath(event["workingDirectory"]).split("/")
-    is_known = folders[0] == "" and len(folders) <= GIT_DEPTH_LIMIT
+    is_known = folders[0] == "" and len(folders) <= 256  # a longer path would hold the loop up
     for depth in range(len(folders) if is_known else 0, 0, -1):
         root = project = "/".join(folders[:depth]) or "/"
         git = os.path.join(root, ".git")
@@ -2539,10 +2473,11 @@ def add_git_place(event: JsonObject) -> None:
         with contextlib.suppress(OSError, ValueError):
             if not os.path.isdir(git):
                 git = os.path.join(root, read(git).partition("gitdir: ")[2])
-                with contextlib.suppress(OSError):  # a submodule has none
-                    common = os.path.normpath(os.path.join(git, read(git, "commondir")))
+                common = read(git, "commondir")  # a submodule has none
+                if common:
+                    common = os.path.normpath(os.path.join(git, common))
                     project = os.path.dirname(common) if common.endswith("/.git") else common
-            head = _GIT_HEAD.fullmatch(read(git, "HEAD"))  # anything else may be a link to a private file
+            head = _GIT_HEAD.fullmatch(read(git, "HEAD"))
             if head and head[0].isprintable():
                 event["data"]["git"] = {"branch": head[1] or head[2], "root": root, "project": project}
                 return
@@ -2556,19 +2491,19 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> No
     """
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
-    if noted.get(key, event["id"]) != event["id"] or not _AGENT_ID.fullmatch(agent_id):
+    if noted.get(key, event["id"]) != event["id"] or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", agent_id):
         return
-    places = transcript_places(data.get("transcriptPath"))
-    notes = agent_files(places, f"agent-{agent_id}.", ".meta.json")
+    notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
     try:
         with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
             note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
     except (OSError, MalformedEvent):
         return  # not there, or only half written
-    if len(noted) >= AGENTS_REMEMBERED:
+    if len(noted) >= 4096:
         del noted[next(iter(noted))]
     noted[key] = event["id"]
-    known = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
+    names = "agentType toolUseId parentAgentId requestShape spawnDepth".split()
+    known = {name: note[name] for name in names if _is_id(note.get(name)) or type(note.get(name)) is int}
     _keep(data, "agentMeta", known)
     if isinstance(note.get("description"), str):
         _keep(data, "agentDescription", note["description"])
@@ -2587,9 +2522,8 @@ REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
-FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
-FILE_SETTLED_NS = 100_000_000  # a file changed later than this may change again within the same mtime
 CLIENT_EXITED = "exited"  # the status of a client whose process has ended
+_ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoint", "version")
 
 
 class ClientRecord(NamedTuple):
@@ -2600,10 +2534,7 @@ class ClientRecord(NamedTuple):
     session_id: str
     directory: str
     since_ms: int  # when its status began; 0: not known
-    about: "dict[str, str]"  # the event's data: status, waitingFor, name, …
-
-
-_ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoint", "version")
+    about: "dict[str, str]"  # the event's data: those of _ABOUT_CLIENT that it has
 
 
 def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
@@ -2612,7 +2543,7 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
         fields = parse_event_line(content)
     except MalformedEvent:
         return None
-    pid, session_id, cwd, since_ms = (fields.get(it) for it in ("pid", "sessionId", "cwd", "statusUpdatedAt"))
+    pid, session_id, cwd, since_ms = map(fields.get, ("pid", "sessionId", "cwd", "statusUpdatedAt"))
     if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
         return None
     about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
@@ -2634,16 +2565,6 @@ def process_start(pid: int) -> "Optional[int]":
     return None
 
 
-class _Client:
-    """A client that runs: its record, and the record that was reported last."""
-
-    def __init__(self, record: ClientRecord, first_ms: int, is_next: bool) -> None:
-        self.record = record
-        self.first_ms = first_ms  # when its session was first seen
-        self.not_before_ms = first_ms if is_next else 0  # its process ran another session until then
-        self.reported: dict[str, str] = {}
-
-
 class RegistryWatcher:
     """Makes `client_status` events from the files of this user's clients on this machine.
 
@@ -2656,9 +2577,10 @@ class RegistryWatcher:
         self._directories: dict[str, None] = {configured: None}
         # Path → its inode, size and mtime when it was read, or None to read it again
         self._files: dict[str, Optional[tuple[int, int, int]]] = {}
-        self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
-        self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
-        self.sessions: frozenset[str] = frozenset()  # ids of those whose status is reported; for any thread
+        # Path → a client whose process runs: its `record`, when (ms) its session was seen `first`, until when
+        # its process ran another one `before`, and what was `reported` last
+        self.clients: dict[str, JsonObject] = {}
+        self._looked_ms = -REGISTRY_ALIVE_MS  # when their processes were looked at
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2666,41 +2588,42 @@ class RegistryWatcher:
         if below and directory.startswith("/") and len(self._directories) < REGISTRY_LIMIT:
             self._directories[directory] = None
 
-    @property
-    def is_busy(self) -> bool:
-        """True while a client does something or waits for a person."""
-        return any(client.record.about.get("status", "idle") != "idle" for client in self.clients.values())
-
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
         for path, record in self._changed_files():
             client = self.clients.get(path)
-            if client and client.record.session_id == record.session_id:
-                client.record = record
+            if client and client["record"].session_id == record.session_id:
+                client["record"] = record
             elif process_start(record.pid) in (record.started, 0):
-                self.clients[path] = _Client(record, time_ms, is_next=client is not None)
+                before = time_ms if client else 0
+                self.clients[path] = {"record": record, "first": time_ms, "before": before, "reported": {}}
         events = []
         looks = not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
         self._looked_ms = time_ms if looks else self._looked_ms
         for path, client in list(self.clients.items()):
-            record, reported = client.record, client.reported
+            record, reported, at_ms = client["record"], client["reported"], time_ms
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
+            about, key = record.about, record[:3] + record[4:]
             if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
-                if reported:
-                    events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
-            elif not reported and time_ms - client.first_ms >= FIRST_STATUS_MS:
-                events.append(self._event(record, max(since_ms, client.not_before_ms), record.about))
-                client.reported = record.about
-            elif (
-                reported not in ({}, record.about) and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
-            ):
-                is_status = any(record.about.get(name) != reported.get(name) for name in _ABOUT_CLIENT[:2])
-                about = {**record.about, "previous": reported.get("status", "")}
-                events.append(self._event(record, since_ms if is_status else time_ms, about))
-                client.reported = record.about
-        clients = self.clients.values()
-        self.sessions = frozenset(it.record.session_id for it in clients if "status" in it.reported)
+                about, key = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED)
+                is_news = reported != {}
+            elif not reported:
+                is_news = time_ms - client["first"] >= 1000  # hooks have reported its beginning by then
+                at_ms = max(since_ms, client["before"])
+            else:
+                is_news = reported != about and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
+                if any(about.get(name) != reported.get(name) for name in ("status", "waitingFor")):
+                    at_ms = since_ms
+                about = {**about, "previous": reported.get("status", "")}
+            if is_news:
+                client["reported"] = record.about
+                events.append({
+                    "id": stable_id(encode_json([self._machine_key, *key])), "timestamp": at_ms,
+                    "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
+                    "workingDirectory": record.directory, "hookType": "", "eventType": "client_status",
+                    "data": about, **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
+                })  # fmt: skip
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
@@ -2714,27 +2637,14 @@ class RegistryWatcher:
         for path in self._files.keys() - listed.keys():
             del self._files[path]
         for path, state in listed.items():
-            if self._files.get(path) == state:
+            if self._files.get(path) == state or state[1] > CLIENT_FILE_LIMIT_BYTES:
                 continue
-            record = None
+            # A file that has just changed may change again within the same mtime.
+            self._files[path] = state if time.time_ns() - state[2] >= 100_000_000 else None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                is_small = state[1] <= CLIENT_FILE_LIMIT_BYTES
-                record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
-            is_settled = time.time_ns() - state[2] >= FILE_SETTLED_NS
-            if record or is_settled:
-                self._files[path] = state if is_settled else None
-            if record:
-                yield path, record
-
-    def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
-        is_exit = data.get("status") == CLIENT_EXITED
-        key = [self._machine_key, *record[:3], *([CLIENT_EXITED] if is_exit else record[4:])]
-        return {
-            "id": stable_id(encode_json(key)), "timestamp": time_ms,
-            "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
-            "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
-            **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
-        }  # fmt: skip
+                record = parse_registry(file.read(), os.path.basename(path))
+                if record:
+                    yield path, record
 
 
 # ---------------------------------------------------------------------------
@@ -2744,10 +2654,7 @@ class RegistryWatcher:
 # ---------------------------------------------------------------------------
 
 SPOOL_LIMIT_BYTES = 64 << 20
-SPOOL_LIMIT_MS = 7 * 24 * 3600 * 1000
 NO_CLOCK_MS = 10**12  # a time before 2001 is that of a machine whose clock was not set yet
-QUARANTINE_LIMIT_BYTES = 4 << 20
-QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
@@ -2756,7 +2663,7 @@ def drop_old_segments(directory: str) -> None:
     total = sum(size for _, size in segments)
     for path, size in segments:
         start_ms = segment_start_ms(path)
-        is_young = start_ms >= now_ms() - SPOOL_LIMIT_MS or 0 < start_ms < NO_CLOCK_MS
+        is_young = start_ms >= now_ms() - 7 * 24 * 3600 * 1000 or 0 < start_ms < NO_CLOCK_MS
         if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and is_young):
             continue  # what is taken is being delivered
         try:
@@ -2766,8 +2673,8 @@ def drop_old_segments(directory: str) -> None:
         except OSError:
             continue  # another writer, or the drainer, was first
         total -= size
-        with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
-            log.write(encode_json({"timestamp": now_ms(), "events": events, "bytes": size}) + b"\n")
+        with open(directory + "/dropped.log", "ab", opener=open_for_append) as log:
+            log.write(b"%d\n" % events)
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
@@ -2804,28 +2711,23 @@ def take_segment(path: str) -> str:
     return taken
 
 
-def take_dropped(directory: str) -> "tuple[int, int]":
-    """Return how many (events, bytes) the spool has dropped since the last call, and reset the count."""
-    path, taken = directory + "/dropped.log", directory + "/dropped.taken"
-    events = size = 0
+def take_dropped(directory: str) -> int:
+    """Return how many events the spool has dropped since the last call, and reset the count."""
+    taken = directory + "/dropped.taken"
     with contextlib.suppress(OSError):
-        if not os.path.exists(taken):
-            os.rename(path, taken)
+        if not os.path.exists(taken):  # else of a reader that was killed
+            os.rename(directory + "/dropped.log", taken)
         with open(taken, "rb", opener=open_own) as file:
             os.unlink(taken)  # first: on a broken disk nothing is counted twice
-            for line in file:
-                with contextlib.suppress(MalformedEvent, TypeError, ValueError):  # torn by a full disk
-                    record = parse_event_line(line)
-                    events += int(record.get("events", 0))
-                    size += int(record.get("bytes", 0))
-    return events, size
+            return sum(int(line) for line in file if line.strip().isdigit())
+    return 0
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
     """Append the beginning of a line that is no event to the quarantine file. Raises OSError."""
     record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
-    record["head"] = shown_head(line, QUARANTINED_HEAD_BYTES, privacy)
-    append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
+    record["head"] = shown_head(line, 4096, privacy)
+    append_bounded(path, encode_json(record) + b"\n", 4 << 20)
 
 
 # ---------------------------------------------------------------------------
@@ -2841,19 +2743,14 @@ BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
-SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
-BATCH_LIMIT_EVENTS = 200
-BATCH_LIMIT_BYTES = 256 << 10
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
-STATE_INTERVAL_S = 0.25
-RECENT_OUTCOMES = 50
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread and return its result; abandon it at the deadline and raise TimeoutError."""
-    outcome: list[Any] = [None, TimeoutError(f"no whole answer within {deadline_s:.0f} s")]
+    outcome: list[Any] = []
 
     def run() -> None:
         try:
@@ -2864,7 +2761,7 @@ def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, name="redis exchange", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    result, error = outcome
+    result, error = outcome or (None, TimeoutError(f"no whole answer within {deadline_s:.0f} s"))
     if error is not None:
         raise error
     return result
@@ -2876,54 +2773,49 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors.
-
-    Off are redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which need rights.
-    """
+    """Return a redis-py client, not yet connected, of the server that has the stream; raise its errors."""
     import redis.cluster
     import redis.sentinel
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    options = {"host": values["redis.host"], "port": values["redis.port"], "ssl": values["redis.tls"]}
-    if values["redis.url"]:
-        options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
+    given = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("redis.")}
+    options = {"host": given["host"], "port": given["port"], "ssl": given["tls"]}
+    if given["url"]:
+        options = dict(redis.connection.parse_url(given["url"]))  # type: ignore[no-untyped-call]
         options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
         if "path" in options:
             options["unix_socket_path"] = options.pop("path")
-    options.setdefault("db", values["redis.db"])
-    password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or values["redis.password"]
-    login = {"username": values["redis.username"], "password": password}
+    options.setdefault("db", given["db"])
+    password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or given["password"]
+    login = {"username": given["username"], "password": password}
     options.update((name, value) for name, value in login.items() if value)
     for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-        options["ssl_" + name] = path = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        options["ssl_" + name] = path = given[key] and os.path.expanduser(given[key])
         if path:
             open(path, "rb").close()  # raises an error with the path, which that of OpenSSL does not contain
-    options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
-    options["ssl_check_hostname"] = values["redis.verify"]
-    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
-    options["retry"] = Retry(NoBackoff(), 0)
+    options["ssl_cert_reqs"] = "required" if given["verify"] else "none"
+    options.update(ssl_check_hostname=given["verify"], socket_connect_timeout=1.0)
+    # Without retries, which reconnect silently, and without HELLO and CLIENT SETINFO, which need rights.
+    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
     silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
     rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
-    if values["redis.sentinels"]:
-        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
-        login = {"username": None, "password": values["redis.sentinelPassword"]}
+    if given["sentinels"]:
+        nodes = [host_and_port(node, 26379) for node in given["sentinels"]]
+        login = {"username": None, "password": given["sentinelPassword"]}
         manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
-        options["host"], options["port"] = manager.discover_master(values["redis.master"])
-    elif values["redis.cluster"]:
-        listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
-        nodes = [host_and_port(node, 6379) for node in listed]
-        nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
-        cluster: Any = redis.cluster.RedisCluster(
-            startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
-            require_full_coverage=False,
-            **rest,
-        )
+        options["host"], options["port"] = manager.discover_master(given["master"])
+    elif given["cluster"]:
+        nodes = [(options.get("host", "localhost"), options.get("port", 6379))]
+        if given["cluster"] is not True:
+            nodes = [host_and_port(node, 6379) for node in given["cluster"]]
+        first = [redis.cluster.ClusterNode(*node) for node in nodes]  # type: ignore[no-untyped-call]
+        cluster: Any = redis.cluster.RedisCluster(startup_nodes=first, require_full_coverage=False, **rest)
         with contextlib.closing(cluster):
             # PUBLISH at the node that has the stream reaches subscribers of every node.
-            node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
+            node = cluster.get_node_from_key(stream_name(values) or given["channel"])
         options.update(host=node.host, port=node.port, db=0)
     return redis.Redis(**options)
 
@@ -2962,14 +2854,9 @@ _REDIS_ADVICE = (
     ("READONLY|read only replica|read-only replica|previous master",
      "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
     ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
-    ("Cluster mode is not enabled", "set redis.cluster to false"),
     ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
-    ("OOM|used memory", "out of memory: raise maxmemory there or lower redis.streamMaxLength"),
-    ("WRONGTYPE", "choose another redis.channel"),
-    ("certificate required|CERTIFICATE_REQUIRED|did not return a certificate",
-     "set redis.certFile and redis.keyFile"),
-    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED",
-     "check redis.host and redis.caFile, and the server's certificate"),
+    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
     ("No such file or directory", "check the paths in the Redis configuration"),
     ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
     ("Connection refused", "is Redis running there?"),
@@ -2983,13 +2870,10 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
     """Return what is wrong with Redis, and what to do."""
     if isinstance(error, ImportError):
         return f"redis-py is missing or too old: {redis_py_advice(sys.executable)}"
-    text = " ".join(str(error).split())[:200]
+    text, kind = " ".join(str(error).split())[:200], type(error).__name__
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\[Errno -?\d+\] |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    kind = type(error).__name__
-    advice = [
-        it for signs, it in _REDIS_ADVICE if any(sign in f"{kind}: {text}" for sign in signs.split("|"))
-    ]
-    return f"Redis at {redis_place(values)}: {text or kind}" + (f" ({advice[0]})" if advice else "")
+    advice = next((f" ({it})" for signs, it in _REDIS_ADVICE if re.search(signs, f"{kind}: {text}")), "")
+    return f"Redis at {redis_place(values)}: {text or kind}{advice}"
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -3021,20 +2905,23 @@ class Publisher:
     """Send the events in the spool to Redis, in order, until it has been quiet for a while."""
 
     def __init__(self, home: str, config_path: str, lock_fd: int) -> None:
-        self._home = home
-        self._spool = home + "/spool"
-        self._config_path = config_path
-        self._lock_fd = lock_fd
-        self._python = publisher_python(home)  # the interpreter that runs it
-        self._values: dict[str, Any] = {}
-        self._config_key: Any = None  # what the configuration file was when `_values` was read
+        self._home, self._spool = home, home + "/spool"
+        self._config_path, self._lock_fd = config_path, lock_fd
+        self._basis = self._current_basis()
+        self._values = default_values()
+        try:
+            self._values = load_config(config_path)[0]
+        except ConfigError as error:
+            log_failure(f"the publisher cannot be configured: {error}")
+        self._privacy = privacy_of(self._values)
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
         self._noted: dict[tuple[str, str], str] = {}  # see add_agent_note
         self._registry = RegistryWatcher(self._machine_key)
-        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in self._registry.sessions)
         self._registry_due = 0.0  # time.monotonic
+        self._usage = UsageWorker(home, self._deliver)
+        self._usage.reader.with_words = not self._privacy.metadata_only
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
         self._batch: _Batch = []  # read, not delivered yet
@@ -3042,22 +2929,20 @@ class Publisher:
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
-        self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
+        self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=50)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "server": None, "published": 0,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "server": redis_place(self._values),
+            "published": 0,
             **dict.fromkeys(("subscribers", "channelState", "channelReason", "stream", "streamReason")),
         }  # fmt: skip
         self._written: JsonObject = {}  # the state as it is in publisher.json
-        self._written_at = 0.0
 
     def run(self) -> None:
         """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
         last_event = time.monotonic()
-        while not self.stopping:
+        is_redis = self._values["mode"] == "redis"
+        while is_redis and not self.stopping and self._current_basis() == self._basis:
             now = time.monotonic()
-            self._follow_config()
-            if self._values["mode"] != "redis":
-                break
             if now >= self._registry_due:
                 self._registry_due = now + REGISTRY_POLL_S
                 self._own_events.extend(self._registry.poll(now_ms()))
@@ -3067,56 +2952,74 @@ class Publisher:
                 if not self._failures:
                     continue
             self._write_state()
-            is_busy = self._usage.is_busy or self._registry.is_busy
             if self._batch:
-                if publisher_python(self._home) != self._python:  # perhaps this one lacks redis-py
-                    break
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif now - last_event < PUBLISHER_QUIET_S or self._own_events or is_busy:
-                if now - last_event >= BUSY_S:
-                    self._enter("idle", None)
-                time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
-            else:
+                continue
+            clients = self._registry.clients.values()
+            is_busy = any(it["record"].about.get("status", "idle") != "idle" for it in clients)
+            reported = {it["record"].session_id for it in clients if "status" in it["reported"]}
+            is_busy = is_busy or bool(self._own_events) or self._usage.is_watching(reported)
+            if now - last_event >= PUBLISHER_QUIET_S and not is_busy:
                 break
-        self._enter("stopped", None)
+            if now - last_event >= BUSY_S:
+                self._enter("idle")
+            time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
+        self._enter("stopped")
+        self._write_state()  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         # A hook appends before it tries the lock, so if refused, its append is seen here.
-        if not self.stopping and self._values["mode"] == "redis" and spool_segments(self._spool):
+        is_next = self._current_basis() != self._basis or spool_segments(self._spool)
+        if is_redis and is_next and not self.stopping:
             ensure_publisher(self._home)
 
-    def _follow_config(self) -> None:
-        key: Any = "none"
-        with contextlib.suppress(OSError):
-            about = os.stat(self._config_path)
-            key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        if key == self._config_key:
-            return
-        self._config_key = key
-        try:
-            self._values = load_config(self._config_path)[0]
-        except ConfigError as error:
-            log_failure(f"the publisher keeps its last configuration: {error}")
-            self._values = self._values or default_values()
-        self._state["server"] = redis_place(self._values)
-        self._usage.reader.with_words = not privacy_of(self._values).metadata_only
-        self._drop_client()
-        self._failures, self._next_attempt = 0, 0.0
+    def _current_basis(self) -> "tuple[Any, ...]":
+        """Return what is the same while a publisher runs: its interpreter and its configuration."""
+        return publisher_python(self._home), _file_state(self._config_path)
 
-    # Reading the spool
+    def _deliver(self, events: "list[JsonObject]") -> bool:
+        """Publish events from transcripts; return when they have arrived. For the thread that reads these."""
+        self._own_events.extend(events)
+        while self._own_events or self._batch:
+            time.sleep(IDLE_POLL_S)
+        return True
 
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         while self._own_events:
-            self._add(self._own_events.popleft())
+            self._add(self._own_events[0])
+            self._own_events.popleft()  # it is in the batch now
         if not self._lines and not self._batch:
             with contextlib.suppress(FileNotFoundError):  # "" is none, too
                 os.unlink(self._segment)
             self._segment = ""
-            self._open_segment()
+            for path, _ in spool_segments(self._spool):
+                with contextlib.suppress(OSError):  # a writer has it, it was drained, or it is not readable
+                    taken = take_segment(path)
+                    with open(taken, "rb", opener=open_own) as file:
+                        self._lines.extend(filter(None, map(bytes.strip, file)))
+                    self._segment = taken
+                    break
+            dropped = take_dropped(self._spool) if self._segment else 0
+            if dropped:
+                text = f"the spool of this machine was full: {dropped} events were dropped"
+                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": dropped}})
         size = 0
-        while self._lines and len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
-            size += len(self._lines[0])
-            self._read_line(self._lines.popleft())
+        while self._lines and len(self._batch) < 200 and size < 256 << 10:
+            line = self._lines.popleft()
+            size += len(line)
+            try:
+                self._add(parse_event_line(line))
+                continue
+            except MalformedEvent as error:
+                reason = str(error)
+            except MemoryError:
+                raise  # the next publisher reads it again
+            except Exception as error:  # no line may stop those after it
+                shown = type(error).__name__ if self._privacy.metadata_only else repr(error)
+                reason = f"could not be built: {shown}"
+            with contextlib.suppress(OSError):
+                log_failure(f"not an event ({reason}): {shown_head(line, 200, self._privacy)!r}")
+                keep_in_quarantine(self._home + "/quarantine.log", line, reason, self._privacy)
         return bool(self._batch)
 
     def _add(self, given: JsonObject) -> None:
@@ -3128,98 +3031,55 @@ class Publisher:
         add_agent_note(event, self._noted)
         if event["eventType"] in PLACE_EVENTS:
             add_git_place(event)
-        event, encoded = protect(event, privacy_of(self._values))
+        event, encoded = protect(event, self._privacy)
         self._batch.append((event["id"], encoded))
 
-    def _open_segment(self) -> None:
-        """Read the oldest segment that can be read, and add an event on what was dropped."""
-        for path, _ in spool_segments(self._spool):
-            try:
-                taken = take_segment(path)
-                with open(taken, "rb", opener=open_own) as file:
-                    self._lines.extend(filter(None, map(bytes.strip, file)))
-            except OSError:  # a writer has it, it was drained meanwhile, or it is not readable
-                continue
-            self._segment = taken
-            events, size = take_dropped(self._spool)
-            if events:
-                text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
-            return
-
-    def _read_line(self, line: bytes) -> None:
-        privacy = privacy_of(self._values)
-        try:
-            self._add(parse_event_line(line))
-            return
-        except MalformedEvent as error:
-            reason = str(error)
-        except MemoryError:
-            raise  # the next publisher reads it again
-        except Exception as error:  # no line may stop those after it
-            reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
-        with contextlib.suppress(OSError):
-            log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
-            keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
-
-    # Sending
-
     def _publish(self) -> None:
-        batch = self._batch[: 1 if self._failures else None]  # one as a test
-        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
-        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
+        """Send the batch, or one event after a failure; keep the events that did not arrive."""
+        batch = self._batch[: 1 if self._failures else None]
+        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / 50_000  # bytes a second
+        channel, stream = self._values["redis.channel"], stream_name(self._values)
+        limit, is_cluster = self._values["redis.streamMaxLength"], bool(self._values["redis.cluster"])
         try:
             if self._client is None:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
-            pipeline = self._client.pipeline(
-                transaction=False
-            )  # in a MULTI, one refused command discards all
+            pipeline = self._client.pipeline(transaction=False)  # a MULTI is refused whole
             for _, line in batch:
-                pipeline.publish(self._values["redis.channel"], line)
+                pipeline.publish(channel, line)
                 if stream:
                     pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
             replies = within(deadline_s, lambda: pipeline.execute(raise_on_error=False))
         except Exception as error:  # the events stay in the spool
             self._fail(redis_trouble(error, self._values))
             return
-        self._settle(batch, replies)
-
-    def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
-        stream = stream_name(self._values)
         step = 2 if stream else 1
-        sent: _Batch = []
-        kept: _Batch = []
+        sent, kept = _Batch(), _Batch()
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
             # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
-            published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
+            published = bool(subscribers) or (subscribers == 0 and is_cluster)
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
         channel_reason, stream_reason = (
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
             for reply in (reached, added if stream else None)
         )
-        self._state.update(
-            published=self._state["published"] + len(sent),
-            channelState="refused" if channel_reason else "ok",
-            channelReason=channel_reason,
-            subscribers=subscribers,
-            stream="refused" if stream_reason else "ok" if stream else "off",
-            streamReason=stream_reason,
-        )
+        channel_state, stream_state = ("refused" if it else "ok" for it in (channel_reason, stream_reason))
+        self._state.update(subscribers=subscribers, published=self._state["published"] + len(sent))
+        self._state.update(channelState=channel_state, channelReason=channel_reason)
+        self._state.update(stream=stream_state if stream else "off", streamReason=stream_reason)
         self._batch = kept + self._batch[len(batch) :]
         self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
             del self._sent[0]
-        if not kept:
+        if kept:
+            reasons = filter(None, (channel_reason, stream_reason))
+            self._fail("; ".join(reasons) or f"no monitor is subscribed to {channel}")
+        else:
             self._failures = 0
-            self._enter("publishing", None)
-            return
-        no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
+            self._enter("publishing")
 
     def _fail(self, reason: str) -> None:
         begin = time.monotonic() - RESEND_S
@@ -3227,47 +3087,33 @@ class Publisher:
         self._sent.clear()
         self._failures += 1
         self._next_attempt = time.monotonic() + backoff_s(self._failures)
-        self._drop_client()
+        with contextlib.suppress(Exception):  # also when there is none
+            self._client.connection_pool.disconnect(inuse_connections=True)
+        self._client = None
         self._enter("waiting", reason)
         drop_old_segments(self._spool)
-        if not os.path.isdir(self._home):  # removed with all its events
-            self.stopping = True
+        self.stopping |= not os.path.isdir(self._home)  # removed with all its events
 
-    def _drop_client(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            with contextlib.suppress(Exception):
-                client.connection_pool.disconnect(inuse_connections=True)
-
-    # publisher.json
-
-    def _enter(self, state: str, reason: "Optional[str]") -> None:
-        if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason)
-            if reason:
-                with contextlib.suppress(OSError):
-                    log_failure(f"publisher: {reason}")
-        if state == "stopped":  # before the next publisher writes its own
-            self._write_state()
+    def _enter(self, state: str, reason: "Optional[str]" = None) -> None:
+        if reason and (state, reason) != (self._state["state"], self._state["reason"]):
+            with contextlib.suppress(OSError):
+                log_failure(f"publisher: {reason}")
+        self._state.update(state=state, reason=reason)
 
     def _write_state(self) -> None:
-        now, is_last = time.monotonic(), self._state["state"] == "stopped"
-        if self._state == self._written or now - self._written_at < STATE_INTERVAL_S and not is_last:
-            return
-        self._written_at = now
-        content = {**self._state, "recent": list(self._outcomes)}
-        with contextlib.suppress(OSError):
-            write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
-            self._written = dict(self._state)
+        """Write publisher.json if the state has changed."""
+        if self._state != self._written:
+            with contextlib.suppress(OSError):
+                content = encode_json({**self._state, "recent": list(self._outcomes)})
+                write_atomically(self._home + "/publisher.json", content + b"\n")
+                self._written = dict(self._state)
 
 
 def publisher_file(home: str) -> JsonObject:
     """Return the object in publisher.json; {} if it is missing or unreadable."""
-    try:
-        with open(home + "/publisher.json", "rb", opener=open_own) as file:
-            return parse_event_line(file.read(1 << 20))
-    except (OSError, MalformedEvent):
-        return {}
+    with contextlib.suppress(MalformedEvent):
+        return parse_event_line(read_small(home + "/publisher.json", 1 << 20))
+    return {}
 
 
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
@@ -3296,7 +3142,6 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
 # ---------------------------------------------------------------------------
 
 ANSWERED_HOOKS = ("PermissionRequest", "Elicitation")
-ANSWER_LIMIT_BYTES = 256 << 10
 ANSWER_AGE_MS = 60_000  # older signed answers are dropped
 ANSWER_ROUND_S = 2
 DENIED_WORDS = "The user does not want this."
@@ -3335,22 +3180,21 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
     elif len(kept) > 1:
         kept[1].settimeout(None)
         with open(kept[1].fileno(), "rb", closefd=False) as lines:
-            line = lines.readline(ANSWER_LIMIT_BYTES)
+            line = lines.readline(256 << 10)
         if line.endswith(b"\n") and print_answer(asked, line):
             kept[1].sendall(ACKNOWLEDGEMENT)
 
 
 def print_answer(asked: JsonObject, line: bytes) -> bool:
     """Print an answer in the client's form; return False if it is not a valid one."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         output = client_answer(asked, json.loads(line.decode("utf-8")))
-    except (ValueError, RecursionError):
-        return False
-    if output is not None:
-        output = {"hookEventName": asked["hook_event_name"], **output}
-        with open(1, "wb", closefd=False) as stdout:
-            stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
-    return output is not None
+        if output:
+            output = {"hookEventName": asked["hook_event_name"], **output}
+            with open(1, "wb", closefd=False) as stdout:
+                stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
+            return True
+    return False
 
 
 def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
@@ -3363,27 +3207,26 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
     if not isinstance(answer, dict) or not isinstance(answer.get("do"), str):
         return None
     do, names, tool_input = answer["do"], answer.keys() - {"do"}, asked.get("tool_input")
-    if asked.get("hook_event_name") == "Elicitation":
-        if do in ("decline", "cancel") and not names:
-            return {"action": do}
+    hook, tool, decision = asked.get("hook_event_name"), asked.get("tool_name"), None
+    if hook == "Elicitation":
         fits = names == {"content"} and fits_form(asked.get("requested_schema"), answer["content"])
-        return {"action": do, "content": answer["content"]} if do == "accept" and fits else None
-    decision = None
-    if asked.get("hook_event_name") != "PermissionRequest" or not isinstance(tool_input, dict):
+        if do == "accept" and fits:
+            return {"action": do, "content": answer["content"]}
+        return {"action": do} if do in ("decline", "cancel") and not names else None
+    if hook != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
-    if do == "deny" and names <= {"message"} and _is_text(answer.get("message", DENIED_WORDS)):
-        decision = {"behavior": "deny", "message": answer.get("message", DENIED_WORDS)}
-    elif asked.get("tool_name") == "AskUserQuestion":  # allowed without answers, it would return none
+    words = answer.get("message", DENIED_WORDS)
+    if do == "deny" and names <= {"message"} and _is_text(words):
+        decision = {"behavior": "deny", "message": words}
+    elif tool == "AskUserQuestion":  # allowed without answers, it would return none
         chosen = _chosen(tool_input.get("questions"), answer.get("answers"))
         if do == "answer" and names == {"answers"} and chosen:
             decision = {"behavior": "allow", "updatedInput": {**tool_input, "answers": chosen}}
-    elif do == "allow" and not names:
-        is_plan = asked.get("tool_name") == "ExitPlanMode"  # ignored without an input
-        decision = {"behavior": "allow", **({"updatedInput": tool_input} if is_plan else {})}
+    elif do == "allow" and not names:  # a plan's is ignored without an input
+        decision = {"behavior": "allow", **({"updatedInput": tool_input} if tool == "ExitPlanMode" else {})}
     elif do == "always" and names == {"suggestions"}:
         wanted = _items(asked.get("permission_suggestions"), answer["suggestions"])
-        if wanted and wanted == objects_in(wanted):
-            decision = {"behavior": "allow", "updatedPermissions": wanted}
+        decision = {"behavior": "allow", "updatedPermissions": wanted} if wanted else None
     return decision and {"decision": decision}
 
 
@@ -3392,11 +3235,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _items(offered: Any, numbers: Any) -> "list[Any]":
-    """Return the items with these numbers, each once; [] if there is not one for each number."""
-    if not isinstance(offered, list) or not isinstance(numbers, list):
-        return []
+    """Return the objects with these numbers, each once; [] if there is not one for each number."""
+    offered, numbers = (it if isinstance(it, list) else [] for it in (offered, numbers))
     are_good = all(type(it) is int and 0 <= it < len(offered) for it in numbers)
-    return [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
+    found = [offered[it] for it in dict.fromkeys(numbers)] if are_good else []
+    return found if found == objects_in(found) else []
 
 
 def _chosen(questions: Any, answers: Any) -> JsonObject:
@@ -3405,10 +3248,10 @@ def _chosen(questions: Any, answers: Any) -> JsonObject:
     if not isinstance(answers, list) or len(objects_in(questions)) != len(answers):
         return {}
     for question, picked in zip(objects_in(questions), answers):
-        labels = []
+        labels: list[Any] = []
         for it in picked if isinstance(picked, list) else ():
-            option = next(iter(objects_in(_items(question.get("options"), [it]))), {})
-            labels.append(it if isinstance(it, str) else option.get("label"))
+            options = [{"label": it}] if isinstance(it, str) else _items(question.get("options"), [it])
+            labels += [option.get("label") for option in options] or [None]
         is_several = question.get("multiSelect") is True
         are_texts = all(map(_is_text, [*labels, question.get("question")]))
         if not labels or not are_texts or (labels[1:] and not is_several):
@@ -3462,18 +3305,6 @@ def redis_ms(client: Any) -> int:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-def open_answer(key: bytes, event_id: str, value: bytes, at_ms: int) -> "tuple[str, bytes, str]":
-    """Return ("", answer, nonce) of a signed answer; else why it is dropped: unsigned, foreign or old."""
-    try:
-        given = parse_event_line(value)
-        answer, at, nonce, mac = (given[name] for name in ("answer", "at", "nonce", "mac"))
-        if not hmac.compare_digest(mac, signature(key, event_id, answer, at, nonce)):
-            return "foreign", b"", ""
-    except (MalformedEvent, KeyError, TypeError):
-        return "unsigned", b"", ""
-    return "old" if abs(at_ms - at) > ANSWER_AGE_MS else "", encode_json(answer), nonce
-
-
 def wait_at_redis(event_id: str, wait_s: int) -> None:
     """Wait for the signed answer to the payload on standard input, and print it (with --wait-at-redis)."""
     home, config_path = places(posix.environ)
@@ -3489,9 +3320,19 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
         got = client.blpop([list_key], ANSWER_ROUND_S)
         if got is None or got[1] == b"":  # answered at the terminal
             return got is not None
-        why, answer, nonce = open_answer(key, event_id, got[1], redis_ms(client))
-        if why or not print_answer(asked, answer):
-            dropped[why or "unfit"] += 1
+        try:
+            given, why = parse_event_line(got[1]), ""
+            answer, at, nonce, mac = map(given.__getitem__, ("answer", "at", "nonce", "mac"))
+            if not hmac.compare_digest(mac, signature(key, event_id, answer, at, nonce)):
+                why = "foreign"
+            elif abs(redis_ms(client) - at) > ANSWER_AGE_MS:
+                why = "old"
+            elif not print_answer(asked, encode_json(answer)):
+                why = "unfit"
+        except (MalformedEvent, KeyError, TypeError):
+            why = "unsigned"
+        if why:
+            dropped[why] += 1
             return False
         taken = encode_json({"nonce": nonce, "mac": signature(key, event_id, "taken", nonce)})
         client.set(answer_place(values, "answered", event_id), taken, px=ANSWER_AGE_MS)
