@@ -11171,8 +11171,7 @@ the keyboard stays in details, replay and head
     focus .drawerbody
     result make 1 => here it is     | in drawer: here it is & focus: body
     press Escape y                  | in replay: of
-    focus <replay> input[type=checkbox]
-    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
+    focus <replay-play>
     press Escape R                  | true: document.querySelector('dialog[open]') !== null
                                     | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
     focus [aria-label='Show all sessions']
