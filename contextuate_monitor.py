@@ -1076,7 +1076,8 @@ class SecondDeliveries:
         digest = hash((place, encoded[encoded.find(b',"data":') :]))
         first = self._first.pop(digest, own)
         self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
-        _drop_oldest(self._first, 4096)
+        if len(self._first) > 4096:
+            del self._first[next(iter(self._first))]
         return first[0]
 
 
@@ -2393,7 +2394,7 @@ class Sessions:
         self._set_at = 0  # when our clock was set last, since the start
         # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
-        self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        self.linked: set[str] = set()  # ids of sessions that an event of another session changed
         self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
         # A heap of (time, session id): when `tick` checks it next; an entry counts if it is that in _due_at.
         self._due: list[tuple[int, str]] = []
@@ -2434,7 +2435,7 @@ class Sessions:
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 session.parent_id = parent_before
-            self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
+            self.linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
     def _clock(self, event: JsonObject, kind: str, seq: int) -> tuple[int, int]:
@@ -2503,7 +2504,7 @@ class Sessions:
                 if session.session_id in lineages[1] or other_id in lineages[0]:
                     continue  # one conversation
                 for one, its_path, editor, editor_agent in sides:
-                    self._linked.add(one.session_id)
+                    self.linked.add(one.session_id)
                     one.collisions.pop((its_path, editor.session_id), None)
                     one.collisions[its_path, editor.session_id] = editor_agent, max(at, edited_at)
                     _drop_oldest(one.collisions, SENT_OF_EACH)
@@ -2532,7 +2533,7 @@ class Sessions:
         end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
         end.update(data={"reason": "replaced"}, timestamp=event["timestamp"] + at - session.source_time)
         self._apply_step(before, end, "replaced", at, received)
-        self._linked.add(before.session_id)
+        self.linked.add(before.session_id)
         if before is session:  # else the start of the session is linked next
             self._link(before, "session_end")
 
@@ -2558,7 +2559,9 @@ class Sessions:
         # Events of one machine are in the order of its clock, unless that or ours was set back.
         late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
         session.received = received
-        facts = self._unnamed.paired(event, call_facts(event))
+        facts = call_facts(event)
+        if facts and facts[0].use_id.startswith(UNNAMED):
+            facts = self._unnamed.paired(event, facts)
         apply_event(session, event, kind, at, facts, self._quiet_ms, late)
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
@@ -2660,7 +2663,7 @@ class Sessions:
             if self._running.get((deleted.machine_key, process)) == session_id:
                 del self._running[deleted.machine_key, process]
         if deleted.parent_id:
-            self._linked.add(deleted.parent_id)
+            self.linked.add(deleted.parent_id)
         return True
 
     # Snapshots
@@ -2700,11 +2703,6 @@ class Sessions:
             yield session_id
             session_id = getattr(self.sessions.get(session_id), link, None)
 
-    def linked_changes(self) -> list[Session]:
-        """Return, once, the sessions that an event of another session changed, such as its parents."""
-        linked, self._linked = self._linked, set()
-        return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
-
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins by /clear, resume or fork to the one that it continues."""
         begins = kind == "session_start" and session.start_source in _CONTINUED_REASONS
@@ -2727,7 +2725,7 @@ class Sessions:
         if not pairs:
             return
         *_, before, session = min(pairs, key=operator.itemgetter(0, 1))
-        self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
+        self.linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         session.continued_from = before.session_id
         session.user_label = session.user_label or before.user_label
         session.model = session.model or before.model
@@ -4264,13 +4262,16 @@ class EventLoop:
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), callback))
 
     def call_every(self, interval_s: float, callback: Callable[[], None]) -> None:
-        """Call `callback` every `interval_s` seconds, even after an error."""
+        """Call `callback` every `interval_s` seconds, even after an error; all of one interval together."""
+
+        def schedule() -> None:
+            self.call_later(interval_s + 0.01 - (time.monotonic() + 0.01) % interval_s, again)
 
         def again() -> None:
-            self.call_later(interval_s, again)
+            schedule()
             callback()
 
-        self.call_later(interval_s, again)
+        schedule()
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call `callback` in the loop thread; for any thread and for signal handlers."""
@@ -7327,7 +7328,8 @@ class Monitor:
 
     def _note_changes(self, changed: Sequence[Session]) -> None:
         """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
-        ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
+        ids = {session.session_id for session in changed} | self.sessions.linked
+        self.sessions.linked.clear()
         self._dirty.update(ids)
         self._notice_changes.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
@@ -9381,6 +9383,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or settings.home  # a write names no file
         log.error("cannot start: %s", error)
         raise
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -483,10 +483,12 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
     fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC, mode)
     try:
         if posix.write(fd, content) < len(content):
-            raise OSError(f"{path}: only a part of it could be written")
+            raise OSError(28, "No space left on device")
         posix.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         posix.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = path
         raise
     finally:
         posix.close(fd)
@@ -1567,11 +1569,11 @@ UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that n
 # Hints have these parts in common: a text without the part is not searched for each of them.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
-_TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
+_TOKENS_BY_END: "dict[str, list[SecretShape]]" = {}  # by the last two characters of their hints
 for _shape in SECRET_SHAPES:
     _hint = _shape.hint
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
-        _TOKEN_BY_HINT[_hint] = _shape
+        _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_shape)
     else:
         _part = next((each for each in _COMMON_PARTS if each in _hint), _hint)
         _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
@@ -1580,8 +1582,9 @@ _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
 _TOKEN_HINTS += [re.compile(rf"\{sign}{_TOKEN_BODY}") for sign in "-_."]
+_all_hints = [shape.hint for shapes in _TOKENS_BY_END.values() for shape in shapes]
 for _first in "AE":
-    _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
+    _starts = "|".join(hint for hint in _all_hints if hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
@@ -1704,10 +1707,12 @@ def _shapes_in(text: str) -> "list[SecretShape]":
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
-    ends = [match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)]
-    heads = {text[max(0, end - 24) : end] for end in ends}
-    hints = {head[at:] for head in heads for at in range(len(head) - 1)} & _TOKEN_BY_HINT.keys()
-    return found + [_TOKEN_BY_HINT[hint] for hint in hints]
+    tokens: dict[str, SecretShape] = {}
+    for end in (match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)):
+        for shape in _TOKENS_BY_END.get(text[end - 2 : end], ()):
+            if text.endswith(shape.hint, 0, end):
+                tokens[shape.hint] = shape
+    return [*found, *tokens.values()]
 
 
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
@@ -2344,10 +2349,13 @@ class UsageWorker(threading.Thread):
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
         names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
+        is_end = event["hookType"] in ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
+        queued = self._pending.get((event["sessionId"], ""), {})
+        if not is_end and names[1] not in event["data"] and queued.get("until", 0) > now + 3599:
+            return  # a moment ago
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
             return
-        is_end = event["hookType"] in ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
         key = (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
