@@ -9383,7 +9383,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.strerror:
             error.filename = error.filename or settings.home  # a write names no file
         log.error("cannot start: %s", error)
         raise
