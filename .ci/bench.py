@@ -1682,7 +1682,7 @@ def bench_rest(sizes: Sizes) -> Iterator[Measured]:
             send([machine_event(f"box-{number}", f"idle-{number}", "turn_end")])
         wait_for_index(monitor)
         tests.eventually(lambda: monitor.get("/api/status")["events"]["stored"] == REST_SESSIONS, 60)
-        time.sleep(cm.SNAPSHOT_INTERVAL_S + 30)  # until the snapshots of all are saved
+        time.sleep(2 * cm.SNAPSHOT_INTERVAL_S + 10)  # until the snapshots of all are saved
         before, begin = processor_s(monitor.pid), time.monotonic()
         time.sleep(sizes.idle_s)
         yield Measured((processor_s(monitor.pid) - before) / (time.monotonic() - begin) * 100)
