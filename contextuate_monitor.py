@@ -6222,7 +6222,8 @@ class Answers:
             self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
             self._monitor.hooks.release(sock)
-            if event_id in self.questions:
+            question = self.questions.get(event_id)
+            if question and question.sock is sock:  # and no other connection that names the same event
                 self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
             else:
                 sock.close()
@@ -6431,10 +6432,13 @@ class Answers:
 
     def _check_process(self, sock: socket.socket) -> int:
         """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
-        _, inode = peer_owner(sock) if sys.platform == "linux" else (-1, "")
-        if not inode:
+        if sys.platform != "linux":
             return 0
-        pids, here = holders_of(inode), emit_event.pid_namespace()
+        _, inode = peer_owner(sock)
+        address = peer_address(sock)  # "": it has disconnected, so it could be any process
+        if not inode and address and not is_loopback(address):
+            return 0
+        pids, here = holders_of(inode) if inode else [], emit_event.pid_namespace()
         sessions = list(self._monitor.sessions.sessions.values())
         clients = frozenset(pid for it in sessions for pid, space in list(it.processes) if space == here)
         reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")

@@ -13096,6 +13096,18 @@ def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
     assert asking.decision(hook)["behavior"] == outcomes["delivered"]
 
 
+def test_another_connection_that_names_the_same_question_does_not_end_it(asking):
+    page = asking.page(asking.pair())
+    hook, event_id = asking.ask()
+    line = json.dumps({"id": event_id, "answerable": 60, "hook": ANSWER_ASKED["Bash"]}, separators=(",", ":"))
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(asking.monitor.socket_path)
+        other.sendall(line.encode() + b"\n")
+        assert other.recv(1) == ee.ACKNOWLEDGEMENT and other.recv(1) == b""
+    assert asking.answer(page, event_id, {"do": "allow"}) == "delivered"
+    assert asking.decision(hook) == {"behavior": "allow"}
+
+
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
     asked = {"agent_id": "a1", "agent_type": "Explore"}
     hook = asking.hook({**ANSWER_ASKED["Bash"], **asked})
@@ -13154,12 +13166,14 @@ ANSWER_ATTEMPTS = {
     "HTTP": "curl -s -H \"$TOKEN\" -d \"{\\\"do\\\": \\\"code\\\"}\" $URL/api/answer",
     "a message by HTTP": "curl -s -H \"$TOKEN\" -d \"$MESSAGE\" $URL/api/message",
     "a stolen cookie": "$PYTHON -c \"$SOCKET\" $WS/ws; $PYTHON -c \"$SOCKET\" $WS2/",
+    "a stolen cookie, gone at once": "$PYTHON -c \"$SOCKET\" $WS/ws gone",
     "a made-up event": "$PYTHON -c \"$EVENT\"",
 }  # fmt: skip
 ANSWER_SOCKET = """
 import json, os, sys, websockets.sync.client as client
 with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
     page.send(os.environ["MESSAGE"])
+    if sys.argv[2:]: os._exit(0)
     for text in page:
         if json.loads(text)["type"] in ("error", "answered"): sys.exit(print(text))"""
 ANSWER_EVENT = """
