@@ -4473,7 +4473,10 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
     )
     row = io.StringIO()
     writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
-    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in values])
+    texts = (
+        re.sub("[^\t\r\n -~\xa0-\U0010ffff]", "\ufffd", text) for text in values
+    )  # it may be shown in a terminal
+    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in texts])
     return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
 
@@ -10303,10 +10306,11 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
 
 
 class RedactingFormatter(logging.Formatter):
-    """Remove secrets from every line of the log."""
+    """Remove secrets and control characters from every line of the log; names in it may come from others."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return emit_event.redact_text(super().format(record))
+        record.msg, record.args = safe_line(record.getMessage()), ()
+        return emit_event.redact_text("\n".join(map(safe_line, super().format(record).split("\n"))))
 
 
 def command_stop(args: argparse.Namespace) -> int:
@@ -10534,7 +10538,7 @@ def command_answer(settings: Settings, args: argparse.Namespace) -> int:
     if result["outcome"] != "delivered":
         what = "too late" if result["outcome"] == "late" else "not delivered"
         raise CommandError(f"{what}: {result['words']}")
-    print(answer_words(event, answer))
+    print(safe_line(answer_words(event, answer)))
     return 0
 
 
@@ -10556,7 +10560,7 @@ def question_lines(event: JsonObject) -> Iterator[str]:
     else:
         yield f"{text_of(data.get('toolName'))}:"
     for name, value in fields.items():
-        yield from f"  {name}: {text_of(value)}".split("\n")
+        yield from f"  {name}: {text_of(value)}".replace("\n", "\n    ").split("\n")
     for number, it in enumerate(emit_event.objects_in(data.get("permission_suggestions")), 1):
         yield f"always {number}: {suggestion_words(it)}"
     yield f"answer with: {answers}"

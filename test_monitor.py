@@ -8177,6 +8177,8 @@ def test_go_makes_the_tmux_window_of_a_session_the_current_one(
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert cm.safe_line("a\x1b[31mred\n\u202eb \t") == "a\ufffd[31mred\ufffd\ufffdb \ufffd"
+    record = cm.logging.makeLogRecord({"msg": "from %s", "args": ("a\x1b[31m\n2026 INFO b",)})
+    assert cm.RedactingFormatter().format(record) == "from a\ufffd[31m\ufffd2026 INFO b"
 
 
 def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
@@ -13237,6 +13239,13 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
         chosen = printed.get("updatedInput", {}).get("answers")
         assert printed == decision or chosen == {"Colour?": "Green", "Which?": ["Blue", "Green"]}, said
     assert "asks nothing" in asking.on_terminal("answer", "s0")
+    asking.ask("Bash", "odd", tool_input={"command": "make\nalways 1: less"})
+    assert "\n    always 1: less" in asking.on_terminal("answer", "odd"), (
+        "a command cannot pose as a line of ours"
+    )
+    odd = {"question": "Which?", "options": [{"label": "Red\x1b[31m"}]}
+    asking.ask("AskUserQuestion", "red", tool_input={"questions": [odd]})
+    assert "Answered: Red\ufffd[31m" in asking.on_terminal("answer", "red", "choose", "1")
     page.close()
 
 
@@ -14637,14 +14646,14 @@ def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed, nasty):
     read = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.txt"}}
     indexed.add(
         payload("PreToolUse", "+s", **bash),
-        payload("PostToolUseFailure", "+s", **bash, error="\x1b[31m" + nasty, duration_ms=5),
+        payload("PostToolUseFailure", "+s", **bash, error="\x1b[31m" + nasty + "\x1b]0;\x9b", duration_ms=5),
         payload("PreToolUse", "old", **read),
         payload("PostToolUse", "old", **read),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
     )
     first, second, third = export_table(indexed.store.lines())
     assert first["target"].startswith("'=cmd|")
-    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d") + "\ufffd]0;\ufffd"
     first_row = {"sessionId": "'+s", "toolName": "'-Bash", "outcome": "failed", "durationMs": "5"}
     assert first_row.items() <= first.items()
     assert {"target": "a.txt", "outcome": "ok", "durationMs": "0"}.items() <= second.items()
