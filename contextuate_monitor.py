@@ -4473,9 +4473,8 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
     )
     row = io.StringIO()
     writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
-    texts = (
-        re.sub("[^\t\r\n -~\xa0-\U0010ffff]", "\ufffd", text) for text in values
-    )  # it may be shown in a terminal
+    # It may be shown in a terminal.
+    texts = (re.sub("[^\t\r\n -~\xa0-\U0010ffff]", "\ufffd", text) for text in values)
     writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in texts])
     return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
@@ -6305,8 +6304,9 @@ class Answers:
         asked["tool_input"] = data.get("toolInput")
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
             raise RequestError(400, "answer: it does not fit what is asked")
-        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
-            raise RequestError(400, "too long to be shown whole, so it can only be allowed in the terminal")
+        is_whole = "truncated" not in data and b"[redacted:" not in line  # which can hide a command
+        if not is_whole and answer["do"] in ("allow", "always", "accept"):
+            raise RequestError(400, "it is not shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
         if isinstance(question, str):
             outcome, words = "late", question

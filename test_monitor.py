@@ -13017,6 +13017,11 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
         assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
         assert "127.0.0.1" in row["data"]["by"]
         assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
+    secret = {"tool_input": {"command": "echo -----BEGIN PRIVATE KEY-----; rm -r ~"}}
+    for unseen in (secret, {"truncated": {"toolInput.command": 5_000_000}}):
+        hook, event_id = asking.ask("Bash", "unseen", **unseen)
+        assert "not shown whole" in asking.answer(page, event_id, {"do": "allow"}, "unseen")
+        assert asking.answer(page, event_id, {"do": "deny"}, "unseen") == "delivered"
     hook, event_id = asking.ask("Bash", "broken")
     for answer in (it[1] for it in ANSWERS if it[0] == "Bash" and it[2] is None):
         assert "does not fit" in asking.answer(page, event_id, answer, "broken")
@@ -13394,6 +13399,10 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
     asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
     tab.shows("ask", "answered in the terminal")
     hook.communicate(timeout=20)
+    asking.ask("Bash", "s8", tool_input={"command": 'export TOKEN="a1;$(make)"'})
+    tab.page.click("[data-session-id=s8]")
+    tab.shows("ask", "A secret is hidden here", "It cannot be shown whole")
+    assert tab.page.is_disabled("[data-act=a]")
     tab.page.click("[data-testid=view-status]")
     tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
     tab.page.set_viewport_size({"width": 360, "height": 740})
