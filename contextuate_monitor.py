@@ -5592,7 +5592,7 @@ def peer_owner(sock: socket.socket) -> tuple[int, str]:
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
             _, *found = file.read().split(f": {peer[skipped:]} {local[skipped:]} ")
             for fields in (it.split(None, 7) for it in found):
-                if fields[0] != "06":  # TIME_WAIT
+                if fields[6] != "0":  # closed, so its user reads as root
                     return int(fields[4]), fields[6]
     return -1, ""
 
