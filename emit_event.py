@@ -1509,7 +1509,7 @@ _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?
 _SETS = re.compile(
     r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
-    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z",
+    r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z",
     re.I | re.M,
 )  # fmt: skip
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
@@ -1723,6 +1723,7 @@ _SHAPES = (
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
     _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
+    _folded("signature", "-signature=", r"(?P<secret>[a-f0-9]{40,})"),  # of URLs to storage, X-Amz-Signature
     _folded("authorization", "authorization",
         rf"(?<!\[redacted:authorization){_QUOTE}?"
         rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
@@ -1745,6 +1746,8 @@ _SHAPES = (
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
+    _command("mongo", r"-p ?[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
+    _command("ldap", r"-w ?[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
     _command("sqlcmd", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("redis-cli", r"-a ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
@@ -2044,7 +2047,11 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
-            path, clean = path and path + ".", _clean_name if self._hints else str
+            # The names of a large object would fill the cache of `_clean_name` in vain.
+            path, clean = (
+                path and path + ".",
+                _clean_name if self._hints and len(value) < 1000 else self.clean,
+            )
             named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
             named = named if isinstance(named, str) else "value"
             return {
@@ -2054,7 +2061,7 @@ class _Protector:
         if isinstance(value, list):
             return [self.value(inner, key, f"{path}[{at}]", depth + 1) for at, inner in enumerate(value)]
         # a small number under such a name counts something; a larger one could be a password or a PIN
-        if self._privacy.redact and type(value) in NUMBERS and abs(value) >= 1000 and _names_a_secret(key):
+        if type(value) in NUMBERS and abs(value) >= 1000 and len(self._hints) > 1 and _names_a_secret(key):
             return _replacement("key", str(value))
         return value
 

@@ -1582,7 +1582,7 @@ def hook_secrets() -> list[tuple[str, str, str]]:
     plain = [*hook_tokens(), *keys]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
-    login = base64.b64encode(b"user:" + word.encode()).decode()
+    login, hex64 = base64.b64encode(b"user:" + word.encode()).decode(), hook_token("", 64, HOOK_HEX)
     around = [
         ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
         ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
@@ -1592,6 +1592,7 @@ def hook_secrets() -> list[tuple[str, str, str]]:
         ("mailchimp", hook_token("", 32, HOOK_HEX) + "-us12", "key {} "),
         ("terraform", hook_token("", 14) + ".atlas" + "v1." + hook_token("", 67), "key {} "),
         ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
+        ("signature", hex64, "https://s3.example/b?X-Amz-Expires=9&X-Amz-Signature={}&x=1"),
         ("url-password", "p@ss" + word, "mysql://root:{}@db:3306/shop"),
         ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
         ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
