@@ -5525,17 +5525,19 @@ class Access:
         """
         name = self.check_host(request)
         origin = request.one("origin")
-        if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
+        is_foreign = request.one("sec-fetch-site") in ("cross-site", "same-site")
+        is_embedded = is_foreign and request.one("sec-fetch-dest") != "document"  # its time could be measured
+        own = self._origins(request.one("host").lower(), name, port)
+        if origin.lower() not in own if origin else is_embedded:
             advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
             raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
         has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
-        is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
         cookies = (pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";"))
-        own = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
-        has_token = has_bearer or any(map(self.is_token, own))
+        tokens = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
+        has_token = has_bearer or any(map(self.is_token, tokens))
         if self._auth != "off" and not has_token and not (self._auth == "auto" and same_user()):
             raise RequestError(401, "a token is needed; `contextuate_monitor.py url --token` prints a link")
 
@@ -5941,6 +5943,7 @@ SAFE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("X-Frame-Options", "DENY"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
 

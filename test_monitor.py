@@ -4004,7 +4004,7 @@ def protocol_check_headers(headers: Any) -> None:
     headers = dict(headers)
     expected = {
         "content-type": "application/json", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-        "x-frame-options": "DENY", "cache-control": "no-store",
+        "x-frame-options": "DENY", "cache-control": "no-store", "cross-origin-opener-policy": "same-origin",
     }  # fmt: skip
     assert {name: headers.get(name) for name in expected} == expected
     assert not [name for name in headers if name.startswith("access-control")]
@@ -4239,6 +4239,16 @@ def test_a_post_needs_the_pages_origin_or_the_token(spoken):
         for path, content in (("/api/hooks", body), ("/api/message", b'{"type":"send_test_event"}')):
             assert spoken.request(path, "POST", content, headers)[0] == expected, (path, headers)
     assert len(journal_plain_lines(spoken.home + "/events", "post-origin")) == 4
+
+
+def test_another_site_may_link_to_the_page_but_embed_nothing_of_it(spoken):
+    for expected, site, kind in (
+        (403, "cross-site", "empty"), (403, "same-site", "image"), (403, "cross-site", "iframe"),
+        (200, "cross-site", "document"), (200, "same-origin", "empty"), (200, "none", "document"),
+    ):  # fmt: skip
+        about = {"Sec-Fetch-Site": site, "Sec-Fetch-Dest": kind}
+        for path in ("/", "/api/search?q=x"):
+            assert spoken.request(path, headers=about)[0] == expected, (about, path)
 
 
 def test_a_body_that_no_route_wants_is_not_taken_for_the_next_request(spoken):
