@@ -1627,7 +1627,7 @@ _QUOTE = r"[\"'`]"
 # What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
-    r"(?P<tail>[\w.-]{0,30})(?:"
+    r"(?=(?P<tail>[\w.-]{0,30}))(?P=tail)(?:"  # without backtracking, which would be slow in a long word
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
     r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
     r"(?P<operator>[ \t]{0,8}(?:=>|[:?+|]{0,2}=(?![=~>])|:(?![:=])|\((?=[\"'`]))"
