@@ -1830,6 +1830,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
 MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
 CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
+WAITS_LIMIT = 100  # of a session; each event goes through them, and each update contains them
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
@@ -2425,7 +2426,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         kept = [it for it in session.waits if not it.by_client]
     else:  # a request says more than the client's status, or a notification that overtook it
         kept = [it for it in session.waits if it.event_id or it.kind == "input"]
-    session.waits = [*kept, wait]
+    session.waits = [*kept, wait][-WAITS_LIMIT:]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.

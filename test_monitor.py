@@ -5208,6 +5208,16 @@ def test_running_agents_are_sent_before_those_that_ended() -> None:
     assert sent["agentCount"] == 60
 
 
+def test_a_session_waits_for_its_newest_hundred_questions() -> None:
+    book, asked = cm.Sessions(), {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    for number in range(150):
+        request = payload("PermissionRequest", agent_id=f"a{number}", **asked)
+        book.apply(ee.build_event(request, 1000 + number, "m"))
+    sent = book.to_json(book.sessions["s1"])
+    assert [it["agentId"] for it in sent["asks"]] == [f"a{number}" for number in range(50, 150)]
+    assert sent["state"] == "waiting"
+
+
 SESSION_WORK = st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait"))
 
 
