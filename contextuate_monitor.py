@@ -1679,6 +1679,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
 MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
 CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
+WAITS_LIMIT = 100  # of a session; each event goes through them, and each update contains them
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
@@ -2204,7 +2205,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     else:  # a request says more than the client's status, or a notification that overtook it
         kept = [it for it in session.waits if it.event_id or it.kind == "input"]
     began = [it.since for it in session.waits if it.by_client and it not in kept]
-    session.waits = [*kept, wait._replace(since=min([wait.since, *began]))]
+    session.waits = [*kept, wait._replace(since=min([wait.since, *began]))][-WAITS_LIMIT:]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
@@ -4933,17 +4934,18 @@ class Access:
         if port != self.port:  # a WebSocket on the port of its own comes from the page's
             good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
             good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in schemes}
-        if origin and origin.lower() not in good:
+        is_foreign = request.one("sec-fetch-site") in ("cross-site", "same-site")
+        is_embedded = is_foreign and request.one("sec-fetch-dest") != "document"  # its time could be measured
+        if origin.lower() not in good if origin else is_embedded:
             advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
             raise RequestError(403, f"requests from other sites are refused; {advice}")
         scheme, _, bearer = request.one("authorization").partition(" ")
         has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
-        is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
         cookies = (pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";"))
-        own = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
-        has_token = has_bearer or any(map(self.is_token, own))
+        tokens = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
+        has_token = has_bearer or any(map(self.is_token, tokens))
         if self._auth != "off" and not has_token and not (self._auth == "auto" and same_user()):
             raise RequestError(401, "a token is needed; `contextuate_monitor.py url --token` prints a link")
 
@@ -4984,7 +4986,7 @@ def peer_owner(sock: socket.socket) -> tuple[int, str]:
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
             _, *found = file.read().split(f": {peer[skipped:]} {local[skipped:]} ")
             for fields in (it.split(None, 7) for it in found):
-                if fields[0] != "06":  # TIME_WAIT
+                if fields[6] != "0":  # closed, so its user reads as root
                     return int(fields[4]), fields[6]
     return -1, ""
 
@@ -5310,6 +5312,7 @@ SAFE_HEADERS = (
     ("Referrer-Policy", "no-referrer"),
     ("X-Frame-Options", "DENY"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
 )
 
 
@@ -5534,7 +5537,8 @@ class Answers:
                 self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
             self._monitor.hooks.release(sock)
-            if event_id in self.questions:
+            question = self.questions.get(event_id)
+            if question and question.sock is sock:  # and no other connection that names the same event
                 self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
             else:
                 sock.close()
@@ -5600,8 +5604,9 @@ class Answers:
         asked["tool_input"] = data.get("toolInput")
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > 100 << 10:
             raise RequestError(400, "answer: it does not fit what is asked")
-        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
-            raise RequestError(400, "too long to be shown whole, so it can only be allowed in the terminal")
+        is_whole = "truncated" not in data and b"[redacted:" not in line  # which can hide a command
+        if not is_whole and answer["do"] in ("allow", "always", "accept"):
+            raise RequestError(400, "it is not shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
         if question is None:
             outcome, words = "late", "it was answered elsewhere, or the client no longer waits"
@@ -5719,11 +5724,14 @@ class Answers:
 
     def _check_process(self, sock: socket.socket) -> int:
         """Return the process at the other end, 0 if it is on another machine; refuse an agent's (Linux)."""
-        _, inode = peer_owner(sock) if sys.platform == "linux" else (-1, "")
-        if not inode:
+        if sys.platform != "linux":
+            return 0
+        _, inode = peer_owner(sock)
+        address = peer_address(sock)  # "": it has disconnected, so it could be any process
+        if not inode and address and not is_loopback(address):
             return 0
         pids, here = [], emit_event.pid_namespace()
-        for path in glob.glob("/proc/[0-9]*/fd/*"):
+        for path in glob.glob("/proc/[0-9]*/fd/*") if inode else ():
             with contextlib.suppress(OSError):
                 if os.readlink(path) == f"socket:[{inode}]":
                     pids.append(int(path.split("/")[2]))
@@ -9410,10 +9418,11 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
 
 
 class RedactingFormatter(logging.Formatter):
-    """Remove secrets from every line of the log."""
+    """Remove secrets and control characters from every line of the log; names in it may come from others."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return emit_event.redact_text(super().format(record))
+        record.msg, record.args = safe_line(record.getMessage()), ()
+        return emit_event.redact_text("\n".join(map(safe_line, super().format(record).split("\n"))))
 
 
 def command_stop(args: argparse.Namespace) -> int:
@@ -9641,7 +9650,7 @@ def command_answer(settings: Settings, args: argparse.Namespace) -> int:
     if result["outcome"] != "delivered":
         what = "too late" if result["outcome"] == "late" else "not delivered"
         raise CommandError(f"{what}: {result['words']}")
-    print(answer_words(event, answer))
+    print(safe_line(answer_words(event, answer)))
     return 0
 
 
@@ -9663,7 +9672,7 @@ def question_lines(event: JsonObject) -> Iterator[str]:
     else:
         yield f"{text_of(data.get('toolName'))}:"
     for name, value in fields.items():
-        yield from f"  {name}: {text_of(value)}".split("\n")
+        yield from f"  {name}: {text_of(value)}".replace("\n", "\n    ").split("\n")
     for number, it in enumerate(emit_event.objects_in(data.get("permission_suggestions")), 1):
         yield f"always {number}: {suggestion_words(it)}"
     yield f"answer with: {answers}"

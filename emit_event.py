@@ -1353,7 +1353,7 @@ _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?
 _SETS = re.compile(
     r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
-    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
+    r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
 )
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
 _NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
@@ -1436,7 +1436,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 # What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
-    r"(?P<tail>[\w.-]{0,30})(?:"
+    r"(?=(?P<tail>[\w.-]{0,30}))(?P=tail)(?:"  # without backtracking, which would be slow in a long word
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
     r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
     r"(?P<operator>[ \t]{0,8}(?:=>|[:?+|]{0,2}=(?![=~>])|:(?![:=])|\((?=[\"'`]))"
@@ -1527,6 +1527,7 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
     _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
+    _folded("signature", "-signature=", r"(?P<secret>[a-f0-9]{40,})"),  # of URLs to storage, X-Amz-Signature
     _folded("authorization", "authorization",
         r"(?<!\[redacted:authorization)[\"'`]?(?:\s{0,20}[:=]\s{0,20}[\"'`]?(?:[a-z][a-z0-9-]{1,20}\s{1,20})?"
         r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
@@ -1549,8 +1550,8 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
-    *(_command(program, rf"{option} ?[\"']?(?P<secret>[^\s\"']{{3,200}})")
-        for program, option in (("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"))),
+    *(_command(program, rf"{option} ?[\"']?(?P<secret>(?![\s-])[^\s\"']{{3,200}})") for program, option in (
+        ("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"), ("mongo", "-p"), ("ldap", "-w"))),
     _folded("assignment", "set password",
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )))  # fmt: skip
@@ -1817,7 +1818,11 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
-            path, clean = path and path + ".", _clean_name if self._hints else str
+            # The names of a large object would fill the cache of `_clean_name` in vain.
+            path, clean = (
+                path and path + ".",
+                _clean_name if self._hints and len(value) < 1000 else self.clean,
+            )
             named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
             named = named if isinstance(named, str) else "value"
             return {
@@ -1827,7 +1832,7 @@ class _Protector:
         if isinstance(value, list):
             return [self.value(inner, key, f"{path}[{at}]", depth + 1) for at, inner in enumerate(value)]
         # a small number under such a name counts something; a larger one could be a password or a PIN
-        if self._privacy.redact and type(value) in NUMBERS and abs(value) >= 1000 and _names_a_secret(key):
+        if type(value) in NUMBERS and abs(value) >= 1000 and len(self._hints) > 1 and _names_a_secret(key):
             return _replacement("key", str(value))
         return value
 

@@ -1581,7 +1581,7 @@ def hook_secrets() -> list[tuple[str, str, str]]:
     plain = [*hook_tokens(), *keys]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
-    login = base64.b64encode(b"user:" + word.encode()).decode()
+    login, hex64 = base64.b64encode(b"user:" + word.encode()).decode(), hook_token("", 64, HOOK_HEX)
     around = [
         ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
         ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
@@ -1591,6 +1591,7 @@ def hook_secrets() -> list[tuple[str, str, str]]:
         ("mailchimp", hook_token("", 32, HOOK_HEX) + "-us12", "key {} "),
         ("terraform", hook_token("", 14) + ".atlas" + "v1." + hook_token("", 67), "key {} "),
         ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
+        ("signature", hex64, "https://s3.example/b?X-Amz-Expires=9&X-Amz-Signature={}&x=1"),
         ("url-password", "p@ss" + word, "mysql://root:{}@db:3306/shop"),
         ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
         ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
@@ -1760,6 +1761,11 @@ def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
     for hint in ("", "token", "eyJ", "://", "authorization"):
         unit = pattern.replace("{}", hint)
         assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
+
+
+@pytest.mark.parametrize("hint", ["key", "pass", "pw"])
+def test_redaction_does_not_search_a_long_word_again_and_again(hint):
+    assert redaction_seconds(hint, 120_000) < 0.6  # 0.1 s; with backtracking 2 s
 
 
 @settings(max_examples=100)
@@ -4002,7 +4008,7 @@ def protocol_check_headers(headers: Any) -> None:
     headers = dict(headers)
     expected = {
         "content-type": "application/json", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
-        "x-frame-options": "DENY", "cache-control": "no-store",
+        "x-frame-options": "DENY", "cache-control": "no-store", "cross-origin-opener-policy": "same-origin",
     }  # fmt: skip
     assert {name: headers.get(name) for name in expected} == expected
     assert not [name for name in headers if name.startswith("access-control")]
@@ -4237,6 +4243,16 @@ def test_a_post_needs_the_pages_origin_or_the_token(spoken):
         for path, content in (("/api/hooks", body), ("/api/message", b'{"type":"send_test_event"}')):
             assert spoken.request(path, "POST", content, headers)[0] == expected, (path, headers)
     assert len(journal_plain_lines(spoken.home + "/events", "post-origin")) == 4
+
+
+def test_another_site_may_link_to_the_page_but_embed_nothing_of_it(spoken):
+    for expected, site, kind in (
+        (403, "cross-site", "empty"), (403, "same-site", "image"), (403, "cross-site", "iframe"),
+        (200, "cross-site", "document"), (200, "same-origin", "empty"), (200, "none", "document"),
+    ):  # fmt: skip
+        about = {"Sec-Fetch-Site": site, "Sec-Fetch-Dest": kind}
+        for path in ("/", "/api/search?q=x"):
+            assert spoken.request(path, headers=about)[0] == expected, (about, path)
 
 
 def test_a_body_that_no_route_wants_is_not_taken_for_the_next_request(spoken):
@@ -5191,6 +5207,16 @@ def test_running_agents_are_sent_before_those_that_ended() -> None:
     sent = book.to_json(book.sessions["s1"])
     assert [agent["agentId"] for agent in sent["agents"]] == agents[:5] + agents[45:]
     assert sent["agentCount"] == 60
+
+
+def test_a_session_waits_for_its_newest_hundred_questions() -> None:
+    book, asked = cm.Sessions(), {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    for number in range(150):
+        request = payload("PermissionRequest", agent_id=f"a{number}", **asked)
+        book.apply(ee.build_event(request, 1000 + number, "m"))
+    sent = book.to_json(book.sessions["s1"])
+    assert [it["agentId"] for it in sent["asks"]] == [f"a{number}" for number in range(50, 150)]
+    assert sent["state"] == "waiting"
 
 
 SESSION_WORK = st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait"))
@@ -7992,6 +8018,8 @@ def test_go_makes_the_tmux_window_of_a_session_the_current_one(
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert cm.safe_line("a\x1b[31mred\n\u202eb \t") == "a\ufffd[31mred\ufffd\ufffdb \ufffd"
+    record = cm.logging.makeLogRecord({"msg": "from %s", "args": ("a\x1b[31m\n2026 INFO b",)})
+    assert cm.RedactingFormatter().format(record) == "from a\ufffd[31m\ufffd2026 INFO b"
 
 
 def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
@@ -9749,6 +9777,14 @@ def safe_send(path: str, line: bytes) -> bytes:
         return sock.recv(1)
 
 
+def safe_leave(port: int, request: bytes) -> None:
+    """Send requests, and close each connection at once: its user is then unknown."""
+    for _ in range(10):
+        with socket.socket() as sock:
+            sock.connect(("127.0.0.1", port))
+            sock.sendall(request)
+
+
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net/tcp")
 def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
@@ -9773,6 +9809,7 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
             for port, request in refused:
                 status, _, body = ask(protocol_exchange, port, request)
                 assert status == 401 and not re.search(b"precious|testbox", body), (mode, request)
+            ask(safe_leave, running.port, posted)
             events = protocol_get(page, bearer, path="/api/events")
             status, _, body = ask(protocol_exchange, running.port, events)
             assert status == 200 and b"precious" in body
@@ -9783,7 +9820,7 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
     os.chmod(running.socket_path, 0o777)  # and if the socket stood open, its user would still be looked at
     with safe_stranger() as ask, contextlib.suppress(ConnectionResetError, BrokenPipeError):
         assert ask(safe_send, running.socket_path, line) == b""
-    assert "stranger" not in running.sessions()
+    assert not {"stranger", "unknown"} & running.sessions().keys()
 
 
 @pytest.mark.parametrize("candidate", ["t" * 32, "t" * 31 + "u", "u" * 32, "", "é"])
@@ -11703,6 +11740,11 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
         assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
         assert "127.0.0.1" in row["data"]["by"]
         assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
+    secret = {"tool_input": {"command": "echo -----BEGIN PRIVATE KEY-----; rm -r ~"}}
+    for unseen in (secret, {"truncated": {"toolInput.command": 5_000_000}}):
+        hook, event_id = asking.ask("Bash", "unseen", **unseen)
+        assert "not shown whole" in asking.answer(page, event_id, {"do": "allow"}, "unseen")
+        assert asking.answer(page, event_id, {"do": "deny"}, "unseen") == "delivered"
     hook, event_id = asking.ask("Bash", "broken")
     for answer in (it[1] for it in ANSWERS if it[0] == "Bash" and it[2] is None):
         assert "does not fit" in asking.answer(page, event_id, answer, "broken")
@@ -11784,6 +11826,18 @@ def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
     assert asking.decision(hook)["behavior"] == outcomes["delivered"]
 
 
+def test_another_connection_that_names_the_same_question_does_not_end_it(asking):
+    page = asking.page(asking.pair())
+    hook, event_id = asking.ask()
+    line = json.dumps({"id": event_id, "answerable": 60, "hook": ANSWER_ASKED["Bash"]}, separators=(",", ":"))
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(asking.monitor.socket_path)
+        other.sendall(line.encode() + b"\n")
+        assert other.recv(1) == ee.ACKNOWLEDGEMENT and other.recv(1) == b""
+    assert asking.answer(page, event_id, {"do": "allow"}) == "delivered"
+    assert asking.decision(hook) == {"behavior": "allow"}
+
+
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
     asked = {"agent_id": "a1", "agent_type": "Explore"}
     hook = asking.hook({**ANSWER_ASKED["Bash"], **asked})
@@ -11836,6 +11890,7 @@ ANSWER_SOCKET = """
 import json, os, sys, websockets.sync.client as client
 with client.connect(sys.argv[1], additional_headers={"Cookie": os.environ["COOKIE"]}) as page:
     page.send(os.environ["MESSAGE"])
+    if sys.argv[2:]: os._exit(0)
     for text in page:
         if json.loads(text)["type"] in ("error", "answered"): sys.exit(print(text))"""
 ANSWER_EVENT = """
@@ -11899,6 +11954,13 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
         chosen = printed.get("updatedInput", {}).get("answers")
         assert printed == decision or chosen == {"Colour?": "Green", "Which?": ["Blue", "Green"]}, said
     assert "asks nothing" in asking.on_terminal("answer", "s0")
+    asking.ask("Bash", "odd", tool_input={"command": "make\nalways 1: less"})
+    assert "\n    always 1: less" in asking.on_terminal("answer", "odd"), (
+        "a command cannot pose as a line of ours"
+    )
+    odd = {"question": "Which?", "options": [{"label": "Red\x1b[31m"}]}
+    asking.ask("AskUserQuestion", "red", tool_input={"questions": [odd]})
+    assert "Answered: Red\ufffd[31m" in asking.on_terminal("answer", "red", "choose", "1")
     page.close()
 
 
@@ -12048,6 +12110,10 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
     asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
     tab.shows("ask", "answered in the terminal")
     hook.communicate(timeout=20)
+    asking.ask("Bash", "s8", tool_input={"command": 'export TOKEN="a1;$(make)"'})
+    tab.page.click("[data-session-id=s8]")
+    tab.shows("ask", "A secret is hidden here", "It cannot be shown whole")
+    assert tab.page.is_disabled("[data-act=a]")
     tab.page.click("[data-testid=view-status]")
     tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
     tab.page.set_viewport_size({"width": 360, "height": 740})
