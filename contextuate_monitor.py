@@ -3804,7 +3804,7 @@ def index_files(path: str) -> dict[str, os.stat_result]:
     """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
     for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # such as a link in a loop
             found[path + suffix] = os.stat(path + suffix)
     return found
 
@@ -8229,7 +8229,7 @@ class Monitor:
             log.info("%s", loading_words(self.loading))
             self._send_status()
         with contextlib.suppress(OSError, StartError):  # tried again
-            if not os.path.exists(self.settings.path("monitor.run.json")):
+            if read_state(self.settings.path("monitor.run.json")).get("pid") != os.getpid():  # it is damaged
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
             self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)

@@ -7805,10 +7805,18 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-@pytest.mark.parametrize("name", ["m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json", ""])
-def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, os.unlink) for name in ("m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json")),
+        ("monitor.run.json", lambda path: os.truncate(path, 9)),
+        ("monitor.run.json", lambda path: (os.unlink(path), os.mkdir(path))),
+        ("", lambda path: shutil.rmtree(path, ignore_errors=True)),
+    ],
+)
+def test_a_lost_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str, damage: Any) -> None:
     path = f"{running.home}/{name}"
-    os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
+    damage(path)
     eventually(
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
@@ -10145,7 +10153,8 @@ SAFE_FOREIGN = {
 def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
     owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
-    files = (segment, *"hook.cache last-seq publisher.lock emit.log clock.json deleted-ids".split())
+    others = "hook.cache last-seq publisher.lock emit.log clock.json deleted-ids monitor.run.json index.db"
+    files = (segment, *others.split())
     names = files if where == "files" else ("spool",)
     for name in names:
         os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), 0o700, exist_ok=True)
