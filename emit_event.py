@@ -675,7 +675,7 @@ def open_own(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Replace the file at `path` (a directory: `set_aside`) in one step, so that no reader sees half of it."""
+    """Replace the file (or, by `set_aside`, a directory) at `path` in one step: no reader sees half of it."""
     temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
