@@ -695,7 +695,7 @@ def handshake_response(request: Request) -> bytes:
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
-_SEQ = re.compile(rb'\{"seq":(\d+),')
+_SEQ = re.compile(rb'\{"seq":(\d{1,15}),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
@@ -4405,7 +4405,7 @@ CALL_COLUMNS = (
     "time,sessionId,machineId,workingDirectory,agentId,toolName,target,outcome,durationMs,error,toolUseId"
 )
 _OUTCOME_WORDS = dict(zip(Outcome, ("unfinished", "failed", "ok", "failed", "interrupted")))
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d{1,15})')
 
 
 def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:

@@ -10454,6 +10454,7 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
 SAFE_GARBAGE = {
     "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
     "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
+    "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
