@@ -4636,7 +4636,7 @@ def save_last_seq(home: str, seq: int) -> None:
     """Save the highest deleted number; if it were used again, clients would miss events."""
     path = os.path.join(home, "last-seq")
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
-        seq = max(seq, int(file.read(20)))
+        seq = max(seq, int(file.read(14)))
     with contextlib.suppress(OSError):
         emit_event.write_atomically(path, b"%d\n" % seq)
 
@@ -7874,7 +7874,7 @@ class Monitor:
             contextlib.suppress(OSError, ValueError),
             open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
         ):
-            self.journal.seq = int(file.read(20))
+            self.journal.seq = int(file.read(14))  # if damaged, later numbers still fit into _SEQ
         self.journal.open()
         # before any event is taken, which may have come before
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):

@@ -10454,7 +10454,7 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
 SAFE_GARBAGE = {
     "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
     "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
-    "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
+    "digits": b"9" * 5000, "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
@@ -10488,6 +10488,9 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         lines = [json.loads(line) for line in monitor.request("/api/export")[2].splitlines()]
         stored = {event["data"].get("message") for event in lines if event["sessionId"] in ("s0", "s1", "s2")}
         assert {str(it) for it in sure} <= stored, kind
+        eventually(
+            lambda: monitor.get("/api/status")["index"]["state"] == "ready", what=f"an index after {kind}"
+        )
         assert in_process(monitor, "status").returncode == in_process(monitor, "sessions").returncode == 0
         assert in_process(monitor, "doctor").returncode in (0, 1)
 
