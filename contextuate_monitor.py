@@ -10329,7 +10329,7 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
     """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
         ask_monitor(settings, "/api/stop", {"startedAt": about["startedAt"]})
-    except CommandError as error:
+    except (CommandError, OSError) as error:  # no answer, or no usable token
         if not about["pid"]:
             raise CommandError(f"{error}; run `stop` where it runs") from None
         os.kill(about["pid"], signal.SIGTERM)

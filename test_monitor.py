@@ -8407,6 +8407,13 @@ def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
     assert alive(shared.pid)
 
 
+def test_stop_needs_no_usable_token(monitor):
+    monitor.serve()
+    os.unlink(monitor.home + "/token")
+    os.mkdir(monitor.home + "/token")
+    assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
+
+
 @needs_containers
 def test_stop_in_another_container_signals_no_process(monitor):
     serve = [sys.executable, "-m", "contextuate_monitor", "start", "--foreground", "--no-open"]
