@@ -8363,7 +8363,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
 
 def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: JsonObject) -> None:
     """Add what is wrong with Redis, by the parts of a status."""
-    if redis.get("state") == "waiting":
+    if redis.get("state") in ("waiting", "connecting") and redis["attempt"]:
         words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
         add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
     elif redis.get("state") == "given_up":

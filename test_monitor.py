@@ -8207,6 +8207,9 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
     assert facts["stream"] == "read up to its start" and facts["gaps"].startswith("1 times")
     assert facts["publish"] == "connected: 4 events since it was started"
     assert facts["machine"] == "far: 3 events, last 0 s ago, clock 7 s ahead"
+    for state in ("waiting", "connecting"):  # an attempt may last for seconds
+        problems = cm.status_problems({**status, "redis": {**link, "state": state}}, 0)
+        assert [it["kind"] for it in problems] == ["redis", "gaps"]
 
 
 def test_the_demo_shows_every_kind_of_row_and_wait() -> None:
