@@ -10274,7 +10274,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:  # of a write to a full disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a write to a full disk
             error.filename = settings.home
         log.error("cannot start: %s", error)
         raise
