@@ -639,7 +639,7 @@ def handshake_response(request: Request) -> bytes:
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
-_SEQ = re.compile(rb'\{"seq":(\d+),')
+_SEQ = re.compile(rb'\{"seq":(\d{1,15}),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
@@ -3419,7 +3419,7 @@ def index_files(path: str) -> dict[str, os.stat_result]:
     """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
     for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # such as a link in a loop
             found[path + suffix] = os.stat(path + suffix)
     return found
 
@@ -4130,7 +4130,7 @@ def save_last_seq(home: str, seq: int) -> None:
     """Save the highest deleted number; if it were used again, clients would miss events."""
     path = os.path.join(home, "last-seq")
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
-        seq = max(seq, int(file.read(20)))
+        seq = max(seq, int(file.read(14)))
     with contextlib.suppress(OSError):
         emit_event.write_atomically(path, b"%d\n" % seq)
 
@@ -7061,7 +7061,7 @@ class Monitor:
         access.port = self.port
         path, opener = settings.path("last-seq"), emit_event.open_own
         with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=opener) as file:
-            self.journal.seq = int(file.read(20))
+            self.journal.seq = int(file.read(14))  # if damaged, later numbers still fit into _SEQ
         self.journal.open()
         # before any event is taken, which may have come before
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
@@ -7416,7 +7416,7 @@ class Monitor:
             log.info("%s", loading_words(self.loading))
             self._send_status()
         with contextlib.suppress(OSError, StartError):  # tried again
-            if not os.path.exists(self.settings.path("monitor.run.json")):
+            if read_state(self.settings.path("monitor.run.json")).get("pid") != os.getpid():  # it is damaged
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
             if not os.path.exists(self.settings.path("monitor.pid")):
@@ -7519,7 +7519,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
 
 def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: JsonObject) -> None:
     """Add what is wrong with Redis, by the parts of a status."""
-    if redis.get("state") == "waiting":
+    if redis.get("state") in ("waiting", "connecting") and redis["attempt"]:
         words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
         add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
     elif redis.get("state") == "given_up":
@@ -9449,7 +9449,7 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
     """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
         ask_monitor(settings, "/api/stop", {"startedAt": about["startedAt"]})
-    except CommandError as error:
+    except (CommandError, OSError) as error:  # no answer, or no usable token
         if not about["pid"]:
             raise CommandError(f"{error}; run `stop` where it runs") from None
         os.kill(about["pid"], signal.SIGTERM)

@@ -478,13 +478,17 @@ def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
 
 
 def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Replace the file at `path` in one step, so that no reader sees half of it."""
+    """Replace the file at `path`, or set a directory there aside, in one step: no reader sees half of it."""
     temporary = f"{path}.{posix.getpid()}.{posix.urandom(4).hex()}.tmp"
     fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC, mode)
     try:
         if posix.write(fd, content) < len(content):
             raise OSError(28, "No space left on device")
-        posix.rename(temporary, path)
+        try:
+            posix.rename(temporary, path)
+        except IsADirectoryError:
+            whole().set_aside(path)
+            posix.rename(temporary, path)
     except BaseException as error:
         posix.unlink(temporary)
         if isinstance(error, OSError):

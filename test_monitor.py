@@ -7668,10 +7668,18 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-@pytest.mark.parametrize("name", ["m.sock", "monitor.pid", "monitor.run.json", ""])
-def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, os.unlink) for name in ("m.sock", "monitor.pid", "monitor.run.json")),
+        ("monitor.run.json", lambda path: os.truncate(path, 9)),
+        ("monitor.run.json", lambda path: (os.unlink(path), os.mkdir(path))),
+        ("", lambda path: shutil.rmtree(path, ignore_errors=True)),
+    ],
+)
+def test_a_lost_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str, damage: Any) -> None:
     path = f"{running.home}/{name}"
-    os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
+    damage(path)
     eventually(
         lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
     )
@@ -8042,6 +8050,9 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
     assert facts["stream"] == "read up to its start"
     assert facts["publish"] == "connected: 4 events since it was started"
     assert facts["machine"] == "far: 3 events, last 0 s ago, clock 7 s ahead"
+    for state in ("waiting", "connecting"):  # an attempt may last for seconds
+        problems = cm.status_problems({**status, "redis": {**link, "state": state}}, 0)
+        assert [it["kind"] for it in problems] == ["redis", "gaps"]
 
 
 def test_the_demo_shows_every_kind_of_row_and_wait() -> None:
@@ -8225,6 +8236,13 @@ def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
     assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
     eventually(lambda: not alive(monitor.pid))
     assert alive(shared.pid)
+
+
+def test_stop_needs_no_usable_token(monitor):
+    monitor.serve()
+    os.unlink(monitor.home + "/token")
+    os.mkdir(monitor.home + "/token")
+    assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
 
 
 @needs_containers
@@ -9963,7 +9981,8 @@ SAFE_FOREIGN = {
 def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
     owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
-    files = (segment, *"hook.cache last-seq publisher.lock emit.log clock.json deleted-ids".split())
+    others = "hook.cache last-seq publisher.lock emit.log clock.json deleted-ids monitor.run.json index.db"
+    files = (segment, *others.split())
     names = files if where == "files" else ("spool",)
     for name in names:
         os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), 0o700, exist_ok=True)
@@ -10263,6 +10282,7 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
 SAFE_GARBAGE = {
     "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
     "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
+    "digits": b"9" * 5000, "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
@@ -10296,6 +10316,9 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         lines = [json.loads(line) for line in monitor.request("/api/export")[2].splitlines()]
         stored = {event["data"].get("message") for event in lines if event["sessionId"] in ("s0", "s1", "s2")}
         assert {str(it) for it in sure} <= stored, kind
+        eventually(
+            lambda: monitor.get("/api/status")["index"]["state"] == "ready", what=f"an index after {kind}"
+        )
         assert in_process(monitor, "status").returncode == in_process(monitor, "sessions").returncode == 0
         assert in_process(monitor, "doctor").returncode in (0, 1)
 
