@@ -148,7 +148,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
+from emit_event import ConfigError, JsonObject, Key, MalformedEvent, Privacy, encode_json, integer_key, now_ms
 
 __version__ = "1.0.0"
 __all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
@@ -164,7 +164,7 @@ def steady_ms() -> float:
 # ---------------------------------------------------------------------------
 # Config: the settings of the monitor, checked once
 #
-# Owns: Settings and the paths of our files. The keys themselves are in emit_event.KEYS.
+# Owns: Settings, the paths of our files, and the keys that only the monitor reads.
 # ---------------------------------------------------------------------------
 
 
@@ -242,6 +242,40 @@ NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
 }  # fmt: skip
 
 
+def _is_price_list(value: Any) -> bool:
+    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+    return isinstance(value, dict) and all(
+        name
+        and isinstance(price, dict)
+        and required <= price.keys() <= known
+        and all(type(amount) in (int, float) and 0 <= amount <= 1e6 for amount in price.values())
+        for name, price in value.items()
+    )
+
+
+KEYS: dict[str, Key] = {  # what hooks and publisher read too, and what only the monitor reads
+    **emit_event.KEYS,
+    "server.host": Key("127.0.0.1", "a host name or an IP address", _matches(".+")),
+    "server.port": integer_key(3847, 0, 65535, about_low=" (any free port)"),
+    "server.wsPort": integer_key(3848, 0, 65535, about_low=" (any free port)"),
+    "server.allowedHosts": Key([], "a list of host names", lambda it: _all_in(it, bool)),
+    "server.auth": Key("auto", '"auto", "token" or "off"', ("auto", "token", "off").__contains__),
+    "redis.maxRetries": integer_key(10, 1, 1_000_000, "for ever"),
+    "persistence.enabled": Key(True, "true or false", lambda it: isinstance(it, bool)),
+    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
+    "limits.connections": integer_key(256, 1, 10_000),
+    "limits.clientQueueBytes": integer_key(1 << 20, 1 << 16, 64 << 20),
+    "sessions.quietSeconds": integer_key(120, 5, 86_400),
+    "sessions.endedHours": integer_key(12, 1, 720),
+    "retention.days": integer_key(30, 1, 36_500, "for ever"),
+    "retention.maxMegabytes": integer_key(2048, 16, 10**9, "no limit"),
+    "notify": Key([], "a list of targets", lambda it: emit_event.objects_in(it) == it),
+    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
+                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+                  _is_price_list),
+}  # fmt: skip
+
+
 class NotifyTarget:
     """One entry of `notify`; raises ValueError with its number, the key and what was expected."""
 
@@ -278,13 +312,21 @@ def load_settings(
     path = os.path.abspath(config_path or path)
     if config_path and not os.path.exists(path):
         raise ConfigError(f"{path}: no such file; omit --config to use the defaults")
-    values, warnings = emit_event.load_config(path)
+    values, given = emit_event.load_config(path, KEYS)
+    warnings = [f"{path}: {name}: unknown key, ignored" for name in given if name not in KEYS]
+    if not values["redis.tls"] and any(given.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
+    hidden = [
+        values[key] for key in emit_event.SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")
+    ]
+    if any(hidden) and os.stat(path).st_mode & 0o077:
+        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     place = os.path.dirname(os.path.abspath(emit_event.__file__))
     if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
         user = f"user {os.getuid()} has no home directory"
         warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
-        rule = emit_event.KEYS[key]
+        rule = KEYS[key]
         if not rule.accepts(value):
             raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
         values[key] = value
@@ -9423,7 +9465,7 @@ def command_stop(args: argparse.Namespace) -> int:
     except ConfigError as error:  # the monitor may run, with an earlier one
         print_status(f"warning: {error}")
         home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
-        settings = Settings(home, "", "", emit_event.default_values())
+        settings = Settings(home, "", "", emit_event.load_config("", KEYS)[0])  # the defaults
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
@@ -9529,7 +9571,7 @@ def command_url(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-# What each key of emit_event.KEYS is for.
+# What each of KEYS is for.
 KEY_MEANINGS = """
 mode                     how events reach the monitor: on this machine only, or through Redis
 answers.waitSeconds      how long a hook of `install --answers` waits for an answer from the page
@@ -9578,7 +9620,7 @@ prices                   prices of models, in place of the built-in ones
 def command_config(settings: Settings, args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
     meanings = dict(re.findall(r"(\S+) +(.+)", KEY_MEANINGS))
-    keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
+    keys = {it: (key.default, meanings[it], key.expected) for it, key in KEYS.items()}
     targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
         for title, rows in ("", keys), ("\nEach target of `notify` is an object:\n\n", targets):

@@ -655,7 +655,7 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
+def integer_key(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(default, expected, lambda n: low <= n <= high if type(n) is int else n is None and null != "")
@@ -693,35 +693,18 @@ def _redis_url(value: Any) -> bool:
     return False
 
 
-def _prices(value: Any) -> bool:
-    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
-    return isinstance(value, dict) and all(
-        _text(name)
-        and isinstance(price, dict)
-        and required <= price.keys() <= known
-        and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
-        for name, price in value.items()
-    )
-
-
 KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', ("local", "redis").__contains__),
     "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
                       lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
-    "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
-    "server.port": _integer(3847, 0, 65535, about_low=" (any free port)"),
-    "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
-    "server.allowedHosts": Key([], "a list of host names",
-                               lambda it: isinstance(it, list) and all(map(_text, it))),
-    "server.auth": Key("auto", '"auto", "token" or "off"', ("auto", "token", "off").__contains__),
     "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
                      "special characters of a password percent-encoded",
                      lambda it: it is None or _redis_url(it)),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
-    "redis.port": _integer(6379, 1, 65535),
+    "redis.port": integer_key(6379, 1, 65535),
     "redis.username": _optional_text("a user name"),
     "redis.password": _optional_text("a string"),
-    "redis.db": _integer(0, 0, 65535),
+    "redis.db": integer_key(0, 0, 65535),
     "redis.channel": Key("contextuate:events", "a name of at most 200 characters",
                          lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
@@ -732,26 +715,13 @@ KEYS: dict[str, Key] = {
     "redis.sentinelPassword": _optional_text("a string"),
     "redis.cluster": Key(False, 'true (redis.host is a node of a cluster), false, or a list of its nodes as '
                          '"host:port"', lambda it: isinstance(it, bool) or (_nodes(it) and it != [])),
-    "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
-    "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
-    "persistence.enabled": _flag(True),
-    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
-    "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
-    "limits.connections": _integer(256, 1, 10_000),
-    "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
-    "sessions.quietSeconds": _integer(120, 5, 86_400),
-    "sessions.endedHours": _integer(12, 1, 720),
-    "retention.days": _integer(30, 1, 36_500, "for ever"),
-    "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
-    "answers.waitSeconds": _integer(3600, 0, 86_400, about_low=" (off)"),
-    "answers.backgroundSeconds": _integer(20, 0, 300, about_low=" (off)"),
+    "redis.streamMaxLength": integer_key(10_000, 0, 10_000_000, about_low=" (no stream)"),
+    "limits.fieldBytes": integer_key(1 << 20, 1024, 8 << 20),
+    "answers.waitSeconds": integer_key(3600, 0, 86_400, about_low=" (off)"),
+    "answers.backgroundSeconds": integer_key(20, 0, 300, about_low=" (off)"),
     "answers.remote": _flag(False),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', ("full", "metadata").__contains__),
-    "notify": Key([], "a list of targets", lambda it: isinstance(it, list) and objects_in(it) == it),
-    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
-                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
-                  _prices),
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
@@ -769,58 +739,42 @@ def parse_relaxed_json(text: str) -> Any:
     return json.loads(_TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text)))
 
 
-def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Return the value of every key (defaults without a file) and warnings; raise ConfigError."""
-    given, readable_by_others = _read_config(path)
-    values, warnings = default_values(), []
-    flat: JsonObject = {}
-    for name, value in given.items():
-        if not any(key.startswith(name + ".") for key in KEYS):
+def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, Any], JsonObject]":
+    """Return (the value of each key, by default without a file; what the file has); raise ConfigError."""
+    values, flat = {name: key.default for name, key in keys.items()}, JsonObject()
+    for name, value in _read_config(path).items():
+        if not any(key.startswith(name + ".") for key in keys):
             flat[name] = value
         elif isinstance(value, dict):
             flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
             raise ConfigError(f"{path}: {name}: expected an object, got {json.dumps(value)[:60]}")
-    for name, value in flat.items():
-        if name not in KEYS:
-            warnings.append(f"{path}: {name}: unknown key, ignored")
-        elif KEYS[name].accepts(value):
-            values[name] = value
-        else:
+    for name in flat.keys() & keys.keys():
+        values[name] = value = flat[name]
+        if not keys[name].accepts(value):
             shown = "something else" if name in SECRET_KEYS else json.dumps(value)[:60]
-            raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
+            raise ConfigError(f"{path}: {name}: expected {keys[name].expected}, got {shown}")
     if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
         values["limits.fieldBytes"] = 64 << 10  # every event crosses a network
-    if values["redis.tls"] is False and any(flat.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
-        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
         raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
-    secrets = [values[key] for key in SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")]
-    if readable_by_others and any(secrets):
-        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
-    return values, warnings
+    return values, flat
 
 
-def default_values() -> "dict[str, Any]":
-    """Return every key of KEYS with its default."""
-    return {name: key.default for name, key in KEYS.items()}
-
-
-def _read_config(path: str) -> "tuple[JsonObject, bool]":
+def _read_config(path: str) -> JsonObject:
     try:
         with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
-            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
         given = parse_relaxed_json(text) if text.strip() else {}
     except FileNotFoundError:
-        return {}, False
+        return {}
     except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
-    return given, readable_by_others
+    return given
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
@@ -2916,11 +2870,7 @@ class Publisher:
         self._home, self._spool = home, home + "/spool"
         self._config_path, self._lock_fd = config_path, lock_fd
         self._basis = self._current_basis()
-        self._values = default_values()
-        try:
-            self._values = load_config(config_path)[0]
-        except ConfigError as error:
-            log_failure(f"the publisher cannot be configured: {error}")
+        self._values = load_config(config_path)[0]
         self._privacy = privacy_of(self._values)
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch

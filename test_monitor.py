@@ -685,8 +685,9 @@ HOOK_SURROUNDINGS = {
     "config is unreadable": ("echo {} >c; chmod 0 c; CONTEXTUATE_CONFIG=$PWD/c", "default", 1),
     **{
         f"config is {text}": (f"printf '{text}' >monitor.config.json", "default", 1)
-        for text in ("{", "[]", '{"mode": "none"}', '{"socketPath": 5}', r"\377\376", '{"server": 1}')
+        for text in ("{", "[]", '{"mode": "none"}', '{"socketPath": 5}', r"\377\376", '{"redis": 1}')
     },
+    "config is wrong for the monitor only": ("sed -i 's/^{/{\"retention\": 5, /' monitor.config.json", "own", 1),
     "cache is a directory": ("mkdir hook.cache", "own", 1),
     "cache is garbage": (r"printf '\n\n\n\377\377' >hook.cache", "own", 1),
     "cache is of another config": (r"printf '0 0 0 0\nlocal\n/x\n' >hook.cache", "own", 1),
@@ -1126,14 +1127,15 @@ def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[
     section, dot, name = key.partition(".")
     path.write_text(json.dumps({section: {name: value}} if dot else {section: value}))
     path.chmod(mode)
-    return ee.load_config(str(path))
+    made, warnings = cm.load_settings(str(path))
+    return made.values, warnings
 
 
-@pytest.mark.parametrize("key", sorted({part for key in ee.KEYS for part in (key, key.partition(".")[0])}))
+@pytest.mark.parametrize("key", sorted({part for key in cm.KEYS for part in (key, key.partition(".")[0])}))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     wrong, right = HOOK_VALUES[key]
     path = tmp_path / "c.json"
-    expected = ee.KEYS[key].expected if key in ee.KEYS else "an object"
+    expected = cm.KEYS[key].expected if key in cm.KEYS else "an object"
     for value in wrong:
         with pytest.raises(ee.ConfigError) as caught:
             hook_load(path, key, value)
@@ -1142,7 +1144,7 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
         assert "12345678" not in message, "a password is not shown"
     values, warnings = hook_load(path, key, right)
     assert values.get(key, right) == right and warnings == []
-    assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
+    assert {name for name in values if name != key and values[name] != cm.KEYS[name].default} == set()
 
 
 HOOK_OPEN = "holds a password that others can read; run: chmod 600 {path}"
@@ -1165,8 +1167,8 @@ def test_a_doubtful_key_is_warned_about(tmp_path, key, value, mode, warning):
     path = tmp_path / "c.json"
     values, warnings = hook_load(path, key, value, mode)
     assert warnings == ([f"{path}: {warning.format(path=path)}"] if warning else [])
-    known = {key: value} if key in ee.KEYS else {}
-    assert values == {**ee.default_values(), **known}
+    known = {key: value} if key in cm.KEYS else {}
+    assert values == {**ee.load_config("", cm.KEYS)[0], **known}
 
 
 @pytest.mark.parametrize(
@@ -1180,7 +1182,10 @@ def test_a_doubtful_key_is_warned_about(tmp_path, key, value, mode, warning):
 def test_what_the_config_does_not_say_has_its_default(tmp_path, content, others):
     if content is not None:
         (tmp_path / "c.json").write_bytes(content)
-    assert ee.load_config(str(tmp_path / "c.json")) == ({**ee.default_values(), **others}, [])
+    assert ee.load_config(str(tmp_path / "c.json"), cm.KEYS)[0] == {
+        **ee.load_config("", cm.KEYS)[0],
+        **others,
+    }
 
 
 @pytest.mark.parametrize(
@@ -1514,7 +1519,7 @@ MACHINE_KEYS = {
 def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(tmp_path, monkeypatch, case):
     remote, fields, key = MACHINE_KEYS[case]
     monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
-    here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    here = cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
     line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
     with contextlib.closing(cm.Ingest(here, cm.MemoryJournal(), lambda usage: None)) as ingest:
         (stored,) = ingest.take([line], remote)[1]
@@ -6362,7 +6367,7 @@ def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading_here(home: str) -> Iterator[cm.Monitor]:
-    values, _ = ee.load_config(home + "/monitor.config.json")
+    values, _ = ee.load_config(home + "/monitor.config.json", cm.KEYS)
     made = cm.Monitor(cm.Settings(home, home + "/monitor.config.json", "testbox", values))
     made.open()
     thread = threading.Thread(target=made.run)
@@ -7015,7 +7020,7 @@ def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, chang
     monkeypatch.setenv("CODEX_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    doctor = cm.Doctor(cm.Settings(str(tmp_path), "", "box", ee.default_values()), [])
+    doctor = cm.Doctor(cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0]), [])
     path = tmp_path / "hooks.json"
     path.write_text(cm.plan_install(str(tmp_path), "codex").new_text)
     assert [it.words for it in doctor._program("codex")] == [f"12 events of codex in {path}"]
@@ -8153,7 +8158,7 @@ MACHINE_LINES = stories("machines", " → ")
 @pytest.mark.parametrize("case", MACHINE_LINES)
 def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, case):
     ((machines, lines),) = MACHINE_LINES[case]
-    settings = cm.Settings(str(tmp_path), "", "build-box", ee.default_values())
+    settings = cm.Settings(str(tmp_path), "", "build-box", ee.load_config("", cm.KEYS)[0])
     settings.__dict__["machine_key"] = "h"
     by_key: dict[str, dict[str, Any]] = {}
     for number, words in enumerate(machines.split(", ")):
@@ -12944,7 +12949,7 @@ def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, mon
             raise MemoryError
         return protected(event, privacy)
 
-    protected, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    protected, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
     monkeypatch.setattr(ee, "protect", protect)
     ingest = cm.Ingest(here, cm.Journal(str(tmp_path / "events")), lambda event: None)
     lines = [json.dumps(hook_wrapped(payload("Stop"), id=str(number))).encode() for number in range(3)]
@@ -12961,7 +12966,7 @@ SECOND_DELIVERIES = stories("deliveries", " → ")
 def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
     ((story, kept),) = SECOND_DELIVERIES[rule]
     journal = cm.Journal(str(tmp_path / "events"))
-    here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    here = cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
     ingest = cm.Ingest(here, journal, lambda event: None)
     for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
         data = {"message": "same", **({name: value} if name else {})}
@@ -13801,7 +13806,7 @@ def test_the_tables_of_configuration_keys_are_those_of_the_program(capsys: Any) 
     rows = doc_table("README.md", "Configuration")
     assert len(rows) == 8
     for key, default, _ in rows:
-        assert json.loads(default.strip("`")) == ee.KEYS[key.strip("`")].default, key
+        assert json.loads(default.strip("`")) == cm.KEYS[key.strip("`")].default, key
     variables = re.findall(r"CONTEXTUATE_[A-Z_]+[A-Z]", inspect.getsource(cm) + inspect.getsource(ee))
     listed = [row[0].strip("`") for row in doc_table(".docs/config.md", "Environment")]
     assert {*listed} == {*variables, "CLAUDE_CONFIG_DIR"}
