@@ -4694,6 +4694,39 @@ def attempt_words(state: JsonObject) -> str:
     return f"attempt {state['attempt']}{limit}"
 
 
+def redis_py_advice(python: str) -> str:
+    """Return how to install redis-py for an interpreter."""
+    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
+    return f"{command}, or install your system's package (apt install python3-redis), then try again"
+
+
+# Part of a reason → what to do. redis-py leaves the code (NOAUTH, MOVED) out of some texts.
+REDIS_ADVICE = (
+    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
+     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
+    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
+    ("READONLY|read only replica|read-only replica|previous master",
+     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
+    (r"MOVED|: \d+ \S+:\d+$", "it is a node of a cluster: set redis.cluster to true"),
+    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
+    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
+    ("No such file or directory", "check the paths in the Redis configuration"),
+    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
+    ("Connection refused", "is Redis running there?"),
+    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
+     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
+     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
+)  # fmt: skip
+
+
+def redis_advised(reason: str) -> str:
+    """Return a reason of `emit_event.redis_trouble`, with what to do."""
+    if missing := re.match("redis-py is missing or too old for (.+)", reason):
+        return f"{reason}: {redis_py_advice(missing[1])}"
+    return reason + next((f" ({it})" for signs, it in REDIS_ADVICE if re.search(signs, reason)), "")
+
+
 class RedisLink(threading.Thread):
     """Follows channel and stream, and connects again after an error; `state` belongs to the loop thread.
 
@@ -4771,7 +4804,7 @@ class RedisLink(threading.Thread):
                 failures = 0
                 self._follow()
             except Exception as error:
-                reason = emit_event.redis_trouble(error, self._values)
+                reason = redis_advised(emit_event.redis_trouble(error, self._values))
             if self._client and self._is_silent():
                 reason = f"no whole answer within {SUBSCRIBER_DEADLINE_S:.0f} s"
             self._disconnect()
@@ -4877,7 +4910,7 @@ class RedisLink(threading.Thread):
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
-            reason = emit_event.redis_trouble(error, self._values)
+            reason = redis_advised(emit_event.redis_trouble(error, self._values))
         if reason != self.state["streamReason"]:
             trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
             log.warning("Redis: the stream %s", trouble if reason else "can be read again")
@@ -5727,7 +5760,7 @@ class Answers:
         try:
             found: tuple[str, str] = self._at_redis(send, "answer", event_id)
         except Exception as error:  # Redis does not answer
-            found = outcome, emit_event.redis_trouble(error, self._settings.values)
+            found = outcome, redis_advised(emit_event.redis_trouble(error, self._settings.values))
         return found
 
     # The right to answer
@@ -6340,6 +6373,28 @@ class HookPort:
 Deliver = Callable[[list[JsonObject]], bool]  # for other threads: returns whether the events are stored
 
 
+def like_ours(given: JsonObject) -> JsonObject:
+    """Return an event of the Node.js Contextuate emitter with our names; any other object as it is."""
+    data = given.get("data")
+    if not isinstance(given.get("eventType"), str) or not isinstance(data, dict):
+        return given
+    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
+    if "tool_output" in data and "toolOutput" not in data:
+        data["toolOutput"] = data.pop("tool_output")
+    is_agent = given.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in given
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in given:
+        given.update(agentId=given.get("sessionId"), agentType=subagent.get("type"))
+        given["sessionId"] = given.pop("parentSessionId")
+    if isinstance(sums, dict) and "usage" not in data:
+        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
+        cached = sum(count for count in (five, hour) if type(count) is int)
+        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
+        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        model = emit_event.id_or(data.get("model"), "unknown")
+        data["usage"] = {"models": {model: counts}, "agents": {}}
+    return given
+
+
 class Ingest:
     """Build events from received lines, store each once, and count them by machine."""
 
@@ -6423,7 +6478,10 @@ class Ingest:
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
         machine_id = "unknown" if remote else self._machine_id
-        event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
+        given = emit_event.parse_event_line(line)
+        if "eventType" in given:
+            given = like_ours(given)
+        event = emit_event.build_event(given, received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if event["eventType"] == "answer" and event["id"] not in self.own_answers:
             event["eventType"] = "message"  # a program must not pretend that a person has answered
@@ -6948,6 +7006,8 @@ def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
+    reasons = ("reason", "channelReason", "streamReason")
+    state.update((it, redis_advised(state[it])) for it in reasons if state.get(it))
     running = state["state"] != "stopped" and lock_holder(home + "/publisher.lock") is not None
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
 
@@ -8698,7 +8758,7 @@ class Doctor:
         python = emit_event.publisher_python(self._settings.home)
         answer = run_in_python(python, "import redis; print(redis.__version__)")
         if answer.returncode:
-            advice = emit_event.redis_py_advice(python)
+            advice = redis_py_advice(python)
             yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
         else:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
@@ -8714,7 +8774,7 @@ class Doctor:
         except Exception as error:
             # A user without the right to TIME is connected, too.
             if client is None or type(error).__name__ != "NoPermissionError":
-                yield _fail("redis", emit_event.redis_trouble(error, values))
+                yield _fail("redis", redis_advised(emit_event.redis_trouble(error, values)))
                 return
         yield _ok("redis", f"{emit_event.redis_place(values)} answers")
         if abs(off_s) > 2:
@@ -9112,7 +9172,7 @@ def import_batches(
             ).events(paths)
         else:
             for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
-                built = emit_event.build_event(event, now_ms(), machine)
+                built = emit_event.build_event(like_ours(event), now_ms(), machine)
                 session, is_sum = built["sessionId"], built["eventType"] == "usage"
                 if built["id"] not in found and not (is_sum and session in found):
                     found |= {built["id"], session if "usage" in built["data"] and not is_sum else ""}
@@ -9334,7 +9394,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
-        raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
+        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
@@ -9758,7 +9818,7 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
     if off and not any(our_hooks(file.settings) for file in running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
-        advice = emit_event.redis_py_advice(sys.executable)
+        advice = redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
     print(*{PROGRAMS[program].advice for program in programs_of(args)}, sep="\n")
     return 0

@@ -10,8 +10,7 @@ With `--answer`, for two events, it then waits for a person's decision and print
 As a module it is what hook and monitor share.
 
 The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
-"end of the hot path" to a module, which a short launcher imports from its bytecode, and this whole file
-beside it for the rare paths. This file can be registered itself; a call then takes several times as long.
+"end of the hot path" to a module, which a short launcher imports from its bytecode; this file is beside it.
 """
 
 # ---------------------------------------------------------------------------
@@ -95,10 +94,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 def deliver(
     payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0, kept: "Any" = None
 ) -> None:
-    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
-
-    `wait_s`: for how long an answer is awaited; `kept` then gets the event's id, and the open connection.
-    """
+    """Send one payload as configured; for an answer, `kept` gets the event's id and the connection."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
@@ -403,10 +399,7 @@ GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
 
 
 def run_status_line(arguments: "list[str]") -> None:
-    """Hand on the object on standard input if a figure has changed; show a line; never returns.
-
-    `arguments`: the LC_CTYPE that the shell had, and the earlier status line's command, which replaces us.
-    """
+    """Hand on new figures and show a line; `arguments`: the shell's LC_CTYPE, the earlier command."""
     payload, line = b"", ""
     try:
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -541,7 +534,6 @@ import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
-import shlex  # noqa: E402
 import signal  # noqa: E402
 import stat  # noqa: E402
 import subprocess  # noqa: E402
@@ -790,9 +782,8 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            others = read_small(path).splitlines(True)[
-                :7
-            ]  # of other files and views of this one, newest first
+            # of other files and views of this one, newest first
+            others = read_small(path).splitlines(True)[:7]
             write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
@@ -1082,10 +1073,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
-
-    `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
-    """
+    """Build an event (`.docs/protocol.md`) from any object; what has a wrong type is kept in `data`."""
     about = {name: value for name, value in given.items() if name not in ("seq", "received")}
     data, is_event = dict(given), isinstance(given.get("eventType"), str)
     is_wrapped = isinstance(given.get("id"), str) and not is_event
@@ -1097,7 +1085,8 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     elif any(isinstance(given.get(name), str) for name in names):
         about, data = _fields_of_hook(given, {})
     elif is_event:
-        about, data = _fields_of_event(about)
+        content = about.pop("data", None)
+        data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     else:
         about = {}
     event: JsonObject = {
@@ -1165,27 +1154,6 @@ def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[Json
     if "effort" in line:
         data["effort"] = line["effort"]
     return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
-
-
-def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
-    """Return (fields of the event, data) of an event, also of one by the Node.js Contextuate emitter."""
-    content = about.pop("data", None)
-    data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
-    if "tool_output" in data and "toolOutput" not in data:
-        data["toolOutput"] = data.pop("tool_output")
-    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
-    is_agent = about.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in about
-    if is_agent and isinstance(subagent, dict) and "parentSessionId" in about:
-        about.update(agentId=about.get("sessionId"), agentType=subagent.get("type"))
-        about["sessionId"] = about.pop("parentSessionId")
-    if isinstance(sums, dict) and "usage" not in data:
-        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
-        cached = sum(count for count in (five, hour) if type(count) is int)
-        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
-        counts |= {"cacheCreation": cached, "cacheCreation1h": hour}
-        model = data["model"] if _is_id(data.get("model")) else "unknown"
-        data["usage"] = {"models": {model: counts}, "agents": {}}
-    return about, data
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
@@ -1706,10 +1674,7 @@ class Privacy(NamedTuple):
 
 
 def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
-    """Return `event` with its `data` redacted and cut as `privacy` says, and its JSON.
-
-    `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
-    """
+    """Return `event` redacted and cut, and its JSON; `data.truncated`: path → original size in bytes."""
     # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
     # character that JSON must escape, and every name of a secret has a hint in it.
     hints = {""}  # of any text
@@ -1914,11 +1879,8 @@ class CostState(NamedTuple):
     models: "dict[str, Counts]"
 
 
-Fact = Any  # MessageUsage, CostState, or an event
-
-
 class TranscriptParser:
-    """Find usage, words and evidence in the lines of a transcript.
+    """Find facts in the lines of a transcript: MessageUsage, CostState, events with words or evidence.
 
     Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
     words: texts of the agent, and what a person typed (with `data.role`); copies of a line have the same id.
@@ -1930,7 +1892,7 @@ class TranscriptParser:
         self._marks = _AGENT_MARKS if program else _MARKS
         self._model = model  # of the last line that names one, where the lines with tokens do not
 
-    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Fact]":
+    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         has_words = has_words and not self._program
         is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
@@ -1939,7 +1901,7 @@ class TranscriptParser:
                 return list(self.facts_in(parse_event_line(line), line, has_words))
         return []
 
-    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Fact]":
+    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Any]":
         """Yield what is in one line, whose JSON object is `entry`."""
         wrapped = entry.get("payload", entry.get("data")) if self._program else entry
         inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
@@ -2038,9 +2000,8 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
         data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
         data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
         return {"eventType": "tool_error", "data": data}
-    if kind in ("turn_aborted", "abort") or (
-        kind == "user" and text.startswith("[Request interrupted by user")
-    ):
+    is_esc = kind == "user" and text.startswith("[Request interrupted by user")
+    if is_esc or kind in ("turn_aborted", "abort"):
         data = {"status": "interrupted"}
     elif calls and all(call.get("status") == "cancelled" for call in calls):
         data, at = {"status": "interrupted"}, {"at": calls[-1].get("timestamp")}
@@ -2059,9 +2020,7 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    digits = hashlib.sha256(content).hexdigest()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
@@ -2094,7 +2053,6 @@ class UsageReader:
 
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
     or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
-    Stops early, without a result, once `stopping` is set; the next call continues there.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2107,12 +2065,7 @@ class UsageReader:
         self._delivered: dict[str, tuple[int, float]] = {}
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
-        """Read on in the transcripts that an event names; deliver words, evidence, and usage if it is new.
-
-        What is not delivered (the process is killed) is found again, with the same ids. Without `is_end` only
-        what has grown is read, and there is usage every USAGE_QUIET_S. Of UsageWorker: `since`, the time of
-        the first event since nothing was read; `states`, of the files when they were.
-        """
+        """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
         before, read_at = self._delivered.get(session, (0, 0.0))
         with_totals = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
@@ -2187,10 +2140,7 @@ class UsageReader:
         return self._database
 
     def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
-        """Count what is new in a transcript; yield evidence, and words that no session has had.
-
-        Hooks have reported the prompts after `since` (ms); evidence from before it is history.
-        """
+        """Count what is new in a transcript; yield new words, and evidence that is no history."""
         database, counted = self._database, []
         with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
             about = os.fstat(file.fileno())
@@ -2239,10 +2189,9 @@ class UsageReader:
                     row = (key, session, str(counts))
                     database.execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", row)
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
+                    more = [now - then for now, then in zip(counts, before)]
                     for models in (usage["models"], of_agent):
-                        add_counts(
-                            models.setdefault(it.model, {}), (now - then for now, then in zip(counts, before))
-                        )
+                        add_counts(models.setdefault(it.model, {}), more)
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
         database.execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
@@ -2294,11 +2243,9 @@ class UsageWorker(threading.Thread):
 
     def is_watching(self, reported: "set[str]") -> bool:
         """True while a session works that is not among the `reported`, those in the registry."""
+        now = time.monotonic()
         with self._wake:
-            pending = [
-                session for (session, _), it in self._pending.items() if it["until"] > time.monotonic()
-            ]
-        return not reported.issuperset(pending)
+            return not reported.issuperset(it[0] for it in self._pending if self._pending[it]["until"] > now)
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
@@ -2414,11 +2361,7 @@ _GIT_HEAD = re.compile(
 
 
 def add_git_place(event: JsonObject) -> None:
-    """Add where an event's directory is in a Git repository, from its `.git` files, as `data.git`.
-
-    {branch: its name, or a short commit; root: the directory of the worktree; project: that of the main
-    worktree, or of a bare repository}.
-    """
+    """Add `data.git` from `.git` files: the branch, the roots of the worktree and of the main one."""
     if "agentId" in event or "git" in event["data"]:
         return
 
@@ -2446,15 +2389,12 @@ def add_git_place(event: JsonObject) -> None:
 
 
 def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> None:
-    """Add the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
-
-    The note exists from the first tool call on; only it names a nested agent's parent.
-    `noted`: (session, agent) → id of the event with the note, which comes again if it could not be stored.
-    """
+    """Add the client's note on a subagent to its first event. `noted`: (session, agent) → its id."""
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
     if noted.get(key, event["id"]) != event["id"] or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", agent_id):
         return
+    # The note exists from the first tool call on; only it names a nested agent's parent.
     notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
     try:
         with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
@@ -2528,10 +2468,7 @@ def process_start(pid: int) -> "Optional[int]":
 
 
 class RegistryWatcher:
-    """Makes `client_status` events from the files of this user's clients on this machine.
-
-    An event's id is derived from its content: one made again, or by a second watcher, is a duplicate.
-    """
+    """Makes `client_status` events of this user's clients; their ids are derived from their content."""
 
     def __init__(self, machine_key: str) -> None:
         self._machine_key = machine_key
@@ -2659,14 +2596,9 @@ def segment_start_ms(path: str) -> int:
 
 
 def take_segment(path: str) -> str:
-    """Rename one segment so that no writer opens it again; return its new path.
-
-    Raises BlockingIOError, to try again later, while a writer has it locked; OSError if it cannot be read.
-    """
+    """Rename a segment so that no writer opens it again; BlockingIOError: one is writing to it."""
     taken = path.rpartition(".")[0] + ".taken"
     if taken != path:
-        if os.path.lexists(taken):  # of a hook of an older version
-            raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2702,8 +2634,7 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 
 PUBLISHER_QUIET_S = 60.0
 BUSY_S = 2.0  # after an event
-BUSY_POLL_S = 0.005  # between two checks of the spool
-IDLE_POLL_S = 0.02
+IDLE_POLL_S = 0.02  # between two checks of the spool
 EXCHANGE_DEADLINE_S = 5.0
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
@@ -2802,40 +2733,13 @@ def redis_place(values: "dict[str, Any]") -> str:
     return f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{database}"
 
 
-def redis_py_advice(python: str) -> str:
-    """Return how to install redis-py for an interpreter."""
-    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
-    return f"{command}, or install your system's package (apt install python3-redis), then try again"
-
-
-# Part of an error's text, or its type → what to do. redis-py leaves the code (NOAUTH) out of some texts.
-_REDIS_ADVICE = (
-    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
-     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
-    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master",
-     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
-    ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
-    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
-    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
-    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
-    ("No such file or directory", "check the paths in the Redis configuration"),
-    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
-    ("Connection refused", "is Redis running there?"),
-    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
-     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
-     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
-)  # fmt: skip
-
-
 def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
-    """Return what is wrong with Redis, and what to do."""
+    """Return what is wrong with Redis; the monitor adds what to do."""
     if isinstance(error, ImportError):
-        return f"redis-py is missing or too old: {redis_py_advice(sys.executable)}"
-    text, kind = " ".join(str(error).split())[:200], type(error).__name__
+        return f"redis-py is missing or too old for {sys.executable}"
+    text = " ".join(str(error).split())[:200] or type(error).__name__
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\[Errno -?\d+\] |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    advice = next((f" ({it})" for signs, it in _REDIS_ADVICE if re.search(signs, f"{kind}: {text}")), "")
-    return f"Redis at {redis_place(values)}: {text or kind}{advice}"
+    return f"Redis at {redis_place(values)}: {text}"
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -2921,7 +2825,7 @@ class Publisher:
                 break
             if now - last_event >= BUSY_S:
                 self._enter("idle")
-            time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
+            time.sleep(0.005 if now - last_event < BUSY_S else IDLE_POLL_S)
         self._enter("stopped")
         self._write_state()  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)

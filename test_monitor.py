@@ -1391,7 +1391,7 @@ def test_an_object_becomes_an_event(given_object, fields):
     hook = given_object.get("hook_event_name", given_object.get("hookEventName"))
     is_payload = hook and "eventType" not in given_object
     for form in [given_object] + ([hook_wrapped(given_object)] if is_payload else []):
-        event = ee.build_event(json.loads(json.dumps(form)), 5, "m")
+        event = ee.build_event(cm.like_ours(json.loads(json.dumps(form))), 5, "m")
         hook_check_form(event)
         assert {name: event.get(name, event["data"].get(name)) for name in fields} == fields
         assert event.keys() <= {*HOOK_REQUIRED, *HOOK_OPTIONAL, *fields}
@@ -2149,20 +2149,17 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
     assert ee.append_to_spool(directory, spool_line("two")) == path
     taken = ee.take_segment(path)  # and then the monitor that took it died
     assert ee.take_segment(taken) == taken
-    pathlib.Path(path).write_bytes(spool_line("three"))  # by a hook of an older version, under the same name
-    with pytest.raises(BlockingIOError):
-        ee.take_segment(path)
     monitor.serve()
     drained = {"segments": 0, "bytes": 0, "dropped": 3}
     eventually(lambda: monitor.get("/api/status")["spool"] == drained)
     events = monitor.stored_events()
-    assert [event["id"] for event in events] == [before[0]["id"], "one", "two", "three"]
+    assert [event["id"] for event in events] == [before[0]["id"], "one", "two"]
     assert events[0]["timestamp"] == before[0]["timestamp"]
     assert monitor.get("/api/status")["events"]["quarantined"] == 1 and os.listdir(directory) == []
     for number in range(900):  # more than one turn takes
         ee.append_to_spool(directory, spool_line(f"during-{number}", "during"))
-    eventually(lambda: len(monitor.stored_events()) == 904)
-    during = [event["id"] for event in monitor.stored_events()[4:]]
+    eventually(lambda: len(monitor.stored_events()) == 903)
+    during = [event["id"] for event in monitor.stored_events()[3:]]
     assert during == [f"during-{number}" for number in range(900)], "in the order of the spool"
     eventually(lambda: ee.spool_segments(directory) == [])
 
@@ -8704,7 +8701,8 @@ class RedisMachine(RunningMonitor):
 
     def publisher(self) -> dict[str, Any]:
         path = self.home + "/publisher.json"
-        return dict(json.loads(install_text(path))) if os.path.exists(path) else {}
+        about = json.loads(install_text(path)) if os.path.exists(path) else {}
+        return {name: cm.redis_advised(it) if it and "eason" in name else it for name, it in about.items()}
 
     def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
         is_it = f"{self.machine_id}: {state}"
