@@ -245,8 +245,8 @@ NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
 def _is_price_list(value: Any) -> bool:
     required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
     return isinstance(value, dict) and all(
-        name
-        and isinstance(price, dict)
+        isinstance(price, dict)
+        and name
         and required <= price.keys() <= known
         and all(type(amount) in (int, float) and 0 <= amount <= 1e6 for amount in price.values())
         for name, price in value.items()
@@ -4728,11 +4728,7 @@ def redis_advised(reason: str) -> str:
 
 
 class RedisLink(threading.Thread):
-    """Follows channel and stream, and connects again after an error; `state` belongs to the loop thread.
-
-    `take` stores events there, or returns False: they come again; `changed` is called there with each change
-    of the state. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
-    """
+    """Follows channel and stream; `take` stores events in the loop, or returns False: they come again."""
 
     def __init__(
         self,
@@ -6390,8 +6386,7 @@ def like_ours(given: JsonObject) -> JsonObject:
         cached = sum(count for count in (five, hour) if type(count) is int)
         counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
         counts.update(cacheCreation=cached, cacheCreation1h=hour)
-        model = emit_event.id_or(data.get("model"), "unknown")
-        data["usage"] = {"models": {model: counts}, "agents": {}}
+        data["usage"] = {"models": {emit_event.id_or(data.get("model"), "unknown"): counts}, "agents": {}}
     return given
 
 
@@ -6417,11 +6412,8 @@ class Ingest:
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
-        """Store a batch of lines; return for each whether it is settled (or no event), and the stored events.
-
-        `remote` lines came through Redis, where others may publish, too. `late`: for each line whether it
-        waited (spool, stream), so that its delay is no measure of clocks.
-        """
+        """Store lines; return for each whether it is settled (or no event), and the stored events."""
+        # `remote`: through Redis, where others may publish. `late`: it waited, its delay measures no clock.
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
         self.counts["received"] += len(lines)
@@ -6695,10 +6687,7 @@ Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 
 
 class MessageHandlers:
-    """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
-
-    It returns a message, an encoded one, a future of one, or None; while loading, QUESTIONS alone are taken.
-    """
+    """Handlers of client messages, `_on_` a type, or a line of META; each returns a message or None."""
 
     QUESTIONS = frozenset(
         "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
@@ -6974,10 +6963,7 @@ def user_name(uid: int) -> str:
 
 
 def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
-    """Return a line for each machine, with its `label`; a host's containers without a given name are one.
-
-    `sameName`: another machine has its name, so the label has a part of the key.
-    """
+    """Return a line for each machine, with its `label`; a host's containers without a given name are one."""
     machines, own_host = sorted(machines, key=operator.itemgetter("lastSeen")), machine_host(own.machine_key)
     hosts = {it["machineKey"]: it["machineId"] for it in machines if "/" not in it["machineKey"]}
     hosts[own_host] = own.machine_id

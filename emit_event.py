@@ -6,8 +6,7 @@ It exits with 0, writes nothing to standard output, and waits at most 250 ms for
 An event that is not acknowledged goes to the spool, which the monitor reads. In mode "redis" every event goes
 there, and a publisher, one process of this file for each user, sends it to Redis.
 With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
-`CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
-As a module it is what hook and monitor share.
+`CONTEXTUATE_DEBUG=1` prints what the hook did on stderr. As a module it is what hook and monitor share.
 
 The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
 "end of the hot path" to a module, which a short launcher imports from its bytecode; this file is beside it.
@@ -282,14 +281,12 @@ def peer_uid(connection: "Any") -> int:
 
 
 def append_to_spool(directory: str, line: bytes) -> str:
-    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
-
-    Safe with any number of writers and one drainer, and no process waits for a lock: a writer writes under a
-    shared lock, and only if the locked file still has its name; the drainer renames a segment before it takes
-    the exclusive lock. A newline precedes each line: one torn by a full disk or a kill damages no other.
-    """
+    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError."""
     import fcntl
 
+    # No process waits for a lock: a writer writes under a shared lock, and only if the file still has its name;
+    # the drainer renames a segment before it takes the exclusive lock. A newline precedes each line: one torn
+    # by a full disk or a kill damages no other.
     for attempt in range(1000):
         path, is_new = current_segment(directory, attempt > 0)
         try:
@@ -725,8 +722,7 @@ def parse_relaxed_json(text: str) -> Any:
     """Parse JSON with `//`, `#` and `/* */` comments and trailing commas; raise ValueError with the line."""
 
     def blank(match: "re.Match[str]") -> str:
-        token = match.group()
-        return token if token.startswith('"') else re.sub(r"[^\n]", " ", token)
+        return match[0] if match[0].startswith('"') else re.sub(r"[^\n]", " ", match[0])
 
     return json.loads(_TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text)))
 
@@ -807,9 +803,9 @@ def make_machine_key(home: str) -> str:
 # ---------------------------------------------------------------------------
 # Agents: the hooks of other programs, as Claude Code would send them
 #
-# Everything behind this room knows our events only. It has no memory: a payload becomes one payload. A name
-# that Claude Code's hooks do not have, such as SubagentPrompt, changes no state. Two fields are ours:
-# `isPermitted` (its permission was given before) and `mayBeSubagent` (this Stop is perhaps a subagent's).
+# It has no memory: a payload becomes one payload. A name that Claude Code's hooks do not have, such as
+# SubagentPrompt, changes no state. Two fields are ours: `isPermitted` (its permission was given before) and
+# `mayBeSubagent` (this Stop is perhaps a subagent's).
 # Measured with the versions in `.docs/agents.md`, which says what each program cannot report.
 # ---------------------------------------------------------------------------
 
@@ -851,7 +847,7 @@ def adapt_gemini(name: str, hook: JsonObject) -> str:
     if name != "PostToolUse" or not isinstance(response, dict):
         return name
     content, shown, error = (response.get(it) for it in ("llmContent", "returnDisplay", "error"))
-    text = content if isinstance(content, str) else _text_of_parts(content)
+    text = "\n".join(texts_of(content))
     hook["tool_response"] = text or response
     if isinstance(shown, str) and "cancelled by user" in shown:
         return "Interrupt"  # and there is no AfterAgent
@@ -899,7 +895,7 @@ def adapt_copilot(name: str, hook: JsonObject) -> str:
 def adapt_kimi(name: str, hook: JsonObject) -> str:
     """Unpack prompts; subagents have a name and no id."""
     if isinstance(hook.get("prompt"), list):
-        hook["prompt"] = _text_of_parts(hook["prompt"])
+        hook["prompt"] = "\n".join(texts_of(hook["prompt"]))
     if hook.get("agent_id") == "main":
         del hook["agent_id"]
     if name in ("SubagentStart", "SubagentStop"):
@@ -949,10 +945,6 @@ AGENTS = {
 
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _text_of_parts(parts: Any) -> str:
-    return "\n".join(part["text"] for part in objects_in(parts) if isinstance(part.get("text"), str))
 
 
 def agent_of(hook: JsonObject) -> str:
@@ -1205,14 +1197,13 @@ class SecretShape(NamedTuple):
     A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
     with the next run: its time would be quadratic. Its last group that matched, else the match, is replaced.
     A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
-    `is_secret(view, match, value)` checks what the shape alone does not decide.
     """
 
     kind: str
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None  # of (view, match, value)
     is_token: bool = False
     rank: int = 0  # of two shapes at one place, the one with the lower rank gives the kind
 
@@ -1347,8 +1338,7 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
-    return not (_HARMLESS.match(value) or is_word)
+    return not (_HARMLESS.match(value) or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
@@ -1811,7 +1801,6 @@ def log_failure(reason: str) -> None:
 #
 # UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
 # by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
-# Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # A transcript also contains what the agent said, and evidence of what fires no hook: Esc, "No", a killed
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
@@ -1880,11 +1869,7 @@ class CostState(NamedTuple):
 
 
 class TranscriptParser:
-    """Find facts in the lines of a transcript: MessageUsage, CostState, events with words or evidence.
-
-    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
-    words: texts of the agent, and what a person typed (with `data.role`); copies of a line have the same id.
-    """
+    """Find MessageUsage, CostState and events (words, evidence) in lines; copies of a line have one id."""
 
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self._agent_id = agent_id
@@ -2204,8 +2189,7 @@ class UsageReader:
         return {**usage, "agents": {it: agents[it] for it in newest if it in agents}} if agents else None
 
     def _usage_of(self, session: str) -> JsonObject:
-        find = "SELECT usage FROM sessions WHERE name = ?"
-        row = self._database.execute(find, (session,)).fetchone()
+        row = self._database.execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
         return json.loads(row[0]) if row else {}
 
     def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":
@@ -2598,8 +2582,7 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename a segment so that no writer opens it again; BlockingIOError: one is writing to it."""
     taken = path.rpartition(".")[0] + ".taken"
-    if taken != path:
-        os.rename(path, taken)
+    os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return taken
@@ -3212,8 +3195,10 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
             time.sleep(0.5)
     if dropped:
         words = ", ".join(f"{count} {why}" for why, count in dropped.items())
-        text = f"Answers through Redis were refused: {words}"
-        hook = {"session_id": asked.get("session_id"), "message": text}
+        hook = {
+            "session_id": asked.get("session_id"),
+            "message": f"Answers through Redis were refused: {words}",
+        }
         append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
         ensure_publisher(home)
     os._exit(0)  # an abandoned exchange may still block its thread
