@@ -284,7 +284,7 @@ def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError."""
     import fcntl
 
-    # No process waits for a lock: a writer writes under a shared lock, and only if the file still has its name;
+    # No process waits for a lock: a writer writes under a shared one, and only if the file still has its name;
     # the drainer renames a segment before it takes the exclusive lock. A newline precedes each line: one torn
     # by a full disk or a kill damages no other.
     for attempt in range(1000):
@@ -1412,8 +1412,6 @@ eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
 """
-
-
 _TOKENS: "list[SecretShape]" = []
 for _word in _TOKEN_TABLE.split():
     if "{" in _word:
@@ -3195,10 +3193,8 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
             time.sleep(0.5)
     if dropped:
         words = ", ".join(f"{count} {why}" for why, count in dropped.items())
-        hook = {
-            "session_id": asked.get("session_id"),
-            "message": f"Answers through Redis were refused: {words}",
-        }
+        text = f"Answers through Redis were refused: {words}"
+        hook = {"session_id": asked.get("session_id"), "message": text}
         append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
         ensure_publisher(home)
     os._exit(0)  # an abandoned exchange may still block its thread
