@@ -284,7 +284,7 @@ def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError."""
     import fcntl
 
-    # No process waits for a lock: a writer writes under a shared one, and only if the file still has its name;
+    # No process waits for a lock: a writer has a shared one, and writes only if the file still has its name;
     # the drainer renames a segment before it takes the exclusive lock. A newline precedes each line: one torn
     # by a full disk or a kill damages no other.
     for attempt in range(1000):
@@ -2909,10 +2909,10 @@ class Publisher:
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
             for reply in (reached, added if stream else None)
         )
-        channel_state, stream_state = ("refused" if it else "ok" for it in (channel_reason, stream_reason))
         self._state.update(subscribers=subscribers, published=self._state["published"] + len(sent))
-        self._state.update(channelState=channel_state, channelReason=channel_reason)
-        self._state.update(stream=stream_state if stream else "off", streamReason=stream_reason)
+        self._state.update(channelState="refused" if channel_reason else "ok", channelReason=channel_reason)
+        stream_state = "refused" if stream_reason else "ok" if stream else "off"
+        self._state.update(stream=stream_state, streamReason=stream_reason)
         self._batch = kept + self._batch[len(batch) :]
         self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
