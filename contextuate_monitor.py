@@ -4707,7 +4707,7 @@ REDIS_ADVICE = (
     ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
     ("READONLY|read only replica|read-only replica|previous master",
      "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
-    (r"MOVED|: \d+ \S+:\d+$", "it is a node of a cluster: set redis.cluster to true"),
+    (r"MOVED|: \d+ \S+:\d+", "it is a node of a cluster: set redis.cluster to true"),
     ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
     ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
     ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
