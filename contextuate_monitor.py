@@ -148,7 +148,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
+from emit_event import ConfigError, JsonObject, Key, MalformedEvent, Privacy, encode_json, integer_key, now_ms
 
 __version__ = "1.0.0"
 __all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
@@ -164,7 +164,7 @@ def steady_ms() -> float:
 # ---------------------------------------------------------------------------
 # Config: the settings of the monitor, checked once
 #
-# Owns: Settings and the paths of our files. The keys themselves are in emit_event.KEYS.
+# Owns: Settings, the paths of our files, and the keys that only the monitor reads.
 # ---------------------------------------------------------------------------
 
 
@@ -242,6 +242,40 @@ NOTIFY_KEYS: dict[str, tuple[Any, str, str, Callable[[Any], bool]]] = {
 }  # fmt: skip
 
 
+def _is_price_list(value: Any) -> bool:
+    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+    return isinstance(value, dict) and all(
+        isinstance(price, dict)
+        and name
+        and required <= price.keys() <= known
+        and all(type(amount) in (int, float) and 0 <= amount <= 1e6 for amount in price.values())
+        for name, price in value.items()
+    )
+
+
+KEYS: dict[str, Key] = {  # what hooks and publisher read too, and what only the monitor reads
+    **emit_event.KEYS,
+    "server.host": Key("127.0.0.1", "a host name or an IP address", _matches(".+")),
+    "server.port": integer_key(3847, 0, 65535, about_low=" (any free port)"),
+    "server.wsPort": integer_key(3848, 0, 65535, about_low=" (any free port)"),
+    "server.allowedHosts": Key([], "a list of host names", lambda it: _all_in(it, bool)),
+    "server.auth": Key("auto", '"auto", "token" or "off"', ("auto", "token", "off").__contains__),
+    "redis.maxRetries": integer_key(10, 1, 1_000_000, "for ever"),
+    "persistence.enabled": Key(True, "true or false", lambda it: isinstance(it, bool)),
+    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
+    "limits.connections": integer_key(256, 1, 10_000),
+    "limits.clientQueueBytes": integer_key(1 << 20, 1 << 16, 64 << 20),
+    "sessions.quietSeconds": integer_key(120, 5, 86_400),
+    "sessions.endedHours": integer_key(12, 1, 720),
+    "retention.days": integer_key(30, 1, 36_500, "for ever"),
+    "retention.maxMegabytes": integer_key(2048, 16, 10**9, "no limit"),
+    "notify": Key([], "a list of targets", lambda it: emit_event.objects_in(it) == it),
+    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
+                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+                  _is_price_list),
+}  # fmt: skip
+
+
 class NotifyTarget:
     """One entry of `notify`; raises ValueError with its number, the key and what was expected."""
 
@@ -278,13 +312,21 @@ def load_settings(
     path = os.path.abspath(config_path or path)
     if config_path and not os.path.exists(path):
         raise ConfigError(f"{path}: no such file; omit --config to use the defaults")
-    values, warnings = emit_event.load_config(path)
+    values, given = emit_event.load_config(path, KEYS)
+    warnings = [f"{path}: {name}: unknown key, ignored" for name in given if name not in KEYS]
+    if not values["redis.tls"] and any(given.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
+    hidden = [
+        values[key] for key in emit_event.SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")
+    ]
+    if any(hidden) and os.stat(path).st_mode & 0o077:
+        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     place = os.path.dirname(os.path.abspath(emit_event.__file__))
     if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
         user = f"user {os.getuid()} has no home directory"
         warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
-        rule = emit_event.KEYS[key]
+        rule = KEYS[key]
         if not rule.accepts(value):
             raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
         values[key] = value
@@ -4653,12 +4695,41 @@ def attempt_words(state: JsonObject) -> str:
     return f"attempt {state['attempt']}{limit}"
 
 
-class RedisLink(threading.Thread):
-    """Follows channel and stream, and connects again after an error; `state` belongs to the loop thread.
+def redis_py_advice(python: str) -> str:
+    """Return how to install redis-py for an interpreter."""
+    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
+    return f"{command}, or install your system's package (apt install python3-redis), then try again"
 
-    `take` stores events there, or returns False: they come again; `changed` is called there with each change
-    of the state. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
-    """
+
+# Part of a reason → what to do. redis-py leaves the code (NOAUTH, MOVED) out of some texts.
+REDIS_ADVICE = (
+    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
+     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
+    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
+    ("READONLY|read only replica|read-only replica|previous master",
+     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
+    (r"MOVED|: \d+ \S+:\d+", "it is a node of a cluster: set redis.cluster to true"),
+    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
+    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
+    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
+    ("No such file or directory", "check the paths in the Redis configuration"),
+    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
+    ("Connection refused", "is Redis running there?"),
+    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
+     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
+     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
+)  # fmt: skip
+
+
+def redis_advised(reason: str) -> str:
+    """Return a reason of `emit_event.redis_trouble`, with what to do."""
+    if missing := re.match("redis-py is missing or too old for (.+)", reason):
+        return f"{reason}: {redis_py_advice(missing[1])}"
+    return reason + next((f" ({it})" for signs, it in REDIS_ADVICE if re.search(signs, reason)), "")
+
+
+class RedisLink(threading.Thread):
+    """Follows channel and stream; `take` stores events in the loop, or returns False: they come again."""
 
     def __init__(
         self,
@@ -4730,7 +4801,7 @@ class RedisLink(threading.Thread):
                 failures = 0
                 self._follow()
             except Exception as error:
-                reason = emit_event.redis_trouble(error, self._values)
+                reason = redis_advised(emit_event.redis_trouble(error, self._values))
             if self._client and self._is_silent():
                 reason = f"no whole answer within {SUBSCRIBER_DEADLINE_S:.0f} s"
             self._disconnect()
@@ -4836,7 +4907,7 @@ class RedisLink(threading.Thread):
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
-            reason = emit_event.redis_trouble(error, self._values)
+            reason = redis_advised(emit_event.redis_trouble(error, self._values))
         if reason != self.state["streamReason"]:
             trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
             log.warning("Redis: the stream %s", trouble if reason else "can be read again")
@@ -5690,7 +5761,7 @@ class Answers:
         try:
             found: tuple[str, str] = self._at_redis(send, "answer", event_id)
         except Exception as error:  # Redis does not answer
-            found = outcome, emit_event.redis_trouble(error, self._settings.values)
+            found = outcome, redis_advised(emit_event.redis_trouble(error, self._settings.values))
         return found
 
     # The right to answer
@@ -6306,6 +6377,27 @@ class HookPort:
 Deliver = Callable[[list[JsonObject]], bool]  # for other threads: returns whether the events are stored
 
 
+def like_ours(given: JsonObject) -> JsonObject:
+    """Return an event of the Node.js Contextuate emitter with our names; any other object as it is."""
+    data = given.get("data")
+    if not isinstance(given.get("eventType"), str) or not isinstance(data, dict):
+        return given
+    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
+    if "tool_output" in data and "toolOutput" not in data:
+        data["toolOutput"] = data.pop("tool_output")
+    is_agent = given.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in given
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in given:
+        given.update(agentId=given.get("sessionId"), agentType=subagent.get("type"))
+        given["sessionId"] = given.pop("parentSessionId")
+    if isinstance(sums, dict) and "usage" not in data:
+        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
+        cached = sum(count for count in (five, hour) if type(count) is int)
+        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
+        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        data["usage"] = {"models": {emit_event.id_or(data.get("model"), "unknown"): counts}, "agents": {}}
+    return given
+
+
 class Ingest:
     """Build events from received lines, store each once, and count them by machine."""
 
@@ -6328,11 +6420,8 @@ class Ingest:
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
-        """Store a batch of lines; return for each whether it is settled (or no event), and the stored events.
-
-        `remote` lines came through Redis, where others may publish, too. `late`: for each line whether it
-        waited (spool, stream), so that its delay is no measure of clocks.
-        """
+        """Store lines; return for each whether it is settled (or no event), and the stored events."""
+        # `remote`: through Redis, where others may publish. `late`: it waited, its delay measures no clock.
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
         self.counts["received"] += len(lines)
@@ -6389,7 +6478,10 @@ class Ingest:
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
         machine_id = "unknown" if remote else self._machine_id
-        event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
+        given = emit_event.parse_event_line(line)
+        if "eventType" in given:
+            given = like_ours(given)
+        event = emit_event.build_event(given, received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if event["eventType"] == "answer" and event["id"] not in self.own_answers:
             event["eventType"] = "message"  # a program must not pretend that a person has answered
@@ -6603,10 +6695,7 @@ Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 
 
 class MessageHandlers:
-    """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
-
-    It returns a message, an encoded one, a future of one, or None; while loading, QUESTIONS alone are taken.
-    """
+    """Handlers of client messages, `_on_` a type, or a line of META; each returns a message or None."""
 
     QUESTIONS = frozenset(
         "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
@@ -6882,10 +6971,7 @@ def user_name(uid: int) -> str:
 
 
 def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
-    """Return a line for each machine, with its `label`; a host's containers without a given name are one.
-
-    `sameName`: another machine has its name, so the label has a part of the key.
-    """
+    """Return a line for each machine, with its `label`; a host's containers without a given name are one."""
     machines, own_host = sorted(machines, key=operator.itemgetter("lastSeen")), machine_host(own.machine_key)
     hosts = {it["machineKey"]: it["machineId"] for it in machines if "/" not in it["machineKey"]}
     hosts[own_host] = own.machine_id
@@ -6914,6 +7000,8 @@ def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
+    reasons = ("reason", "channelReason", "streamReason")
+    state.update((it, redis_advised(state[it])) for it in reasons if state.get(it))
     running = state["state"] != "stopped" and lock_holder(home + "/publisher.lock") is not None
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
 
@@ -8664,7 +8752,7 @@ class Doctor:
         python = emit_event.publisher_python(self._settings.home)
         answer = run_in_python(python, "import redis; print(redis.__version__)")
         if answer.returncode:
-            advice = emit_event.redis_py_advice(python)
+            advice = redis_py_advice(python)
             yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
         else:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
@@ -8680,7 +8768,7 @@ class Doctor:
         except Exception as error:
             # A user without the right to TIME is connected, too.
             if client is None or type(error).__name__ != "NoPermissionError":
-                yield _fail("redis", emit_event.redis_trouble(error, values))
+                yield _fail("redis", redis_advised(emit_event.redis_trouble(error, values)))
                 return
         yield _ok("redis", f"{emit_event.redis_place(values)} answers")
         if abs(off_s) > 2:
@@ -9078,7 +9166,7 @@ def import_batches(
             ).events(paths)
         else:
             for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
-                built = emit_event.build_event(event, now_ms(), machine)
+                built = emit_event.build_event(like_ours(event), now_ms(), machine)
                 session, is_sum = built["sessionId"], built["eventType"] == "usage"
                 if built["id"] not in found and not (is_sum and session in found):
                     found |= {built["id"], session if "usage" in built["data"] and not is_sum else ""}
@@ -9300,7 +9388,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
-        raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
+        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
@@ -9432,7 +9520,7 @@ def command_stop(args: argparse.Namespace) -> int:
     except ConfigError as error:  # the monitor may run, with an earlier one
         print_status(f"warning: {error}")
         home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
-        settings = Settings(home, "", "", emit_event.default_values())
+        settings = Settings(home, "", "", emit_event.load_config("", KEYS)[0])  # the defaults
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
@@ -9538,7 +9626,7 @@ def command_url(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-# What each key of emit_event.KEYS is for.
+# What each of KEYS is for.
 KEY_MEANINGS = """
 mode                     how events reach the monitor: on this machine only, or through Redis
 answers.waitSeconds      how long a hook of `install --answers` waits for an answer from the page
@@ -9587,7 +9675,7 @@ prices                   prices of models, in place of the built-in ones
 def command_config(settings: Settings, args: argparse.Namespace) -> int:
     """Print every configuration key: value, default, meaning and what it may be."""
     meanings = dict(re.findall(r"(\S+) +(.+)", KEY_MEANINGS))
-    keys = {it: (key.default, meanings[it], key.expected) for it, key in emit_event.KEYS.items()}
+    keys = {it: (key.default, meanings[it], key.expected) for it, key in KEYS.items()}
     targets = {name: row[:3] for name, row in NOTIFY_KEYS.items()}
     if args.markdown:
         for title, rows in ("", keys), ("\nEach target of `notify` is an object:\n\n", targets):
@@ -9725,7 +9813,7 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
     if off and not any(our_hooks(file.settings) for file in running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
-        advice = emit_event.redis_py_advice(sys.executable)
+        advice = redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
     print(*{PROGRAMS[program].advice for program in programs_of(args)}, sep="\n")
     return 0

@@ -6,12 +6,10 @@ It exits with 0, writes nothing to standard output, and waits at most 250 ms for
 An event that is not acknowledged goes to the spool, which the monitor reads. In mode "redis" every event goes
 there, and a publisher, one process of this file for each user, sends it to Redis.
 With `--answer`, for two events, it then waits for a person's decision and prints it for Claude Code.
-`CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
-As a module it is what hook and monitor share.
+`CONTEXTUATE_DEBUG=1` prints what the hook did on stderr. As a module it is what hook and monitor share.
 
 The interpreter compiles a script at each start, so `contextuate_monitor.py install` writes the text above
-"end of the hot path" to a module, which a short launcher imports from its bytecode, and this whole file
-beside it for the rare paths. This file can be registered itself; a call then takes several times as long.
+"end of the hot path" to a module, which a short launcher imports from its bytecode; this file is beside it.
 """
 
 # ---------------------------------------------------------------------------
@@ -95,10 +93,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 def deliver(
     payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0, kept: "Any" = None
 ) -> None:
-    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
-
-    `wait_s`: for how long an answer is awaited; `kept` then gets the event's id, and the open connection.
-    """
+    """Send one payload as configured; for an answer, `kept` gets the event's id and the connection."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
@@ -286,14 +281,12 @@ def peer_uid(connection: "Any") -> int:
 
 
 def append_to_spool(directory: str, line: bytes) -> str:
-    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError.
-
-    Safe with any number of writers and one drainer, and no process waits for a lock: a writer writes under a
-    shared lock, and only if the locked file still has its name; the drainer renames a segment before it takes
-    the exclusive lock. A newline precedes each line: one torn by a full disk or a kill damages no other.
-    """
+    """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError."""
     import fcntl
 
+    # No process waits for a lock: a writer has a shared one, and writes only if the file still has its name;
+    # the drainer renames a segment before it takes the exclusive lock. A newline precedes each line: one torn
+    # by a full disk or a kill damages no other.
     for attempt in range(1000):
         path, is_new = current_segment(directory, attempt > 0)
         try:
@@ -403,10 +396,7 @@ GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
 
 
 def run_status_line(arguments: "list[str]") -> None:
-    """Hand on the object on standard input if a figure has changed; show a line; never returns.
-
-    `arguments`: the LC_CTYPE that the shell had, and the earlier status line's command, which replaces us.
-    """
+    """Hand on new figures and show a line; `arguments`: the shell's LC_CTYPE, the earlier command."""
     payload, line = b"", ""
     try:
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -545,7 +535,6 @@ import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
-import shlex  # noqa: E402
 import signal  # noqa: E402
 import stat  # noqa: E402
 import subprocess  # noqa: E402
@@ -659,7 +648,7 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
+def integer_key(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(default, expected, lambda n: low <= n <= high if type(n) is int else n is None and null != "")
@@ -697,35 +686,18 @@ def _redis_url(value: Any) -> bool:
     return False
 
 
-def _prices(value: Any) -> bool:
-    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
-    return isinstance(value, dict) and all(
-        _text(name)
-        and isinstance(price, dict)
-        and required <= price.keys() <= known
-        and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
-        for name, price in value.items()
-    )
-
-
 KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', ("local", "redis").__contains__),
     "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
                       lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
-    "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
-    "server.port": _integer(3847, 0, 65535, about_low=" (any free port)"),
-    "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
-    "server.allowedHosts": Key([], "a list of host names",
-                               lambda it: isinstance(it, list) and all(map(_text, it))),
-    "server.auth": Key("auto", '"auto", "token" or "off"', ("auto", "token", "off").__contains__),
     "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
                      "special characters of a password percent-encoded",
                      lambda it: it is None or _redis_url(it)),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
-    "redis.port": _integer(6379, 1, 65535),
+    "redis.port": integer_key(6379, 1, 65535),
     "redis.username": _optional_text("a user name"),
     "redis.password": _optional_text("a string"),
-    "redis.db": _integer(0, 0, 65535),
+    "redis.db": integer_key(0, 0, 65535),
     "redis.channel": Key("contextuate:events", "a name of at most 200 characters",
                          lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
@@ -736,26 +708,13 @@ KEYS: dict[str, Key] = {
     "redis.sentinelPassword": _optional_text("a string"),
     "redis.cluster": Key(False, 'true (redis.host is a node of a cluster), false, or a list of its nodes as '
                          '"host:port"', lambda it: isinstance(it, bool) or (_nodes(it) and it != [])),
-    "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
-    "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
-    "persistence.enabled": _flag(True),
-    "persistence.type": Key("file", '"file" (nothing else is offered)', ("file",).__contains__),
-    "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
-    "limits.connections": _integer(256, 1, 10_000),
-    "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
-    "sessions.quietSeconds": _integer(120, 5, 86_400),
-    "sessions.endedHours": _integer(12, 1, 720),
-    "retention.days": _integer(30, 1, 36_500, "for ever"),
-    "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
-    "answers.waitSeconds": _integer(3600, 0, 86_400, about_low=" (off)"),
-    "answers.backgroundSeconds": _integer(20, 0, 300, about_low=" (off)"),
+    "redis.streamMaxLength": integer_key(10_000, 0, 10_000_000, about_low=" (no stream)"),
+    "limits.fieldBytes": integer_key(1 << 20, 1024, 8 << 20),
+    "answers.waitSeconds": integer_key(3600, 0, 86_400, about_low=" (off)"),
+    "answers.backgroundSeconds": integer_key(20, 0, 300, about_low=" (off)"),
     "answers.remote": _flag(False),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', ("full", "metadata").__contains__),
-    "notify": Key([], "a list of targets", lambda it: isinstance(it, list) and objects_in(it) == it),
-    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
-                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
-                  _prices),
 }  # fmt: skip
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword", "notify")
@@ -767,64 +726,47 @@ def parse_relaxed_json(text: str) -> Any:
     """Parse JSON with `//`, `#` and `/* */` comments and trailing commas; raise ValueError with the line."""
 
     def blank(match: "re.Match[str]") -> str:
-        token = match.group()
-        return token if token.startswith('"') else re.sub(r"[^\n]", " ", token)
+        return match[0] if match[0].startswith('"') else re.sub(r"[^\n]", " ", match[0])
 
     return json.loads(_TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text)))
 
 
-def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Return the value of every key (defaults without a file) and warnings; raise ConfigError."""
-    given, readable_by_others = _read_config(path)
-    values, warnings = default_values(), []
-    flat: JsonObject = {}
-    for name, value in given.items():
-        if not any(key.startswith(name + ".") for key in KEYS):
+def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, Any], JsonObject]":
+    """Return (the value of each key, by default without a file; what the file has); raise ConfigError."""
+    values, flat = {name: key.default for name, key in keys.items()}, JsonObject()
+    for name, value in _read_config(path).items():
+        if not any(key.startswith(name + ".") for key in keys):
             flat[name] = value
         elif isinstance(value, dict):
             flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
             raise ConfigError(f"{path}: {name}: expected an object, got {json.dumps(value)[:60]}")
-    for name, value in flat.items():
-        if name not in KEYS:
-            warnings.append(f"{path}: {name}: unknown key, ignored")
-        elif KEYS[name].accepts(value):
-            values[name] = value
-        else:
+    for name in flat.keys() & keys.keys():
+        values[name] = value = flat[name]
+        if not keys[name].accepts(value):
             shown = "something else" if name in SECRET_KEYS else json.dumps(value)[:60]
-            raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
+            raise ConfigError(f"{path}: {name}: expected {keys[name].expected}, got {shown}")
     if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
         values["limits.fieldBytes"] = 64 << 10  # every event crosses a network
-    if values["redis.tls"] is False and any(flat.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
-        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
         raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
-    secrets = [values[key] for key in SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")]
-    if readable_by_others and any(secrets):
-        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
-    return values, warnings
+    return values, flat
 
 
-def default_values() -> "dict[str, Any]":
-    """Return every key of KEYS with its default."""
-    return {name: key.default for name, key in KEYS.items()}
-
-
-def _read_config(path: str) -> "tuple[JsonObject, bool]":
+def _read_config(path: str) -> JsonObject:
     try:
         with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
-            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
         given = parse_relaxed_json(text) if text.strip() else {}
     except FileNotFoundError:
-        return {}, False
+        return {}
     except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
-    return given, readable_by_others
+    return given
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
@@ -840,9 +782,8 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            others = read_small(path).splitlines(True)[
-                :7
-            ]  # of other files and views of this one, newest first
+            # of other files and views of this one, newest first
+            others = read_small(path).splitlines(True)[:7]
             write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
@@ -866,9 +807,9 @@ def make_machine_key(home: str) -> str:
 # ---------------------------------------------------------------------------
 # Agents: the hooks of other programs, as Claude Code would send them
 #
-# Everything behind this room knows our events only. It has no memory: a payload becomes one payload. A name
-# that Claude Code's hooks do not have, such as SubagentPrompt, changes no state. Two fields are ours:
-# `isPermitted` (its permission was given before) and `mayBeSubagent` (this Stop is perhaps a subagent's).
+# It has no memory: a payload becomes one payload. A name that Claude Code's hooks do not have, such as
+# SubagentPrompt, changes no state. Two fields are ours: `isPermitted` (its permission was given before) and
+# `mayBeSubagent` (this Stop is perhaps a subagent's).
 # Measured with the versions in `.docs/agents.md`, which says what each program cannot report.
 # ---------------------------------------------------------------------------
 
@@ -910,7 +851,7 @@ def adapt_gemini(name: str, hook: JsonObject) -> str:
     if name != "PostToolUse" or not isinstance(response, dict):
         return name
     content, shown, error = (response.get(it) for it in ("llmContent", "returnDisplay", "error"))
-    text = content if isinstance(content, str) else _text_of_parts(content)
+    text = "\n".join(texts_of(content))
     hook["tool_response"] = text or response
     if isinstance(shown, str) and "cancelled by user" in shown:
         return "Interrupt"  # and there is no AfterAgent
@@ -958,7 +899,7 @@ def adapt_copilot(name: str, hook: JsonObject) -> str:
 def adapt_kimi(name: str, hook: JsonObject) -> str:
     """Unpack prompts; subagents have a name and no id."""
     if isinstance(hook.get("prompt"), list):
-        hook["prompt"] = _text_of_parts(hook["prompt"])
+        hook["prompt"] = "\n".join(texts_of(hook["prompt"]))
     if hook.get("agent_id") == "main":
         del hook["agent_id"]
     if name in ("SubagentStart", "SubagentStop"):
@@ -1008,10 +949,6 @@ AGENTS = {
 
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _text_of_parts(parts: Any) -> str:
-    return "\n".join(part["text"] for part in objects_in(parts) if isinstance(part.get("text"), str))
 
 
 def agent_of(hook: JsonObject) -> str:
@@ -1132,10 +1069,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
-
-    `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
-    """
+    """Build an event (`.docs/protocol.md`) from any object; what has a wrong type is kept in `data`."""
     about = {name: value for name, value in given.items() if name not in ("seq", "received")}
     data, is_event = dict(given), isinstance(given.get("eventType"), str)
     is_wrapped = isinstance(given.get("id"), str) and not is_event
@@ -1147,7 +1081,8 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     elif any(isinstance(given.get(name), str) for name in names):
         about, data = _fields_of_hook(given, {})
     elif is_event:
-        about, data = _fields_of_event(about)
+        content = about.pop("data", None)
+        data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     else:
         about = {}
     event: JsonObject = {
@@ -1217,27 +1152,6 @@ def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[Json
     return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
-def _fields_of_event(about: JsonObject) -> "tuple[JsonObject, JsonObject]":
-    """Return (fields of the event, data) of an event, also of one by the Node.js Contextuate emitter."""
-    content = about.pop("data", None)
-    data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
-    if "tool_output" in data and "toolOutput" not in data:
-        data["toolOutput"] = data.pop("tool_output")
-    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
-    is_agent = about.get("hookType") in ("SubagentStart", "SubagentStop") and "agentId" not in about
-    if is_agent and isinstance(subagent, dict) and "parentSessionId" in about:
-        about.update(agentId=about.get("sessionId"), agentType=subagent.get("type"))
-        about["sessionId"] = about.pop("parentSessionId")
-    if isinstance(sums, dict) and "usage" not in data:
-        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
-        cached = sum(count for count in (five, hour) if type(count) is int)
-        counts = {it: sums.get(it) for it in ("input", "output", "cacheRead")}
-        counts |= {"cacheCreation": cached, "cacheCreation1h": hour}
-        model = data["model"] if _is_id(data.get("model")) else "unknown"
-        data["usage"] = {"models": {model: counts}, "agents": {}}
-    return about, data
-
-
 def _keep(data: JsonObject, name: str, value: Any) -> None:
     """Put a value into `data` under its name; append `_` to a name that is in use."""
     while name in data:
@@ -1287,14 +1201,13 @@ class SecretShape(NamedTuple):
     A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
     with the next run: its time would be quadratic. Its last group that matched, else the match, is replaced.
     A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
-    `is_secret(view, match, value)` checks what the shape alone does not decide.
     """
 
     kind: str
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None  # of (view, match, value)
     is_token: bool = False
     rank: int = 0  # of two shapes at one place, the one with the lower rank gives the kind
 
@@ -1429,8 +1342,7 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
-    return not (_HARMLESS.match(value) or is_word)
+    return not (_HARMLESS.match(value) or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
@@ -1504,8 +1416,6 @@ eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
 """
-
-
 _TOKENS: "list[SecretShape]" = []
 for _word in _TOKEN_TABLE.split():
     if "{" in _word:
@@ -1757,10 +1667,7 @@ class Privacy(NamedTuple):
 
 
 def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
-    """Return `event` with its `data` redacted and cut as `privacy` says, and its JSON.
-
-    `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
-    """
+    """Return `event` redacted and cut, and its JSON; `data.truncated`: path → original size in bytes."""
     # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
     # character that JSON must escape, and every name of a secret has a hint in it.
     hints = {""}  # of any text
@@ -1901,7 +1808,6 @@ def log_failure(reason: str) -> None:
 #
 # UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
 # by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
-# Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # A transcript also contains what the agent said, and evidence of what fires no hook: Esc, "No", a killed
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
@@ -1969,15 +1875,8 @@ class CostState(NamedTuple):
     models: "dict[str, Counts]"
 
 
-Fact = Any  # MessageUsage, CostState, or an event
-
-
 class TranscriptParser:
-    """Find usage, words and evidence in the lines of a transcript.
-
-    Evidence is an event (id, timestamp, eventType, data, …) for what a line shows to have happened. So are
-    words: texts of the agent, and what a person typed (with `data.role`); copies of a line have the same id.
-    """
+    """Find MessageUsage, CostState and events (words, evidence) in lines; copies of a line have one id."""
 
     def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
         self._agent_id = agent_id
@@ -1985,7 +1884,7 @@ class TranscriptParser:
         self._marks = _AGENT_MARKS if program else _MARKS
         self._model = model  # of the last line that names one, where the lines with tokens do not
 
-    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Fact]":
+    def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         has_words = has_words and not self._program
         is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
@@ -1994,7 +1893,7 @@ class TranscriptParser:
                 return list(self.facts_in(parse_event_line(line), line, has_words))
         return []
 
-    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Fact]":
+    def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Any]":
         """Yield what is in one line, whose JSON object is `entry`."""
         wrapped = entry.get("payload", entry.get("data")) if self._program else entry
         inner: JsonObject = wrapped if isinstance(wrapped, dict) else entry
@@ -2093,9 +1992,8 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
         data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
         data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
         return {"eventType": "tool_error", "data": data}
-    if kind in ("turn_aborted", "abort") or (
-        kind == "user" and text.startswith("[Request interrupted by user")
-    ):
+    is_esc = kind == "user" and text.startswith("[Request interrupted by user")
+    if is_esc or kind in ("turn_aborted", "abort"):
         data = {"status": "interrupted"}
     elif calls and all(call.get("status") == "cancelled" for call in calls):
         data, at = {"status": "interrupted"}, {"at": calls[-1].get("timestamp")}
@@ -2114,9 +2012,7 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    digits = hashlib.sha256(content).hexdigest()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
@@ -2149,7 +2045,6 @@ class UsageReader:
 
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
     or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
-    Stops early, without a result, once `stopping` is set; the next call continues there.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2162,12 +2057,7 @@ class UsageReader:
         self._delivered: dict[str, tuple[int, float]] = {}
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
-        """Read on in the transcripts that an event names; deliver words, evidence, and usage if it is new.
-
-        What is not delivered (the process is killed) is found again, with the same ids. Without `is_end` only
-        what has grown is read, and there is usage every USAGE_QUIET_S. Of UsageWorker: `since`, the time of
-        the first event since nothing was read; `states`, of the files when they were.
-        """
+        """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
         before, read_at = self._delivered.get(session, (0, 0.0))
         with_totals = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
@@ -2242,10 +2132,7 @@ class UsageReader:
         return self._database
 
     def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
-        """Count what is new in a transcript; yield evidence, and words that no session has had.
-
-        Hooks have reported the prompts after `since` (ms); evidence from before it is history.
-        """
+        """Count what is new in a transcript; yield new words, and evidence that is no history."""
         database, counted = self._database, []
         with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
             about = os.fstat(file.fileno())
@@ -2294,10 +2181,9 @@ class UsageReader:
                     row = (key, session, str(counts))
                     database.execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", row)
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
+                    more = [now - then for now, then in zip(counts, before)]
                     for models in (usage["models"], of_agent):
-                        add_counts(
-                            models.setdefault(it.model, {}), (now - then for now, then in zip(counts, before))
-                        )
+                        add_counts(models.setdefault(it.model, {}), more)
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
         database.execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
@@ -2310,8 +2196,7 @@ class UsageReader:
         return {**usage, "agents": {it: agents[it] for it in newest if it in agents}} if agents else None
 
     def _usage_of(self, session: str) -> JsonObject:
-        find = "SELECT usage FROM sessions WHERE name = ?"
-        row = self._database.execute(find, (session,)).fetchone()
+        row = self._database.execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
         return json.loads(row[0]) if row else {}
 
     def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":
@@ -2349,11 +2234,9 @@ class UsageWorker(threading.Thread):
 
     def is_watching(self, reported: "set[str]") -> bool:
         """True while a session works that is not among the `reported`, those in the registry."""
+        now = time.monotonic()
         with self._wake:
-            pending = [
-                session for (session, _), it in self._pending.items() if it["until"] > time.monotonic()
-            ]
-        return not reported.issuperset(pending)
+            return not reported.issuperset(it[0] for it in self._pending if self._pending[it]["until"] > now)
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end, else when they have grown."""
@@ -2469,11 +2352,7 @@ _GIT_HEAD = re.compile(
 
 
 def add_git_place(event: JsonObject) -> None:
-    """Add where an event's directory is in a Git repository, from its `.git` files, as `data.git`.
-
-    {branch: its name, or a short commit; root: the directory of the worktree; project: that of the main
-    worktree, or of a bare repository}.
-    """
+    """Add `data.git` from `.git` files: the branch, the roots of the worktree and of the main one."""
     if "agentId" in event or "git" in event["data"]:
         return
 
@@ -2501,15 +2380,12 @@ def add_git_place(event: JsonObject) -> None:
 
 
 def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> None:
-    """Add the client's note on a subagent to its first event, as `data.agentMeta` and `agentDescription`.
-
-    The note exists from the first tool call on; only it names a nested agent's parent.
-    `noted`: (session, agent) → id of the event with the note, which comes again if it could not be stored.
-    """
+    """Add the client's note on a subagent to its first event. `noted`: (session, agent) → its id."""
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
     if noted.get(key, event["id"]) != event["id"] or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", agent_id):
         return
+    # The note exists from the first tool call on; only it names a nested agent's parent.
     notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
     try:
         with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
@@ -2583,10 +2459,7 @@ def process_start(pid: int) -> "Optional[int]":
 
 
 class RegistryWatcher:
-    """Makes `client_status` events from the files of this user's clients on this machine.
-
-    An event's id is derived from its content: one made again, or by a second watcher, is a duplicate.
-    """
+    """Makes `client_status` events of this user's clients; their ids are derived from their content."""
 
     def __init__(self, machine_key: str) -> None:
         self._machine_key = machine_key
@@ -2714,15 +2587,9 @@ def segment_start_ms(path: str) -> int:
 
 
 def take_segment(path: str) -> str:
-    """Rename one segment so that no writer opens it again; return its new path.
-
-    Raises BlockingIOError, to try again later, while a writer has it locked; OSError if it cannot be read.
-    """
+    """Rename a segment so that no writer opens it again; BlockingIOError: one is writing to it."""
     taken = path.rpartition(".")[0] + ".taken"
-    if taken != path:
-        if os.path.lexists(taken):  # of a hook of an older version
-            raise BlockingIOError(f"{taken} is still to be drained")
-        os.rename(path, taken)
+    os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return taken
@@ -2757,8 +2624,7 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 
 PUBLISHER_QUIET_S = 60.0
 BUSY_S = 2.0  # after an event
-BUSY_POLL_S = 0.005  # between two checks of the spool
-IDLE_POLL_S = 0.02
+IDLE_POLL_S = 0.02  # between two checks of the spool
 EXCHANGE_DEADLINE_S = 5.0
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
@@ -2857,40 +2723,13 @@ def redis_place(values: "dict[str, Any]") -> str:
     return f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{database}"
 
 
-def redis_py_advice(python: str) -> str:
-    """Return how to install redis-py for an interpreter."""
-    command = f"run `{shlex.quote(python)} -m pip install --upgrade redis`"
-    return f"{command}, or install your system's package (apt install python3-redis), then try again"
-
-
-# Part of an error's text, or its type → what to do. redis-py leaves the code (NOAUTH) out of some texts.
-_REDIS_ADVICE = (
-    ("Authentication required|NOAUTH|WRONGPASS|invalid username-password|invalid password|any password",
-     "check redis.username and redis.password, or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
-    ("NOPERM|has no permissions|No permissions to access", "NOPERM: .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master",
-     "READONLY: set redis.host to the primary, or redis.sentinels to have it found"),
-    ("MOVED|MovedError", "it is a node of a cluster: set redis.cluster to true"),
-    ("No master found", "check redis.sentinels, redis.master and redis.sentinelPassword"),
-    ("certificate required|CERTIFICATE_REQUIRED|return a certificate", "set redis.certFile, redis.keyFile"),
-    ("certificate verify failed|CERTIFICATE_VERIFY_FAILED", "check redis.host and redis.caFile"),
-    ("No such file or directory", "check the paths in the Redis configuration"),
-    ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
-    ("Connection refused", "is Redis running there?"),
-    ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
-     "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
-     "if it has never worked, check redis.port, redis.tls and redis.certFile"),
-)  # fmt: skip
-
-
 def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
-    """Return what is wrong with Redis, and what to do."""
+    """Return what is wrong with Redis; the monitor adds what to do."""
     if isinstance(error, ImportError):
-        return f"redis-py is missing or too old: {redis_py_advice(sys.executable)}"
-    text, kind = " ".join(str(error).split())[:200], type(error).__name__
+        return f"redis-py is missing or too old for {sys.executable}"
+    text = " ".join(str(error).split())[:200] or type(error).__name__
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\[Errno -?\d+\] |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    advice = next((f" ({it})" for signs, it in _REDIS_ADVICE if re.search(signs, f"{kind}: {text}")), "")
-    return f"Redis at {redis_place(values)}: {text or kind}{advice}"
+    return f"Redis at {redis_place(values)}: {text}"
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -2925,11 +2764,7 @@ class Publisher:
         self._home, self._spool = home, home + "/spool"
         self._config_path, self._lock_fd = config_path, lock_fd
         self._basis = self._current_basis()
-        self._values = default_values()
-        try:
-            self._values = load_config(config_path)[0]
-        except ConfigError as error:
-            log_failure(f"the publisher cannot be configured: {error}")
+        self._values = load_config(config_path)[0]
         self._privacy = privacy_of(self._values)
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
@@ -2980,7 +2815,7 @@ class Publisher:
                 break
             if now - last_event >= BUSY_S:
                 self._enter("idle")
-            time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
+            time.sleep(0.005 if now - last_event < BUSY_S else IDLE_POLL_S)
         self._enter("stopped")
         self._write_state()  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
@@ -3083,10 +2918,10 @@ class Publisher:
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
             for reply in (reached, added if stream else None)
         )
-        channel_state, stream_state = ("refused" if it else "ok" for it in (channel_reason, stream_reason))
         self._state.update(subscribers=subscribers, published=self._state["published"] + len(sent))
-        self._state.update(channelState=channel_state, channelReason=channel_reason)
-        self._state.update(stream=stream_state if stream else "off", streamReason=stream_reason)
+        self._state.update(channelState="refused" if channel_reason else "ok", channelReason=channel_reason)
+        stream_state = "refused" if stream_reason else "ok" if stream else "off"
+        self._state.update(stream=stream_state, streamReason=stream_reason)
         self._batch = kept + self._batch[len(batch) :]
         self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
