@@ -6256,6 +6256,7 @@ SENT_UPDATES = 256  # that are kept, so that the next ones have only what change
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
 SNAPSHOT_INTERVAL_S = 30.0
+REGISTRY_REST_S = 5.0  # between two polls while no client runs
 CATCH_UP_EVENTS = 2000
 CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
@@ -6570,7 +6571,7 @@ class RegistryThread(threading.Thread):
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
             if not self.watcher.clients:
-                self._wake.wait(emit_event.REGISTRY_REST_S)
+                self._wake.wait(REGISTRY_REST_S)
             self._wake.clear()
 
 

@@ -1110,7 +1110,10 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         agent = _string(wrapper.get("agent")) or agent_of(hook)
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
-    data: JsonObject = _terminal(wrapper.pop("terminal")) if "terminal" in wrapper else {}
+    terminal = wrapper.pop("terminal", None)
+    known = (it for it in TERMINAL_VARIABLES.split() if isinstance(terminal, dict) and it in terminal)
+    plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(terminal[it]))[:200] for it in known}
+    data: JsonObject = {"terminal": plain} if plain else {}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
@@ -1131,12 +1134,6 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
                 _keep(data, field, value)
     about["eventType"] = EVENT_TYPES.get(about.get("hookType", ""), "message")
     return about, data
-
-
-def _terminal(value: Any) -> JsonObject:
-    known = (it for it in TERMINAL_VARIABLES.split() if isinstance(value, dict) and it in value)
-    plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(value[it]))[:200] for it in known}
-    return {"terminal": plain} if plain else {}
 
 
 def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject, JsonObject]":
@@ -1754,7 +1751,6 @@ class _Protector:
         if self._privacy.redact and text and _names_a_secret(key, text):
             return text if text.startswith("[redacted:") else _replacement("key", text)
         limit = self._privacy.field_limit_bytes
-        # a character is at most four bytes
         size = len(text) if len(text) <= limit // 4 else len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
             return self.clean(text)
@@ -1766,7 +1762,6 @@ class _Protector:
         head, tail = self.clean(text[: half + UNSEEN_MARGIN]), self.clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
-        # Remove half a character at the cuts.
         rest, first = bytes(range(0x80, 0xC0)), bytes(range(0xC0, 0x100))  # of a character in UTF-8
         head = start.rstrip(rest).rstrip(first).decode("utf-8", "surrogatepass")
         tail = end.lstrip(rest).decode("utf-8", "surrogatepass")
@@ -2294,7 +2289,6 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
     """Find a session's transcripts: path without links → agent id; "" for the main one."""
     places = transcript_places(main_path)
     found = {os.path.realpath(place): "" for place in places}
-    # Old clients have those of subagents beside the session's.
     for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
         name = os.path.basename(path)
         agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
@@ -2411,7 +2405,6 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> No
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
-REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
@@ -2589,6 +2582,8 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename a segment so that no writer opens it again; BlockingIOError: one is writing to it."""
     taken = path.rpartition(".")[0] + ".taken"
+    if taken != path and os.path.lexists(taken):  # of a hook of an older version
+        raise BlockingIOError(f"{taken} is still to be drained")
     os.rename(path, taken)
     with open(taken, "rb", opener=open_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2913,7 +2908,6 @@ class Publisher:
             # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
             published = bool(subscribers) or (subscribers == 0 and is_cluster)
             (sent if streamed or (not stream and published) else kept).append(event)
-        # For publisher.json: the replies to the last event.
         channel_reason, stream_reason = (
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
             for reply in (reached, added if stream else None)
@@ -2996,7 +2990,6 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
 ANSWERED_HOOKS = ("PermissionRequest", "Elicitation")
 ANSWER_AGE_MS = 60_000  # older signed answers are dropped
 ANSWER_ROUND_S = 2
-DENIED_WORDS = "The user does not want this."
 _FORM_TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": NUMBERS, "array": (list,)}
 
 
@@ -3067,7 +3060,7 @@ def client_answer(asked: JsonObject, answer: Any) -> "Optional[JsonObject]":
         return {"action": do} if do in ("decline", "cancel") and not names else None
     if hook != "PermissionRequest" or not isinstance(tool_input, dict):
         return None
-    words = answer.get("message", DENIED_WORDS)
+    words = answer.get("message", "The user does not want this.")
     if do == "deny" and names <= {"message"} and _is_text(words):
         decision = {"behavior": "deny", "message": words}
     elif tool == "AskUserQuestion":  # allowed without answers, it would return none
@@ -3127,9 +3120,6 @@ def fits_form(schema: Any, content: Any) -> bool:
         if field.get("enum") and value not in field["enum"]:
             return False
     return all(isinstance(it, str) and it in content for it in required)
-
-
-# Through Redis: a list of signed answers for each question; the clock is that of Redis.
 
 
 def read_answer_key(home: str) -> bytes:
