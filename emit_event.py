@@ -569,6 +569,13 @@ def objects_in(value: Any) -> "list[JsonObject]":
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def texts_of(content: Any) -> "list[str]":
+    """Return the texts in the content of a message, without blank ones; thinking is no text."""
+    blocks = [{"text": content}] if isinstance(content, str) else objects_in(content)
+    texts = (block.get("text") for block in blocks)
+    return [text for text in texts if isinstance(text, str) and not text.isspace() and text]
+
+
 def make_private_directory(path: str) -> None:
     """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -1952,13 +1959,6 @@ class TranscriptParser:
         model = id_or(usage.get("model", entry.get("model")), self._model) or "unknown"
         key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
         yield MessageUsage(f"{self._program} {key}", agent_id, model, (sent, received, read, written, 0))
-
-
-def texts_of(content: Any) -> "list[str]":
-    """Return the texts in the content of a message, without blank ones; thinking is no text."""
-    blocks = [{"text": content}] if isinstance(content, str) else objects_in(content)
-    texts = (block.get("text") for block in blocks)
-    return [text for text in texts if isinstance(text, str) and not text.isspace() and text]
 
 
 def _words(key: str, time_ms: "Optional[int]", agent_id: str, data: JsonObject) -> JsonObject:

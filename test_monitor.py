@@ -10728,15 +10728,15 @@ class BrowserWire:
         tab.page.reload()
 
     def _opened(self, page: Any) -> None:
+        self.page = page
         if self._is_cut:
-            page.close()
-            return
-        self.page, monitor = page, page.connect_to_server()
+            return  # to close it in here would block Playwright for Python 3.9
+        monitor = page.connect_to_server()
         page.on_message(lambda text: self._keeps(json.loads(text)) or monitor.send(text))
         monitor.on_message(lambda text: self._keeps(json.loads(text)) or page.send(text))
 
     def cut(self) -> None:
-        """Close the connection, and every one that is tried."""
+        """Close the connection; one that is tried gets no word until `mend` closes it."""
         self._is_cut = True
         self.page.close()
         self._tab.shows("banner", "Not connected")
@@ -10744,6 +10744,7 @@ class BrowserWire:
     def mend(self) -> None:
         """Let the page connect again, and wait until it has."""
         self._is_cut = False
+        self.page.close()
         self._tab.until("contextuate.store.phase === 'open'", 30)
 
 
