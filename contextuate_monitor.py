@@ -9801,12 +9801,13 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
         plan = plan_install(settings.home, program, *given)
         if program == CLAUDE and version is None:
             words = "`claude` did not print its version, so only events that every version knows are added"
+            words += ", and the page cannot answer" if args.answers else ""
             print_status(f"{words}; put it on the PATH and run install again")
         if not args.dry_run:
             install_hook_files(settings.home)
         words = f"{len(plan.names)} events registered"
         if plan.status_line:
-            words += f", and the status line, around {plan.status_line.wrapped or 'none'}"
+            words += ", and the status line" + (f", around {it}" if (it := plan.status_line.wrapped) else "")
         carry_out(plan, program, words, args.dry_run)
     if args.dry_run:
         return 0
@@ -9946,6 +9947,9 @@ def command_tail(settings: Settings, args: argparse.Namespace) -> int:
     status, is_waiting = ask_monitor(settings, "/api/status"), False
     if status["loading"]:
         print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
+    known, begin = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"], args.session or ""
+    if not any(session["sessionId"].startswith(begin) for session in known) and begin:
+        print_status(f"no session begins with {begin!r}; waiting for one")
     last_seq = status["seq"]
     while True:
         try:
@@ -9961,7 +9965,7 @@ def command_tail(settings: Settings, args: argparse.Namespace) -> int:
         is_waiting = False
         for event in page["events"]:
             last_seq = event["seq"]
-            is_of_session = event["sessionId"].startswith(args.session or "")
+            is_of_session = event["sessionId"].startswith(begin)
             is_of_type = args.type in (None, event["eventType"], event["hookType"])
             if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
                 row = event_row(event)
@@ -10065,18 +10069,20 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
     if args.format == "html":
+        if not args.session:
+            raise SearchError("--session", "an id, for --format html")
         place = "/api/sessions/" + urllib.parse.quote(wanted["session"] or "?", "")
         page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         lines = session_page(page, ask_monitor(settings, place), lines)
     if not args.output:
         sys.stdout.buffer.writelines(in_chunks(lines))
         sys.stdout.buffer.flush()
-        return 0
+        return 0 if counter.count else 1
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
         file.writelines(in_chunks(lines))
     print(f"{counter.count} events written to {args.output}")
-    return 0
+    return 0 if counter.count else 1
 
 
 def whole_session_id(settings: Settings, beginning: str | None) -> str | None:

@@ -7925,6 +7925,11 @@ def test_tail_prints_new_events_and_waits_for_a_restarted_monitor(running: Runni
     with tailing(running, "--session", "chosen") as line:
         running.emit(*(payload("Stop", f"{name}-1") for _ in range(1200) for name in ("chosen", "x")))
         assert all("chosen-" in line() for _ in range(1200))
+    command = [sys.executable, "-m", "contextuate_monitor", "tail", "--session", "none"]
+    about = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=running.environment, **about) as tail:
+        assert tail.stderr and "no session begins with 'none'; waiting for one" in tail.stderr.readline()
+        tail.kill()
 
 
 def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) -> None:
@@ -7952,8 +7957,13 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     body = running.request("/api/export?session=stuck&format=html")[2].decode()
     assert page[2].rstrip() == body.partition(',"events":[')[2].rstrip()
     assert '"session":{"sessionId":"stuck"' in page[0]
-    for options in ("--format html", "--format html --session nobody"):
-        assert "no session" in in_process(running, "export", *options.split()).stderr
+    refused = {
+        "--format html": (2, "--session: expected an id"), "--format html --session nobody": (1, "no session"),
+        "--tool Nothing": (1, ""), f"--tool Nothing --output {target}": (1, "")
+    }  # fmt: skip
+    for options, (code, words) in refused.items():
+        done = in_process(running, "export", *options.split())
+        assert (done.returncode, words in done.stderr) == (code, True), options
     running.stop()
     assert printed("export") == exported, "no monitor is needed"
 
@@ -7978,10 +7988,10 @@ def test_the_terminal_of_an_event_is_bounded_text_of_known_variables() -> None:
 
 
 def test_go_says_what_to_do_where_it_cannot_bring_a_terminal_to_the_front(running: RunningMonitor) -> None:
+    now, ssh = {"timestamp": cm.now_ms()}, {"SSH_CONNECTION": "10.0.0.5 1 10.0.0.1 22"}
     start = payload("SessionStart", "here-1")
-    running.emit(hook_wrapped(start, id="a", machineKey=ee.machine_key(running.home)))
-    ssh = {"SSH_CONNECTION": "10.0.0.5 1 10.0.0.1 22"}
-    away = hook_wrapped(payload("SessionStart", "away-1"), id="b", machineKey="f00", terminal=ssh)
+    running.emit(hook_wrapped(start, id="a", machineKey=ee.machine_key(running.home), **now))
+    away = hook_wrapped(payload("SessionStart", "away-1"), id="b", machineKey="f00", terminal=ssh, **now)
     running.emit({**away, "machineId": "far"})
     running.emit(payload("UserPromptSubmit", "over-1", prompt="Fix it"), payload("SessionEnd", "over-1"))
     running.emit(*(payload(hook, "odd-1", cwd="/a\x1b]0;b\n") for hook in ("SessionStart", "SessionEnd")))
@@ -12039,7 +12049,11 @@ def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch)
         answering = [name for name, entry in entries.items() if "--answer" in entry[0]["command"]]
         assert (len(answering), entries["Elicitation"][0]["timeout"]) == options[arguments]
         assert set(answering) <= set(ee.ANSWERED_HOOKS)
-    in_process(monitor, "install", "--answers")
+    monkeypatch.setattr(cm, "claude_version", lambda: None)
+    assert (
+        "are added, and the page cannot answer; put it on"
+        in in_process(monitor, "install", "--answers").stderr
+    )
     in_process(monitor, "uninstall")
     assert "hooks" not in json.loads(install_text(monitor.claude_home + "/settings.json"))
 
