@@ -6542,7 +6542,7 @@ def old_monitor() -> Iterator[RunningMonitor]:
     folder = new_home()
     with tarfile.open(os.path.join(ROOT, ".ci", "recorded", "home-0.1.0.tar.gz")) as archive:
         archive.extractall(folder, filter="data")
-    for path in glob.glob(folder + "/**/*.json*", recursive=True, include_hidden=True):
+    for path in map(str, pathlib.Path(folder).rglob("*.json*")):
         if not path.endswith(".gz"):
             text = install_text(path).replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
             ee.write_atomically(path, text.encode())
