@@ -266,7 +266,7 @@ KEYS: dict[str, Key] = {  # what hooks and publisher read too, and what only the
     "limits.connections": integer_key(256, 1, 10_000),
     "limits.clientQueueBytes": integer_key(1 << 20, 1 << 16, 64 << 20),
     "sessions.quietSeconds": integer_key(120, 5, 86_400),
-    "sessions.endedHours": integer_key(12, 1, 720),
+    "sessions.endedHours": integer_key(12, 1, 87_600),
     "retention.days": integer_key(30, 1, 36_500, "for ever"),
     "retention.maxMegabytes": integer_key(2048, 16, 10**9, "no limit"),
     "notify": Key([], "a list of targets", lambda it: emit_event.objects_in(it) == it),

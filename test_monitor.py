@@ -6546,7 +6546,9 @@ def old_monitor() -> Iterator[RunningMonitor]:
         if not path.endswith(".gz"):
             text = install_text(path).replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
             ee.write_atomically(path, text.encode())
-    more = {"mode": "local", "retention": {"days": None}, "sessions": {"endedHours": 720}}
+    (spooled,) = glob.glob(folder + "/.contextuate/spool/*-*.jsonl")  # one of over 7 days would be dropped
+    os.rename(spooled, os.path.dirname(spooled) + f"/{cm.now_ms()}-3be190be.jsonl")
+    more = {"mode": "local", "retention": {"days": None}, "sessions": {"endedHours": 87_600}}
     monitor = RunningMonitor(folder + "/.contextuate", config=more)
     monitor.claude_home = folder + "/.claude"
     yield monitor
