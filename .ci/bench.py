@@ -169,7 +169,7 @@ class Sizes:
 
 SMALL = Sizes(
     hook_pairs=20, storm_hooks=1000, rounds=5, round_s=0.25, latency_s=2, idle_s=10, restart_sessions=500,
-    restart_events=100_000, restart_limit_s=4.5, history_events=100_000, page_s=2, page_events=20_000,
+    restart_events=100_000, restart_limit_s=4.5, history_events=100_000, page_s=4, page_events=20_000,
     flood_s=10,
 )  # fmt: skip
 FULL = Sizes(
@@ -1575,6 +1575,7 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
         with page_load(monitor, 400_000):
             tab.evaluate(SCROLL_AND_ZOOM, sizes.page_s * 1000)
             ours = watch_tab(tab, sizes.page_s)
+            while_busy = watch_empty_tab(empty, tab, sizes.page_s)
         yield from tab_figures(ours, while_busy)
 
 
