@@ -5916,7 +5916,7 @@ def suggestion_words(suggestion: JsonObject) -> str:
     """Return one of the client's suggestions, as a sentence."""
     given = {name: text_of(value) for name, value in suggestion.items()}
     kind, where = given.get("type"), given.get("destination", "")
-    where = f" in {_DESTINATIONS.get(where, where)}"
+    where = f" in {_DESTINATIONS.get(where, where)}" if where else ""
     if kind == "addRules":
         rules = emit_event.objects_in(suggestion.get("rules"))
         parts = ((it.get("toolName"), it.get("ruleContent")) for it in rules)
@@ -8991,7 +8991,8 @@ class _DemoAgent:
         call = self.call(name, given)
         took_ms: float = self.rng.randrange(4, 60 if name != "Bash" else 9000 if self.at < self.now else 2000)
         if asks:
-            offer = {"type": "addRules", "rules": [{"toolName": name}], "behavior": "allow"}
+            rules = {"type": "addRules", "rules": [{"toolName": name}], "behavior": "allow"}
+            offer = {**rules, "destination": "session"}
             self.hook("PermissionRequest", tool_name=name, tool_input=given, permission_suggestions=[offer])
         elif end:
             took_ms = end - self.at
@@ -10159,7 +10160,9 @@ OPTIONS = {  # what `add_argument` takes
     "--token": _switch("with the token, for another user or another machine"),
     "what": _option("pair: a code for a browser; key: the one for Redis", choices=("pair", "key")),
     "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
-    "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
+    "answer": _option(
+        "allow, always, deny …; without it, print what is asked", nargs="*", default=[], metavar="ANSWER"
+    ),
     "--markdown": _switch("as a table in Markdown, with defaults only"),
     "--agent": _option("for this program, or all here (default: Claude Code)", choices=(*PROGRAMS, "all")),
     "--project": _option("in this project's settings, not the user's", nargs="?", const=".", metavar="DIR"),

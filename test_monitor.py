@@ -11973,6 +11973,19 @@ def test_an_agent_does_not_answer_itself(asking):
     assert asking.decision(hook) == {"behavior": "allow"}
 
 
+SUGGESTIONS = {
+    '{"type": "addRules", "rules": [{"toolName": "Bash"}]}': "allow Bash",
+    '{"type": "addDirectories", "directories": ["/a", "/b"], "destination": "session"}': "allow work in /a, /b in this session",
+    '{"type": "setMode", "mode": "plan", "destination": "new"}': "switch to the mode plan in new",
+    '{"type": "other", "destination": 5}': '{"type": "other", "destination": 5} in 5',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", SUGGESTIONS)
+def test_a_suggestion_of_the_client_is_one_sentence(given: str) -> None:
+    assert cm.suggestion_words(json.loads(given)) == SUGGESTIONS[given]
+
+
 ANSWER_WORDS = [
     ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
     ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
