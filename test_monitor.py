@@ -11510,7 +11510,7 @@ def shared_demo() -> Iterator[RunningMonitor]:
 
 # What is checked: a link, then what a person does there, a key or `click SELECTOR`.
 CHECKED_SCREENS = (
-    "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
+    "load", "load; click <session>; click <row>:visible", "load; click <session>[data-state=idle]; press y", "load #history",
     "load; click <session>[data-state=idle]; press c; click summary", "load; click <session>[data-state=idle]; press v",
     "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
     "load; press s", "load; press o", "load; click [data-session-id=long]; press P; press x; click <row> >> text=make",
