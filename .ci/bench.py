@@ -1433,6 +1433,13 @@ SCROLL_AND_ZOOM = """(ms) => {
   }, 16);
   setTimeout(() => clearInterval(timer), ms);
 }"""
+OPEN_CONVERSATION = """async () => {
+  const start = performance.now();
+  document.querySelector('[data-mode=conversation]').click();
+  const turn = () => document.querySelector('.turn')?.innerText ?? '';
+  while (!turn().includes('20 calls')) await new Promise(requestAnimationFrame);
+  return performance.now() - start;
+}"""
 NOTE_WAITS = """() => {
   window.waits = {};
   new MutationObserver(() => {
@@ -1544,12 +1551,24 @@ def page_rows(state: str) -> list[str]:
     ]
 
 
+def conversation_ms(monitor: tests.RunningMonitor, tab: Any) -> float:
+    """Time until a new page shows a long conversation of a session whose calls it has; close the page."""
+    tests.emit_hundred_turns(monitor)
+    tab.goto(monitor.url.replace("127.0.0.1", "localhost"))
+    tab.click("[data-session-id=s1]")
+    tab.wait_for_selector("[data-testid=row]:has-text('step-1999')")
+    taken_ms = float(tab.evaluate(OPEN_CONVERSATION))
+    tab.close()
+    return taken_ms
+
+
 @benchmark(
     "page",
     *page_rows("nothing happens"),
     "page, from a permission hook to the rail, p50 | ms | 100 | <= 1",
     *page_rows("1,000 events a second"),
     *page_rows("{page_events:,} events, scrolled"),
+    "page, a conversation of 100 turns and 2,000 calls opens | ms | 200 | <= 1",
 )
 def bench_page(sizes: Sizes) -> Iterator[Measured]:
     """Watch the page under load, beside an empty page in the same browser."""
@@ -1577,6 +1596,7 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
             ours = watch_tab(tab, sizes.page_s)
             while_busy = watch_empty_tab(empty, tab, sizes.page_s)
         yield from tab_figures(ours, while_busy)
+        yield Measured(conversation_ms(monitor, browser.new_page()))
 
 
 # ---------------------------------------------------------------------------
