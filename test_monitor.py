@@ -13632,7 +13632,9 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert f"/p/{name}: " in done.stderr
 
 
-def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, tmp_path: Any) -> None:
+def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, tmp_path: Any) -> None:
+    monitor.write_config({"sessions": {"endedHours": 87_600}})  # its sessions are silent since 2026-11-24
+    running = monitor.serve()
     # As its daemon keeps a session with a subagent, and one that a person has hidden: while a Task runs all events of its
     # session have an id that it makes up.
     shutil.copytree(ROOT + "/.ci/stories/node-monitor", tmp_path, dirs_exist_ok=True)
