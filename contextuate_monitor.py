@@ -9945,11 +9945,10 @@ def command_go(settings: Settings, args: argparse.Namespace) -> int:
 def command_tail(settings: Settings, args: argparse.Namespace) -> int:
     """Print events as they happen, until Ctrl-C."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    status, is_waiting = ask_monitor(settings, "/api/status"), False
+    status, is_waiting, begin = ask_monitor(settings, "/api/status"), False, args.session or ""
     if status["loading"]:
         print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
-    known, begin = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"], args.session or ""
-    if not any(session["sessionId"].startswith(begin) for session in known) and begin:
+    elif begin and not any(it["sessionId"].startswith(begin) for it in known_sessions(settings, True)):
         print_status(f"no session begins with {begin!r}; waiting for one")
     last_seq = status["seq"]
     while True:

@@ -6784,7 +6784,7 @@ HOSTILE_FILES = {
 @pytest.mark.parametrize("kind", HOSTILE_FILES)
 def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
     if kind == "foreign" and os.getuid():
-        pytest.skip("needs root")
+        pytest.skip("only root can give files away")
     HOSTILE_FILES[kind](registry_file(tmp_path, status="busy", statusUpdatedAt=500))
     assert changes(watcher, 1000, 3000) == []
 
