@@ -3961,18 +3961,18 @@ def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkey
         answering.close(), silent.close()
 
 
-def test_a_connection_too_many_gets_503_on_both_ports(monitor):
+@pytest.mark.parametrize(("which", "path"), [("port", "/ws"), ("port", ""), ("ws_port", "")])
+def test_a_connection_too_many_gets_503_on_both_ports(monitor, which, path):
     monitor.write_config({"limits": {"connections": 3}})
-    monitor.serve()
-    for port, path in ((monitor.port, "/ws"), (monitor.port, ""), (monitor.ws_port, "")):
-        with contextlib.ExitStack() as held:
-            for _ in range(3):
-                plain = functools.partial(socket.create_connection, ("127.0.0.1", port), 15)
-                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path) if path else plain()))
-            request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
-            status, headers, body = protocol_exchange(port, request)
-            assert status == 503 and ("content-type", "application/json") in headers
-            assert json.loads(body)["error"]
+    port = getattr(monitor.serve(), which)
+    with contextlib.ExitStack() as held:
+        for _ in range(3):
+            plain = functools.partial(socket.create_connection, ("127.0.0.1", port), 15)
+            held.enter_context(contextlib.closing(ProtocolPeer(port, path=path) if path else plain()))
+        request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
+        status, headers, body = protocol_exchange(port, request)
+        assert status == 503 and ("content-type", "application/json") in headers
+        assert json.loads(body)["error"]
     eventually(lambda: protocol_has_room(monitor), what="a place for a new connection")
 
 
