@@ -5975,6 +5975,9 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
     def said() -> list[str]:
         return [it["id"] for it in machine.stored_events() if it["eventType"] == ee.WORDS]
 
+    def stored_bytes() -> int:
+        return sum(map(os.path.getsize, glob.glob(f"{machine.home}/events/*/s1.jsonl")))
+
     machine.serve()
     hook_call(command, about("UserPromptSubmit"), machine.environment)
     eventually(lambda: machine.sessions().get("s1"), what="the session")
@@ -5991,8 +5994,9 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
             machine.end_publisher()
             server.start()
         else:
+            before = stored_bytes()
             hook_call(command, about("Stop"), machine.environment)
-            eventually(lambda known=wanted - 1000: len(said()) > known, what="the first words")
+            eventually(lambda before=before: stored_bytes() > before + 5000, what="the first words")
             machine.kill()
             is_unfinished = len(said()) < wanted
             machine.serve()
