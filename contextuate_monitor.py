@@ -6416,7 +6416,7 @@ class Ingest:
         self.registry = RegistryThread(settings.machine_key, deliver)
         self._usage = emit_event.UsageWorker(settings.home, deliver)
         self._usage.reader.with_words = not settings.privacy.metadata_only
-        self._noted: dict[tuple[str, str], str] = {}  # see emit_event.add_agent_note
+        self._noted: dict[tuple[str, str], Any] = {}  # see emit_event.add_agent_note
 
     def take(
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()

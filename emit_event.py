@@ -1734,10 +1734,8 @@ class _Protector:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             # The names of a large object would fill the cache of `_clean_name` in vain.
-            path, clean = (
-                path and path + ".",
-                _clean_name if self._hints and len(value) < 1000 else self.clean,
-            )
+            path = path and path + "."
+            clean = _clean_name if self._hints and len(value) < 1000 else self.clean
             named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
             named = named if isinstance(named, str) else "value"
             return {
@@ -1818,6 +1816,7 @@ PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # 
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 LOOK_S = 1.0  # between two looks at whether a transcript has grown
+NOTE_LOOKS = 5  # for the client's note on a subagent, which exists from its first call on
 USAGE_QUIET_S = 30.0  # between two totals of a session that works
 USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
@@ -2373,21 +2372,23 @@ def add_git_place(event: JsonObject) -> None:
                 return
 
 
-def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], str]") -> None:
-    """Add the client's note on a subagent to its first event. `noted`: (session, agent) → its id."""
+def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> None:
+    """Add the client's note on a subagent to its first event. `noted`: agent → its id, or vain looks."""
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
-    if noted.get(key, event["id"]) != event["id"] or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", agent_id):
+    looks = noted.get(key, 0)
+    if looks not in (event["id"], *range(NOTE_LOOKS)) or not re.fullmatch(r"[\w-]{1,128}", agent_id, re.A):
         return
-    # The note exists from the first tool call on; only it names a nested agent's parent.
+    if not looks and len(noted) >= 4096:
+        del noted[next(iter(noted))]
+    noted[key] = looks if looks == event["id"] else looks + 1
+    # Only the note names a nested agent's parent.
     notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
     try:
         with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
             note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
     except (OSError, MalformedEvent):
         return  # not there, or only half written
-    if len(noted) >= 4096:
-        del noted[next(iter(noted))]
     noted[key] = event["id"]
     names = "agentType toolUseId parentAgentId requestShape spawnDepth".split()
     known = {name: note[name] for name in names if _is_id(note.get(name)) or type(note.get(name)) is int}
@@ -2764,7 +2765,7 @@ class Publisher:
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
-        self._noted: dict[tuple[str, str], str] = {}  # see add_agent_note
+        self._noted: dict[tuple[str, str], Any] = {}  # see add_agent_note
         self._registry = RegistryWatcher(self._machine_key)
         self._registry_due = 0.0  # time.monotonic
         self._usage = UsageWorker(home, self._deliver)

@@ -6109,6 +6109,13 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     assert noted == [False, False, True, True, False]
 
 
+def test_a_missing_note_is_looked_for_a_few_times_only(tmp_path, monkeypatch):
+    looks, copied = [], [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each][:1]
+    monkeypatch.setattr(ee, "agent_files", lambda *given: iter(looks.append(given) or ()))
+    usage_noted(copied * 100)
+    assert len(looks) == ee.NOTE_LOOKS
+
+
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
     book, labels = cm.Sessions(own_machine=USAGE_MACHINE), []
     for event in usage_noted(usage_copied("parallel", tmp_path)):
@@ -7786,14 +7793,13 @@ def test_a_lock_waits_for_a_short_check_and_is_refused_when_held(tmp_path, monke
     os.close(holder)
 
 
-def test_stop_removes_socket_and_lock_or_names_the_process_to_end(monitor):
+def test_stop_removes_socket_and_lock_or_names_the_process_to_end(monitor, tmp_path):
     monitor.serve()
     lock = monitor.socket_path + ".lock"
     assert cm.lock_holder(lock) == monitor.pid
-    os.rename(monitor.home + "/monitor.pid", monitor.home + "/away")
-    refused = in_process(monitor, "stop")
+    of_another_home = RunningMonitor(str(tmp_path), {"socketPath": monitor.socket_path})
+    refused = in_process(of_another_home, "stop")
     assert refused.returncode == 1 and f"`kill {monitor.pid}` ends it" in refused.stderr
-    os.rename(monitor.home + "/away", monitor.home + "/monitor.pid")
     monitor.stop()
     assert not os.path.exists(lock) and not os.path.exists(monitor.socket_path)
 
@@ -9530,7 +9536,9 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
         hook = machine.hook
         ee.write_atomically(machine.home + "/hooks/publisher-python", python.encode() + b"\n")
         hook_call(hook, payload("PreToolUse", tool_use_id=marker), machine.environment)
-        eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
+        eventually(
+            lambda marker=marker: says_why() or marker in str(server.streamed()), 60, f"{marker}: {python}"
+        )
         if python == without:
             assert not server.streamed()
         assert cm.record_publisher_python(machine.home)
