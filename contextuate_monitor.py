@@ -81,13 +81,11 @@ import base64
 import calendar
 import codecs
 import collections
-import compileall
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import datetime
-import difflib
 import enum
 import errno
 import filecmp
@@ -110,7 +108,6 @@ import logging.handlers
 import math
 import operator
 import pickle
-import plistlib
 import pwd
 import random
 import re
@@ -132,7 +129,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-import webbrowser
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, Union
@@ -7152,10 +7148,9 @@ class Monitor:
         with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=opener) as file:
             self.journal.seq = int(file.read(14))  # if damaged, later numbers still fit into _SEQ
         self.journal.open()
-        # before any event is taken, which may have come before
-        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
-            self.ingest.seen.add(line_id(line))
-        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
+        self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
+        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
+        self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
         handlers = MessageHandlers(self)
         limit, queue_bytes = settings["limits.connections"], settings["limits.clientQueueBytes"]
         self.clients = WebSocketServer(self.loop, handlers.greet, handlers.take, limit, queue_bytes)
@@ -7163,10 +7158,11 @@ class Monitor:
         self.page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         api = Api(self, handlers.take_by_http)
         self.http = [HttpServer(it, access, api, self.answers, limit) for it in (http_socket, ws_socket)]
+        # The page is served meanwhile; what takes events waits for the loop.
+        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
+            self.ingest.seen.add(line_id(line))
+        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         self.retention.check_clock()
-        self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
-        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
-        self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
         self._write_about()
         self.loop.on_turn_end = self._store_received
         self.loading = {"done": 0, "total": self.journal.seq}
@@ -8240,6 +8236,8 @@ def install_hook_files(home: str) -> str:
     hooks/emit_event.py is the launcher; in hooks/lib/ is what it imports from bytecode at every call, what
     the status line needs besides, and the whole module for the rare paths.
     """
+    import compileall
+
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
     try:
@@ -8376,6 +8374,8 @@ def render_settings(settings: JsonObject, like: str) -> str:
 
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
     """Return the unified diff between two texts of the file at `path`, "" if they are the same."""
+    import difflib
+
     # splitlines() would also split at U+2028, which a JSON string may contain.
     old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
     diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
@@ -8474,6 +8474,8 @@ def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, 
 
 def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
     """Return a launchd agent that keeps a command running."""
+    import plistlib
+
     about: JsonObject = {"Label": SERVICE_NAME, "ProgramArguments": list(command), "WorkingDirectory": folder}
     about |= {"EnvironmentVariables": dict(environment), "RunAtLoad": True}
     return plistlib.dumps({**about, "KeepAlive": {"SuccessfulExit": False}})
@@ -9425,12 +9427,16 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     # A browser is opened only on this machine's own screen.
     has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
+        import webbrowser
+
         webbrowser.open(page_links(settings, about)[0])
     return 0
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Start a detached process and wait until it serves and closes its standard error; raise StartError."""
+    import compileall  # it would add 1 MB to the process that serves
+
     emit_event.make_private_directory(settings.home)
     program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
