@@ -1209,7 +1209,7 @@ class SecretShape(NamedTuple):
 
     kind: str
     hint: str
-    pattern: "re.Pattern[str]"
+    pattern: str  # compiled when its hint is found, since most never are
     folded: bool = False
     is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None  # of (view, match, value)
     is_token: bool = False
@@ -1350,7 +1350,7 @@ def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
-    return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
+    return SecretShape(kind, hint, re.escape(hint) + rest, True, is_secret)
 
 
 # What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
@@ -1423,23 +1423,23 @@ eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 _TOKENS: "list[SecretShape]" = []
 for _word in _TOKEN_TABLE.split():
     if "{" in _word:
-        _body = re.compile(_word)
+        _body = _word
     elif _word.endswith(":"):
         _kind = _word[:-1]
     else:
         _TOKENS.append(SecretShape(_kind, _word, _body, is_token=True))
 SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
-    SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
-        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
+    SecretShape("private-key", "PRIVATE KEY",  # without its end: to the end of the text
+        r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)"),
     _folded("private-key", "private-lines:", r" ?\d+\s(?P<secret>(?:[a-z0-9+/=]{8,}\s?)+)"),  # of PuTTY
     *_TOKENS,
-    SecretShape("telegram", "AA", re.compile(r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
+    SecretShape("telegram", "AA", r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})"),
     _folded("mailchimp", "-us", r"\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![a-z0-9])"),
     _folded("terraform", ".atlasv1.", r"(?<=(?P<begin>[a-z0-9]{14})\.atlasv1\.)[a-z0-9_=-]{40,}"),
     _folded("azure", "q~", r"(?<=(?P<begin>[a-z0-9_~.]{3}\d)q~)[a-z0-9_~.-]{31,34}(?![a-z0-9])"),
-    SecretShape("jwt", "eyJ", re.compile(
-        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
+    SecretShape("jwt", "eyJ",
+        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
     _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
@@ -1454,11 +1454,11 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
     _folded("cookie", "cookie",
         r"[\"'`]?: ?[\"'`]?(?P<secret>[^\s=;\"'<>:]{1,100}=[^\r\n\"'<>\\]{6,})"),
-    SecretShape("url-password", "@", re.compile(
+    SecretShape("url-password", "@",
         r"://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:"
-        r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
-    SecretShape("url-password", "@", re.compile(
-        r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
+        r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@"),
+    SecretShape("url-password", "@",
+        r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@"),
     *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
         for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
     *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
@@ -1505,6 +1505,7 @@ _all_hints = [shape.hint for shapes in _TOKENS_BY_END.values() for shape in shap
 for _first in "AE":
     _starts = "|".join(hint for hint in _all_hints if hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
+_compiled = functools.lru_cache(None)(re.compile)
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
@@ -1589,7 +1590,7 @@ def redact_text(text: str) -> str:
         view = _View(text)
         found = set(_secrets_in(view, shapes))
         if view.coloured:  # some must begin a word
-            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
+            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern]
             found.update(_secrets_in(_View(text, " "), begin))
         if not found:
             break
@@ -1637,10 +1638,9 @@ def _shapes_in(text: str) -> "list[SecretShape]":
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
     """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
     for shape in shapes:
-        searched, pattern = view.folded if shape.folded else view.text, shape.pattern
-        if shape.is_token:  # `re` remembers the compiled pattern
-            hint = re.escape(shape.hint)
-            pattern = re.compile(f"{hint}(?<![A-Za-z0-9]{hint}){pattern.pattern}")
+        searched, hint = view.folded if shape.folded else view.text, re.escape(shape.hint)
+        begin = f"{hint}(?<![A-Za-z0-9]{hint})" if shape.is_token else ""
+        pattern = _compiled(begin + shape.pattern)
         match = pattern.search(searched)
         while match is not None:
             group = match.lastgroup or 0

@@ -1577,7 +1577,7 @@ def hook_tokens() -> Iterator[tuple[str, str]]:
     ]  # fmt: skip
     for shape in ee.SECRET_SHAPES:
         if shape.is_token:
-            yield shape.kind, shape.hint + next(filter(shape.pattern.fullmatch, bodies))
+            yield shape.kind, shape.hint + next(filter(re.compile(shape.pattern).fullmatch, bodies))
 
 
 def hook_secrets() -> list[tuple[str, str, str]]:
