@@ -1436,9 +1436,14 @@ SCROLL_AND_ZOOM = """(ms) => {
 OPEN_CONVERSATION = """async () => {
   const start = performance.now();
   document.querySelector('[data-mode=conversation]').click();
-  const turn = () => document.querySelector('.turn')?.innerText ?? '';
-  while (!turn().includes('20 calls')) await new Promise(requestAnimationFrame);
-  return performance.now() - start;
+  let newest = 0;
+  for (;;) {
+    await new Promise(requestAnimationFrame);
+    const turns = [...document.querySelectorAll('.turn')];
+    const whole = turns.map((turn) => turn.textContent.includes('20 calls'));
+    newest ||= whole.at(-1) ? performance.now() - start : 0;
+    if (whole.length === 100 && whole.every(Boolean)) return [newest, performance.now() - start];
+  }
 }"""
 NOTE_WAITS = """() => {
   window.waits = {};
@@ -1551,13 +1556,12 @@ def page_rows(state: str) -> list[str]:
     ]
 
 
-def conversation_ms(monitor: tests.RunningMonitor, tab: Any) -> float:
-    """Time until a page shows a long conversation of a session whose calls it has."""
-    tab.goto(monitor.url.replace("127.0.0.1", "localhost"))
-    tests.emit_hundred_turns(monitor)
+def conversation_ms(tab: Any) -> list[float]:
+    """Time until the newest turn of a long conversation is on a page, and until all are."""
     tab.click("[data-session-id=s1]")
     tab.wait_for_selector("[data-testid=row]:visible:has-text('step-1999')")
-    return float(tab.evaluate(OPEN_CONVERSATION))
+    tab.wait_for_timeout(500)  # a person sees the session before its conversation
+    return list(map(float, tab.evaluate(OPEN_CONVERSATION)))
 
 
 @benchmark(
@@ -1567,6 +1571,8 @@ def conversation_ms(monitor: tests.RunningMonitor, tab: Any) -> float:
     *page_rows("1,000 events a second"),
     *page_rows("{page_events:,} events, scrolled"),
     "page, a conversation of 100 turns and 2,000 calls opens | ms | 200 | <= 1",
+    "page just loaded, that conversation opens: its newest turn | ms | 200 | <= 1",
+    "page just loaded, that conversation opens: all turns | ms | 200 | <= 1",
 )
 def bench_page(sizes: Sizes) -> Iterator[Measured]:
     """Watch the page under load, beside an empty page in the same browser."""
@@ -1596,7 +1602,16 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
         yield from tab_figures(ours, while_busy)
         tab.close()
         with new_monitor() as quiet:
-            yield Measured(conversation_ms(quiet.start(), browser.new_page()))
+            quiet.start()
+            tabs = [browser.new_page() for _ in range(2)]
+            address = quiet.url.replace("127.0.0.1", "localhost")
+            tabs[0].goto(address)
+            tests.emit_hundred_turns(quiet)
+            quiet.emit(*page_events(0, 2000))  # newer events of others, which are loaded first
+            yield Measured(conversation_ms(tabs[0])[1])
+            tabs[0].close()
+            tabs[1].goto(address)
+            yield from map(Measured, conversation_ms(tabs[1]))
 
 
 # ---------------------------------------------------------------------------
