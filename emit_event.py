@@ -2442,13 +2442,12 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
 
 def process_start(pid: int) -> "Optional[int]":
     """Return when a process began, in ticks since boot (proc(5): stat, field 22); None if it does not run."""
+    if sys.platform == "linux":
+        fields = read_small(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
     with contextlib.suppress(OSError, OverflowError):
-        if sys.platform != "linux":
-            os.kill(pid, 0)
-            return 0  # not known
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read(4096).rpartition(b")")[2].split()
-        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+        os.kill(pid, 0)
+        return 0  # not known
     return None
 
 
