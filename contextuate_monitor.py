@@ -2462,6 +2462,9 @@ class Sessions:
             elif kind == "status_line" and (limits := _apply_gauges(session, event["data"], at)):
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
             _apply_usage(session, event["data"].get("usage"), at)
+            origin = text_of(object_of(event["data"].get("usage")).get("origin"))
+            if origin in self.sessions and session_id not in self.lineage(origin, "continued_from"):
+                session.continued_from = session.continued_from or origin
         else:
             self._apply_step(session, event, kind, at, received)
             if kind == "tool_result" and "imported" not in event:

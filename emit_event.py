@@ -1480,7 +1480,7 @@ _METADATA_KEYS = frozenset(
 )
 # Of these objects, numbers are kept, and ids under the names below.
 _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated", "gauges"))
-_METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
+_METADATA_IDS = frozenset("model origin agentType toolUseId parentAgentId requestShape".split())
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
 UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
@@ -1816,7 +1816,7 @@ PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # 
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 LOOK_S = 1.0  # between two looks at whether a transcript has grown
-NOTE_LOOKS = 5  # for the client's note on a subagent, which exists from its first call on
+NOTE_LOOKS = 5  # for the client's note on a subagent: it exists from its first call on, and names its parent
 USAGE_QUIET_S = 30.0  # between two totals of a session that works
 USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
@@ -1867,6 +1867,7 @@ class MessageUsage(NamedTuple):
     agent_id: str
     model: str
     counts: Counts
+    session: str = ""  # in which it was first: a fork's transcript begins with a copy of its origin's
 
 
 class CostState(NamedTuple):
@@ -1937,7 +1938,8 @@ class TranscriptParser:
         for number, part in enumerate(beside):
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts)
-        yield MessageUsage(key, agent_id, model, counts)
+        said_in = id_or(entry.get("session_id", entry.get("sessionId")), "")
+        yield MessageUsage(key, agent_id, model, counts, said_in)
 
     def _program_usage(self, entry: JsonObject, inner: JsonObject, line: bytes) -> "Iterator[MessageUsage]":
         """Yield what a line of another program's transcript has of usage."""
@@ -2038,7 +2040,7 @@ class UsageReader:
     """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
     The event of a session has totals so far: `data.usage` is `{"models": {model: counts}, "agents": {agent id
-    or "": {model: counts}}, "model": the main agent's last, "context": the tokens in its request}`.
+    or "": {model: counts}}, "model": the main agent's last, "context": of its request, "origin": a fork's}`.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2180,6 +2182,7 @@ class UsageReader:
                         add_counts(models.setdefault(it.model, {}), more)
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
+                    usage.update({"origin": it.session} if it.session not in ("", session) else {})
         database.execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
 
     def totals(self, session: str) -> "JsonObject | None":
@@ -2289,9 +2292,8 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
     places = transcript_places(main_path)
     found = {os.path.realpath(place): "" for place in places}
     for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
-        name = os.path.basename(path)
-        agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
-        found.setdefault(os.path.realpath(path), agent_id)
+        named = re.search(r"/agent-([^/]*)\.jsonl\Z", path)
+        found.setdefault(os.path.realpath(path), named[1] if named else "")
     return found
 
 
@@ -2382,7 +2384,6 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
     if not looks and len(noted) >= 4096:
         del noted[next(iter(noted))]
     noted[key] = looks if looks == event["id"] else looks + 1
-    # Only the note names a nested agent's parent.
     notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
     try:
         with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:

@@ -6151,6 +6151,32 @@ def test_no_agent_id_leads_to_another_file(tmp_path, agent):
     assert "agentMeta" not in event["data"]
 
 
+@pytest.mark.parametrize("name", ["session_id", "sessionId"])
+def test_a_fork_is_linked_to_the_session_whose_messages_it_copied(tmp_path, name):
+    said = ("m1", "first"), ("m2", "origin"), ("m3", "fork")  # the origin is a fork, too
+    lines = [
+        json.dumps({**json.loads(usage_line(key, 1)), "sessionId": "fork", name: session})
+        for key, session in said
+    ]
+    path = tmp_path / "fork.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    fork = usage_event(str(path), "fork")
+    (usage,) = ee.UsageReader(str(tmp_path)).events(fork)
+    assert usage["data"]["usage"]["origin"] == "origin"
+    for known in ([], ["first"], ["first", "origin"]):
+        book = cm.Sessions(own_machine=USAGE_MACHINE)
+        for session in (*known, "fork"):
+            book.apply(usage_event(str(path), session))
+        shown = book.to_json(book.apply(ee.build_event({**usage, "id": "u1"}, NOW_MS, USAGE_MACHINE)))
+        assert shown["continuedFrom"] == ("origin" if "origin" in known else None)
+    book.apply(
+        ee.build_event(
+            {**usage, "id": "u2", "sessionId": "origin", "data": {"usage": {"origin": "fork"}}}, NOW_MS, "m"
+        )
+    )
+    assert book.to_json(book.sessions["origin"])["continuedFrom"] is None, "no circle"
+
+
 # In sessions ----------------------------------------------------------------
 
 
