@@ -1352,6 +1352,7 @@ class Session:
     parent_id: str | None = None
     parent_by_user: bool = False
     continued_from: str | None = None
+    forked_from: str | None = None  # by its transcript; that one may go on, too
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
@@ -1373,6 +1374,11 @@ class Session:
     def process(self) -> tuple[int, int] | None:
         """Return (pid, namespace) of the most recently active process."""
         return next(reversed(self.processes), None)
+
+    @property
+    def continues(self) -> str | None:
+        """Return the session that this one continues or is a fork of."""
+        return self.continued_from or self.forked_from
 
     @property
     def label(self) -> tuple[str, str]:
@@ -2463,8 +2469,8 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
             _apply_usage(session, event["data"].get("usage"), at)
             origin = text_of(object_of(event["data"].get("usage")).get("origin"))
-            if origin in self.sessions and session_id not in self.lineage(origin, "continued_from"):
-                session.continued_from = session.continued_from or origin
+            if origin in self.sessions and session_id not in self.lineage(origin, "continues"):
+                session.forked_from = origin
         else:
             self._apply_step(session, event, kind, at, received)
             if kind == "tool_result" and "imported" not in event:
@@ -2871,7 +2877,7 @@ _SESSION_JSON = {
     "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key", "activity": "activity",
     "workingDirectory": "directory", "startTime": "start", "lastEventTime": "last_event", "endTime": "end",
     "state": "state", "stateSince": "state_since", "parentSessionId": "parent_id", "demo": "demo",
-    "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
+    "continuedFrom": "continues", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
@@ -6285,10 +6291,11 @@ class HookPort:
     def __post_init__(self) -> None:
         in_use = f"another monitor uses {self.path}"
         self._lock = lock_file(self.path + ".lock", lambda: in_use + stop_advice(self.path))
-        self._listen()
+        self._listener: socket.socket | None = None
 
-    def _listen(self) -> None:
-        self._listener: socket.socket | None = bind_unix(self.path)
+    def listen(self) -> None:
+        """Bind the socket, which is locked already."""
+        self._listener = bind_unix(self.path)
         self.loop.listen(self._listener, self._accept)
         self._inode = os.stat(self.path).st_ino
 
@@ -6352,7 +6359,7 @@ class HookPort:
         if self._listener is not None and not os.path.exists(self.path):
             log.warning("%s was removed; it is bound again", self.path)
             removed = self._listener
-            self._listen()
+            self.listen()
             self.loop.unwatch(removed)
             removed.close()
 
@@ -7154,6 +7161,8 @@ class Monitor:
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
         self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
+        self.loading = {"done": 0, "total": self.journal.seq}
+        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         limit, queue_bytes = settings["limits.connections"], settings["limits.clientQueueBytes"]
         self.clients = WebSocketServer(self.loop, handlers.greet, handlers.take, limit, queue_bytes)
@@ -7164,11 +7173,10 @@ class Monitor:
         # The page is served meanwhile; what takes events waits for the loop.
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
-        self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
+        self.hooks.listen()
         self.retention.check_clock()
         self._write_about()
         self.loop.on_turn_end = self._store_received
-        self.loading = {"done": 0, "total": self.journal.seq}
         self._advance(self._load())
 
     def _write_about(self) -> None:  # for other processes, to find this monitor

@@ -2378,7 +2378,7 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
     """Add the client's note on a subagent to its first event. `noted`: agent → its id, or vain looks."""
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
-    looks = noted.get(key, 0)
+    looks = noted.get(key, 0) if "transcriptPath" in data else NOTE_LOOKS
     if looks not in (event["id"], *range(NOTE_LOOKS)) or not re.fullmatch(r"[\w-]{1,128}", agent_id, re.A):
         return
     if not looks and len(noted) >= 4096:

@@ -6112,7 +6112,8 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
 def test_a_missing_note_is_looked_for_a_few_times_only(tmp_path, monkeypatch):
     looks, copied = [], [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each][:1]
     monkeypatch.setattr(ee, "agent_files", lambda *given: iter(looks.append(given) or ()))
-    usage_noted(copied * 100)
+    elsewhere = [{**copied[0], "transcript_path": None}]
+    usage_noted(elsewhere * 100 + copied * 100)
     assert len(looks) == ee.NOTE_LOOKS
 
 
@@ -6169,12 +6170,12 @@ def test_a_fork_is_linked_to_the_session_whose_messages_it_copied(tmp_path, name
             book.apply(usage_event(str(path), session))
         shown = book.to_json(book.apply(ee.build_event({**usage, "id": "u1"}, NOW_MS, USAGE_MACHINE)))
         assert shown["continuedFrom"] == ("origin" if "origin" in known else None)
-    book.apply(
-        ee.build_event(
-            {**usage, "id": "u2", "sessionId": "origin", "data": {"usage": {"origin": "fork"}}}, NOW_MS, "m"
-        )
-    )
-    assert book.to_json(book.sessions["origin"])["continuedFrom"] is None, "no circle"
+    circle = {"sessionId": "origin", "eventType": "usage", "data": {"usage": {"origin": "fork"}}}
+    assert book.to_json(book.apply(ee.build_event(circle, NOW_MS, USAGE_MACHINE)))["continuedFrom"] is None
+    for hook, session in (("SessionEnd", "origin"), ("SessionStart", "cleared")):
+        after = usage_event("", session, hook, reason="clear", source="clear")
+        shown = book.to_json(book.apply({**after, "timestamp": NOW_MS + 1}))
+    assert shown["continuedFrom"] == "origin", "a fork is not what its origin goes on as"
 
 
 # In sessions ----------------------------------------------------------------
@@ -6568,6 +6569,27 @@ def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor)
     monitor.start()
     eventually(lambda: monitor.get("/api/status")["loading"] is None, 120)
     assert set(monitor.sessions()) == set(ids) and loading_same(monitor)
+
+
+def test_a_page_that_is_served_before_all_is_known_says_so(monitor):
+    write_history(monitor.home + "/events", 200, 60_000, cm.now_ms(), pids=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monitor.about = {"port": probe.getsockname()[1]}
+    monitor.write_config({"server": {"port": monitor.port}})
+    starting = threading.Thread(target=monitor.command, args=("start", "--no-open"))
+    starting.start()
+
+    def answer() -> dict[str, Any] | None:
+        with contextlib.suppress(OSError):
+            return dict(monitor.get("/api/sessions"))
+        return None
+
+    first = eventually(answer, 60)
+    assert first["loading"] and len(first["sessions"]) < 200
+    starting.join(60)
+    eventually(lambda: monitor.get("/api/sessions")["loading"] is None, 120)
+    assert len(monitor.know().get("/api/sessions?hidden=1")["sessions"]) == 200
 
 
 @pytest.fixture
@@ -7208,6 +7230,13 @@ def test_sessions_that_edit_the_same_file_collide(rule):
         if session == "clear":
             say("SessionEnd", path, reason="clear")
             say("SessionStart", rest[0], source="clear")
+            continue
+        if session == "fork":
+            say("SessionStart", rest[0], source="fork")
+            number += 1
+            forked = {"sessionId": rest[0], "eventType": "usage", "data": {"usage": {"origin": path}}}
+            book.apply({**ee.build_event(forked, at, SESSION_MACHINE), "seq": number, "received": at})
+            assert book.to_json(book.sessions[rest[0]])["continuedFrom"] == path
             continue
         given = dict(field.split("=") for field in rest[1:])
         machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
@@ -11126,6 +11155,21 @@ def test_the_page_shows_loading_and_fills_without_a_reload(monkeypatch, open_tab
         eventually(lambda: "Reading history" not in tab.text("banner"))
         eventually(lambda: "ended" in tab.text("rail").lower())
         tab.page.close()
+
+
+def test_a_conversation_longer_than_what_a_page_keeps_has_no_hole(monitor, tmp_path, open_tab):
+    for name in ("contextuate_monitor.py", "emit_event.py", "index.html"):
+        text = install_text(os.path.join(ROOT, name))
+        text = text.replace("[ROW_CAP, DETAIL_CAP] = [50000,", "[ROW_CAP, DETAIL_CAP] = [3000,")
+        (tmp_path / name).write_text(text.replace("ROW_SLACK = 5000;", "ROW_SLACK = 300;"))
+    monitor.program = str(tmp_path / "contextuate_monitor.py")
+    monitor.start().emit(*(payload("UserPromptSubmit", prompt=f"prompt {number}") for number in range(6200)))
+    tab = open_tab(monitor, "#s=s1&show=conversation")
+    tab.until(
+        "contextuate.store.rows.length >= 3000 && ![...contextuate.store.pages.values()].some((it) => it.loading)"
+    )
+    seqs = tab.store("store.rows.map((row) => row.seq)")
+    assert seqs == list(range(seqs[0], 6201)) and len(seqs) >= 3000
 
 
 def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running, open_tab):
