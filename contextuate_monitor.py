@@ -1376,11 +1376,6 @@ class Session:
         return next(reversed(self.processes), None)
 
     @property
-    def continues(self) -> str | None:
-        """Return the session that this one continues or is a fork of."""
-        return self.continued_from or self.forked_from
-
-    @property
     def label(self) -> tuple[str, str]:
         """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
@@ -2469,7 +2464,7 @@ class Sessions:
                 _apply_limits(self._account_of(session.machine_key, limits), session, limits, at)
             _apply_usage(session, event["data"].get("usage"), at)
             origin = text_of(object_of(event["data"].get("usage")).get("origin"))
-            if origin in self.sessions and session_id not in self.lineage(origin, "continues"):
+            if origin in self.sessions and self.sessions[origin].forked_from != session_id != origin:
                 session.forked_from = origin
         else:
             self._apply_step(session, event, kind, at, received)
@@ -2797,6 +2792,7 @@ class Sessions:
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
             "labelSource": label_source,
+            "continuedFrom": session.continued_from or session.forked_from,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
@@ -2877,7 +2873,7 @@ _SESSION_JSON = {
     "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key", "activity": "activity",
     "workingDirectory": "directory", "startTime": "start", "lastEventTime": "last_event", "endTime": "end",
     "state": "state", "stateSince": "state_since", "parentSessionId": "parent_id", "demo": "demo",
-    "continuedFrom": "continues", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
+    "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
@@ -5324,7 +5320,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    timeout = 2.0  # how often deadlines are checked, seconds
+    timeout: float | None = 2.0  # how often deadlines are checked while there are any, seconds
 
     def __init__(self, sock: socket.socket, access: Access, api: Api, answers: Answers, limit: int) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
@@ -5343,12 +5339,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Stop accepting connections; return after the last one was accepted."""
         self._stopping = True
         with contextlib.suppress(OSError):  # a connection wakes up the accepting thread
-            socket.create_connection(self.socket.getsockname()[:2], self.timeout).close()
+            socket.create_connection(self.socket.getsockname()[:2], HttpServer.timeout).close()
         self._thread.join()
         self.server_close()
 
     def _serve(self) -> None:
         while not self._stopping:
+            self.timeout = HttpServer.timeout if self.deadlines else None
             self.handle_request()
             now = time.monotonic()
             for sock, deadline in self.deadlines.copy().items():
@@ -5359,6 +5356,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
         if self._free_connections.acquire(blocking=False):
+            self.deadlines[request] = time.monotonic() + REQUEST_DEADLINE_S
             super().process_request(request, client_address)
             return
         with contextlib.suppress(OSError):
