@@ -9455,9 +9455,8 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     for name, value in options.items():
         command += [] if value is None else [name, str(value)]
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
-    environment = {"MALLOC_ARENA_MAX": "1", **os.environ}  # glibc: an arena for each thread wastes memory
     process = subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=pipe, env=environment, start_new_session=True, cwd=folder
+        command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
     )
     try:
         said = emit_event.within(START_DEADLINE_S, lambda: process.stderr and process.stderr.read())
