@@ -2375,7 +2375,7 @@ def add_git_place(event: JsonObject) -> None:
 
 
 def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> None:
-    """Add the client's note on a subagent to its first event. `noted`: agent → its id, or vain looks."""
+    """Add the client's note on a subagent to its first event. `noted`: agent → its id, or failed looks."""
     agent_id, data = event.get("agentId", ""), event["data"]
     key = event["sessionId"], agent_id
     looks = noted.get(key, 0) if "transcriptPath" in data else NOTE_LOOKS

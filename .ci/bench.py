@@ -1603,15 +1603,15 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
         tab.close()
         with new_monitor() as quiet:
             quiet.start()
-            tabs = [browser.new_page() for _ in range(2)]
-            address = quiet.url.replace("127.0.0.1", "localhost")
-            tabs[0].goto(address)
+            address, tab = quiet.url.replace("127.0.0.1", "localhost"), browser.new_page()
+            tab.goto(address)
             tests.emit_hundred_turns(quiet)
             quiet.emit(*page_events(0, 2000))  # newer events of others, which are loaded first
-            yield Measured(conversation_ms(tabs[0])[1])
-            tabs[0].close()
-            tabs[1].goto(address)
-            yield from map(Measured, conversation_ms(tabs[1]))
+            yield Measured(conversation_ms(tab)[1])
+            tab.close()
+            tab = browser.new_page()
+            tab.goto(address)
+            yield from map(Measured, conversation_ms(tab))
 
 
 # ---------------------------------------------------------------------------
