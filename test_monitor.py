@@ -11590,6 +11590,8 @@ def test_without_an_index_history_is_searched_and_not_counted(monitor: RunningMo
 def shared_demo() -> Iterator[RunningMonitor]:
     made = RunningMonitor(new_home()).serve()
     assert in_process(made, "demo", "--live", "0").returncode == 0
+    lines = "\n".join(f"line {number} of many" for number in range(300))
+    made.emit(*hooks(f"@long prompt Long work; @long call make; @long failure make => {lines}"))
     yield made
     clean_up(made)
 
@@ -11609,25 +11611,22 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
+@pytest.mark.parametrize("screen", CHECKED_SCREENS)
+def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
-    lines = "\n".join(f"line {number} of many" for number in range(300))
-    shared_demo.emit(*hooks(f"@long prompt Long work; @long call make; @long failure make => {lines}"))
     tab = open_tab(shared_demo)
-    for screen in CHECKED_SCREENS:
-        browser_acts(tab, "width 1440")
-        for act in screen.split("; "):
-            browser_acts(tab, act)
-            tab.until("contextuate.store.loaded && contextuate.store.status")
-        Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
-        for scheme, width, rules in CHECKED_WITH:
-            tab.page.emulate_media(color_scheme=scheme)
-            browser_acts(tab, f"width {width}")
-            options = {"resultTypes": ["violations"], **rules}
-            report = tab.page.evaluate("(options) => axe.run(document, options)", options)
-            found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
-            assert found == [], (screen, scheme, width)
+    for act in screen.split("; "):
+        browser_acts(tab, act)
+        tab.until("contextuate.store.loaded && contextuate.store.status")
+    Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
+    for scheme, width, rules in CHECKED_WITH:
+        tab.page.emulate_media(color_scheme=scheme)
+        browser_acts(tab, f"width {width}")
+        options = {"resultTypes": ["violations"], **rules}
+        report = tab.page.evaluate("(options) => axe.run(document, options)", options)
+        found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
+        assert found == [], (scheme, width)
 
 
 def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
