@@ -11057,6 +11057,7 @@ BROWSER_LOOKS: dict[str, Any] = {
 BROWSER_ALERTS = """
 window.alerts = [];
 window.Notification = class extends Notification {
+  static permission = 'granted';  // a headless browser may deny it whatever is granted
   constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
 };
 document.hasFocus = () => false;
