@@ -4654,7 +4654,7 @@ def refusal(error: RequestError) -> bytes:
 # Redis subscriber thread: events from many machines
 #
 # Owns: a thread with two connections, and the position in the stream. The channel delivers events
-# at once, the stream contains all of them. It is read from the position after each confirmation of the
+# at once, the stream contains all of them. It is read on after each confirmation of the
 # subscription (redis-py resubscribes silently), before further messages of the channel, and after each ping.
 # Duplicates are removed by id. The thread receives; the loop stores.
 # ---------------------------------------------------------------------------
@@ -4662,7 +4662,7 @@ def refusal(error: RequestError) -> bytes:
 SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given up
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_PAGE_EVENTS = 100
+STREAM_PAGE_EVENTS = 1000
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
 BATCH_LINES = 200  # passed to the loop together
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
@@ -4743,7 +4743,7 @@ class RedisLink(threading.Thread):
         values = self._values = settings.values
         self._loop, self._take, self._changed = loop, take, changed
         self._stream = emit_event.stream_name(values)
-        self.inbox = Turns()  # what the channel delivered
+        self.inbox = Turns()  # what channel and stream delivered
         self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
@@ -4761,7 +4761,8 @@ class RedisLink(threading.Thread):
         position = text_of(saved.get("position"))
         is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
         self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
-        self._batch: list[RemoteLine] = []  # what the channel delivered since the last hand-over
+        self._read = self._passed_on = self._arrived = self._position  # in the stream: the thread, the loop
+        self._batch: list[RemoteLine] = []  # what was delivered since the last hand-over
         self._at_once = threading.Event()  # set: connect without waiting, or end
         self._closing = False
         self._client: Any = None  # while connected
@@ -4880,31 +4881,29 @@ class RedisLink(threading.Thread):
             self._client.connection_pool.disconnect(inuse_connections=True)
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
-        """Store the events after the position; if Redis refuses the stream, only the channel is read."""
+        """Pass on the events after those read; if Redis refuses the stream, only the channel is read."""
         import redis
 
         self._hand_over()
         stream, reason = self._stream, None
         try:
-            if stream and may_have_gap and self._position != STREAM_START:
+            if stream and may_have_gap and self._read != STREAM_START:
                 oldest = self._client.xrange(stream, "-", "+", 1)
-                if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
+                if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._read):
                     words = "events may be missing; a larger redis.streamMaxLength keeps more"
-                    log.warning("Redis: the stream was trimmed beyond %s: %s", self._position, words)
+                    log.warning("Redis: the stream was trimmed beyond %s: %s", self._read, words)
                     self._set(gaps=self.state["gaps"] + 1)
             page: list[Any] = [()] * STREAM_PAGE_EVENTS
             while stream and len(page) == STREAM_PAGE_EVENTS and not self._at_once.is_set():
-                time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
+                time_ms, number = position_key(self._read)  # Redis before 6.2 has no exclusive ranges
                 page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", STREAM_PAGE_EVENTS)
                 self._last_alive = time.monotonic()
-                batch = []
                 for raw_id, fields in page:
-                    line = fields.get(b"event", b"")
+                    self._read, line = raw_id.decode("ascii"), fields.get(b"event", b"")
                     if line and (key := event_key(line)) not in self._seen:
                         self._seen.add(key)
-                        batch.append(RemoteLine(line, raw_id.decode("ascii")))
-                if page:
-                    self._store_page(batch, page[-1][0].decode("ascii"))
+                        self._batch.append(RemoteLine(line, self._read))
+                self._hand_over()
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
                 raise  # another node has the stream
@@ -4915,38 +4914,25 @@ class RedisLink(threading.Thread):
             self._set(streamReason=reason)
 
     def _hand_over(self) -> None:
-        """Pass what the channel delivered to the loop; wait while too much is not stored there."""
+        """Pass what was delivered to the loop, which stores it; wait while too much is not stored there."""
         batch, self._batch = self._batch, []
-        if batch:
-            self._loop.call_soon(lambda: self._store(*batch))
+        if batch or self._read != self._passed_on:
+            self._passed_on = self._read
+            self._loop.call_soon(functools.partial(self._store, batch, self._read))
         while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
             self._last_alive = time.monotonic()
 
-    def _store_page(self, page: Sequence[RemoteLine], position: str) -> None:
-        """Store a page of the stream in the loop thread; try again until it is stored or the link ends."""
-
-        def store() -> bool:
-            is_stored = not self.inbox.waiting and self._take(page)  # what the channel delivered comes first
-            self._position = position if is_stored else self._position
-            return is_stored
-
-        is_stored = False
-        while not is_stored and not self._at_once.is_set():
-            try:
-                is_stored = self._loop.call(store)
-            except Exception:
-                log.exception("Redis: events could not be stored; trying again")
-            self._last_alive = time.monotonic()
-            if not is_stored:
-                self._at_once.wait(0.2)
-
     # In the loop thread
 
-    def _store(self, *batch: RemoteLine) -> None:
-        """Add to the inbox, and store a turn of it; the rest in the next turn of the loop, or later."""
-        is_due = bool(batch and self.inbox.waiting)
+    def _store(self, batch: Sequence[RemoteLine] = (), read: str = "") -> None:
+        """Add to the inbox what was `read` up to a position of the stream, and store a turn of it.
+
+        The rest is stored in the next turn of the loop, or later.
+        """
+        is_due = bool(read and self.inbox.waiting)
         self.inbox.add(*batch)
+        self._arrived = read or self._arrived
         if is_due:
             return
         turn, is_stored = self.inbox.take(), False
@@ -4959,6 +4945,7 @@ class RedisLink(threading.Thread):
 
     def _check(self) -> None:
         """Save the position, and end a silent connection."""
+        self._position = self._position if self.inbox.waiting else self._arrived
         if self._position != self._saved_position:
             content = {"of": self._stream_name, "position": self._position}
             with contextlib.suppress(OSError):  # with an older position, some events are only read again

@@ -9126,6 +9126,41 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
+def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypatch):
+    server, home, takes, stored = make(RedisServer), new_home(), threading.Event(), []
+
+    def take(lines: list[cm.RemoteLine]) -> bool:
+        stored.extend(it.line for it in lines if takes.is_set())
+        return takes.is_set()
+
+    monkeypatch.setattr(cm, "REDIS_PING_INTERVAL_S", 0.1)
+    path = pathlib.Path(home + "/monitor.config.json")
+    path.write_text(json.dumps({"mode": "redis", **server.settings()}))
+    loop = cm.EventLoop()
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    link = cm.RedisLink(
+        loop, cm.Settings(home, str(path), "box", ee.load_config(str(path), cm.KEYS)[0]), take, bool
+    )
+    try:
+        eventually(lambda: server.clients("pubsub"), what="the subscription")
+        lines = [json.dumps({"id": f"{it}", "machineId": it}) for it in ("stream", "channel", "later")]
+        server.cli("XADD", REDIS_STREAM, "*", "event", lines[0])
+        eventually(lambda: len(link.inbox.waiting) == 1, what="the stream's event")
+        server.publish(lines[1].encode())
+        eventually(lambda: len(link.inbox.waiting) == 2, what="the channel's event")
+        server.cli("XADD", REDIS_STREAM, "*", "event", lines[2])
+        assert link.status()["position"] is None and not stored
+        takes.set()
+        eventually(lambda: len(stored) == 3 and link.status()["position"], what="all of them, once")
+        assert sorted(stored) == sorted(line.encode() for line in lines)
+    finally:
+        link.close()
+        loop.stop()
+        thread.join(30)
+        shutil.rmtree(home)
+
+
 def test_the_clock_of_another_machine_is_measured_but_not_by_what_waited(team: RedisTeam, make: Any) -> None:
     behind, hour_ms = team.emitters[2], 3_600_000
     event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
