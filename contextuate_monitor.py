@@ -2005,7 +2005,8 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
-            return any(agent.agent_id == ended_id for agent in lineage)
+            outlives = lineage[0].agent_id != ended_id and lineage[0].agent_id in going
+            return not outlives and any(agent.agent_id == ended_id for agent in lineage)
         continues = not has_list or any({it.agent_id, it.label or it.agent_id} & going for it in lineage)
         return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
@@ -2057,7 +2058,7 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     before = session.closed_calls.get(fact.use_id)  # None: not closed
     is_new = before is None and fact.use_id not in session.open_calls
     if is_new:
-        session.turn_calls += 1
+        session.turn_calls += fact.agent_id == MAIN
         for counts in own_counts:
             counts["toolCalls"] += 1
     if fact.outcome > (before or Outcome.OPEN):
@@ -2270,7 +2271,7 @@ def _apply_client_status(
     session.client_status = {it: known[it] for it in session.processes if it in known}
     session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
-    is_change = before != "" and (status, waits_for) != (before, before_for)
+    is_change = (before != "" or status == "shell") and (status, waits_for) != (before, before_for)
     if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
     if before == "waiting" or status != "waiting":
