@@ -1221,7 +1221,7 @@ _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
 _NEUTRAL_WORDS = frozenset(
-    "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
+    "b base data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
     "production raw salt secondary staging str string test text val value".split()
 )
 _PASS_OWNERS = (  # dbPass and dbpass are passwords, renderPass is none
@@ -1254,25 +1254,25 @@ def _name_class(name: str) -> str:
         return "password"
     if (owner + last).endswith(_SECRET_ENDS):
         return "" if owner in _OTHER_TOKENS else "secret"
-    is_key = last == "key" and owner and owner not in _OTHER_KEYS
-    return "weak" if is_key or last in ("pass", "auth") else ""
+    return "weak" if last in ("pass", "auth") or last == "key" and owner and owner not in _OTHER_KEYS else ""
 
 
 # Values that are no secrets: references to one, placeholders, names.
 _HARMLESS = re.compile(
-    r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
+    r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!|--|\.[*+]|https?://[\w.:/-]*$|\W+$"
     r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data"
     r"|local|module|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
     r"|(?i:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
     r"|number|boolean|object|empty|unset|hidden|inherit|changeme|(?P<same>.)(?P=same)+|\.+|v?\d+(?:\.\d+)+"
-    r"|your?[-_ ].*|x{3,}.*)$|(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$"  # a path
+    r"|your?[-_ ].*|x{3,}.*|(?:basic|bearer|token)\s?)$"
+    r"|(?:~|\.{1,2}|[A-Za-z]:)?(?!\S*[A-Za-z0-9]{20})[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$"  # a path
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
-    r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
+    r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|(?:\bmachine\s+\S+|^\s*default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
     r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
 )
@@ -1305,18 +1305,16 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits, has_space, says_secret = sum(map(str.isdigit, value)), " " in value, _SAYS_SECRET.match(value)
     is_likely = digits > 0 or name.isupper() or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
-    if group == "quoted" and (match["named"] or match["operator"] == "="):
+    if group == "quoted" and (match["named"] and match["operator"][-2:] != "? " or match["operator"] == "="):
         return not has_space or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
     if group == "quoted":
-        is_name = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
-        return bool(is_likely) and not has_space and not is_name
+        return bool(is_likely) and not has_space and _is_value(view, match, value)
     if group == "bare":
         return _is_bare_secret(match, before, name, value, bool(is_likely))
     if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
         return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I)
-        return call is not None or digits > 1
+        return digits > 1 or bool(re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I))
     is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
     is_value = match["quote"] or is_likely or re.search("machine|default|login", before + head)
     return bool(is_sql or is_value and not says_secret and _SETS.search(before + head))
@@ -1327,7 +1325,7 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
     if value.isdigit():
         return len(value) >= 6
     is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
-    is_code = match["named"] or after in tuple("(<`[") or re.search(r"[\[\]]", value)
+    is_code = match["named"] or after in tuple("<`[") or re.search(r"[\[\]]|^[\w.]*\($", value + after)
     if is_code or is_word and _SAYS_SECRET.match(value):
         return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
@@ -1339,7 +1337,6 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
         return True
     if "@" in value or is_word and "." in value:
         return False
-    # Digits, or more changes of case than a name in code has.
     is_random = sum(map(str.isdigit, value)) > 1 and len(value) >= 6
     is_random |= len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
     return is_random and (ends_line or "=" not in operator)
@@ -1359,14 +1356,14 @@ _ASSIGNED = (
     r"(?=(?P<tail>[\w.-]{0,30}))(?P=tail)(?:"  # without backtracking, which would be slow in a long word
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
     r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
-    r"(?P<operator>[ \t]{0,8}(?:=>|[:?+|]{0,2}=(?![=~>])|:(?![:=])|\((?=[\"'`]))"
-    r"(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,8}))"
+    r"(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`]))"
+    r"(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
     r"(?:[nbfrlu@]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
     r"|(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))"
     r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>)\s{0,40}"
     r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]"
     r"|[\"']?,?\s{0,40}[\"']?value[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})"
-    r"|[\"']\s{0,8},\s{0,8}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?\w+)?\))"
+    r"|[\"']\s{0,8},\s{0,20}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?\w+)?\))"
     r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
@@ -1383,24 +1380,25 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 _TOKEN_TABLE = r"""
 [A-Za-z0-9_.=+/%~-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
     aws: amzn.mws. amzn1.oa2-cs.v1. ABSK bedrock-api-key- heroku: HRKU- supabase: sbp_ sb_secret_ mongodb:
-    mdb_sa_sk_ pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_
-    dckr_oat_ circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_ midtrans:
-    SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly- tvly-dev-
-    tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp- gitlab: GR1348941
-    glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt- glagent- gloas- glsoat- glffct- glwt- postman: PMAK-
-    brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_ glc_ cloudflare: cfut_ cfat_ cfk_ cfoc_
-    v1.0- langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_ github: ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ tencent:
-    AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_ infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai:
-    xai- perplexity: pplx- replicate: r8_ cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_
-    prefect: pnu_ pnb_ linear: lin_api_ lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars:
-    CLOJARS_ easypost: EZAK EZTK workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_ google: AIza ya29.
-    GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi- openshift: sha256~ figma: figd_ figo_
-    figoh_ scalingo: tk-us- snyk: snyk_uat. snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
-    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel:
-    duffel_live_ duffel_test_ frameio: fio-u- dynatrace: dt0c01. dt0s01. dt0s02. dt0s16. fly: fo1_ fm1a_ fm1r_
-    fm2_ sentry: sntrys_ sntryu_ sntrya_ sendgrid: SG. harness: pat. sat.
+    mdb_sa_sk_ llamaindex: llx- polar: polar_oat_ pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs.
+    hvb. hvr. docker: dckr_pat_ dckr_oat_ circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_
+    wandb: wandb_v1_ midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo:
+    zpka_ tavily: tvly- tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp-
+    sq0csp- gitlab: GR1348941 glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt- glagent- gloas- glsoat-
+    glffct- glwt- postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_ glc_
+    cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0- langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_ github: ghp_ gho_
+    ghu_ ghs_ ghr_ github_pat_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_ infracost: ico-
+    huggingface: api_org_ xai: xai- perplexity: pplx- replicate: r8_ cerebras: csk- runpod: rpa_ apify:
+    apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_ lin_oauth_ notion: ntn_ adobe: p8e-
+    artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK workos: wos_ adafruit: aio_ readme: rdme_
+    google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi- openshift: sha256~
+    figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat. snyk_sat. doppler: dp.pt. dp.st. dp.st.dev.
+    dp.st.prd. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ bitbucket:
+    ATATT3 ATCTT3 BBDC- typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u- dynatrace: dt0c01.
+    dt0s01. dt0s02. dt0s16. fly: fo1_ fm1a_ fm1r_ fm2_ sentry: sntrys_ sntryu_ sntrya_ sendgrid: SG. harness:
+    pat. sat.
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
-    vcr_ vck_ alibaba: LTAI
+    vcr_ vck_ alibaba: LTAI npm: npm_ huggingface: hf_ groq: gsk_ sonar: sqco_ notion: secret_
 [a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
     shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key- intra42:
@@ -1413,7 +1411,7 @@ _TOKEN_TABLE = r"""
 [a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
-[A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
+(?<![+/]EAA[A-Z])(?![\w-]{0,200}[+/=])[\w-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
@@ -1432,17 +1430,18 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("private-key", "PRIVATE KEY",  # without its end: to the end of the text
         r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)"),
-    _folded("private-key", "private-lines:", r" ?\d+\s(?P<secret>(?:[a-z0-9+/=]{8,}\s?)+)"),  # of PuTTY
+    _folded("private-key", "private-lines:", r" ?\d+\s{1,2}(?P<secret>(?:[a-z0-9+/=]{8,}\s{0,2})+)"),
+    SecretShape("private-key", "LS0tLS1CRU", r"LS0tLS1CRU[\w+/]{0,24}(?:UFJJVkFU|BSSVZBV|QUklWQVR)[\w+/=]*"),
     *_TOKENS,
     SecretShape("telegram", "AA", r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})"),
     _folded("mailchimp", "-us", r"\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![a-z0-9])"),
     _folded("terraform", ".atlasv1.", r"(?<=(?P<begin>[a-z0-9]{14})\.atlasv1\.)[a-z0-9_=-]{40,}"),
     _folded("azure", "q~", r"(?<=(?P<begin>[a-z0-9_~.]{3}\d)q~)[a-z0-9_~.-]{31,34}(?![a-z0-9])"),
     SecretShape("jwt", "eyJ",
-        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"),
+        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|(?:rIjoi|hdXRocyI6)[A-Za-z0-9]{20,}={0,2})"),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
     _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
-    _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
+    _folded("teams", ".office.com/webhook", r"(?:b2)?/(?P<secret>[^\s\"'<>]{40,})"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
     _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
     _folded("signature", "-signature=", r"(?P<secret>[a-f0-9]{40,})"),  # of URLs to storage, X-Amz-Signature
@@ -1466,6 +1465,11 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
         lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
+    _command("curl", r"(?:-b|--cookie)[ =]?[\"']?(?P<secret>[\w.-]{1,60}=[^\s\"']{6,})"),
+    _folded("command-line", "echo ", r"(?:-\w+ )?[\"']?(?P<secret>[^\s\"'$|]{3,200})[\"']? ?\| ?"
+        r"(?:[\w.-]+ ){1,9}(?:--password-stdin|--with-token|-s\b|secret (?:set|put)|chpasswd)", _is_value),
+    _folded("assignment", "key", r"(?<=pi key|ss key|et key)s?[*\"'`]{0,3}(?: is|:| ?=)[:* ]{1,5}[\"'`]?"
+        r"(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
     *(_command(program, rf"{option} ?[\"']?(?P<secret>(?![\s-])[^\s\"']{{3,200}})") for program, option in (
@@ -1515,8 +1519,7 @@ def _names_a_secret(name: str, value: Any = None) -> bool:
 
 
 def _replacement(kind: str, secret: str) -> str:
-    digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"[redacted:{kind}:{digest[:8]}]"
+    return f"[redacted:{kind}:{hashlib.sha256(secret.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}]"
 
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
@@ -1527,8 +1530,7 @@ _ESCAPE = re.compile(  # one without a group is a colour
     r"|%(?:25)*(?P<percent>[2-7][0-9A-Fa-f]|0[9AaDd])"
     r"|&(?:(?P<entity>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));"
 )
-_MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
-_MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
+_MEANINGS = dict(zip("nrtbf", "\n\r\t  "), quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
@@ -1619,8 +1621,7 @@ def _folded_text(text: str) -> str:
 
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
-    if "\x1b" in text:
-        text = re.sub("\x1b" + _COLOUR, "", text)
+    text = re.sub("\x1b" + _COLOUR, "", text) if "\x1b" in text else text
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
@@ -1639,8 +1640,7 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
     """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
     for shape in shapes:
         searched, hint = view.folded if shape.folded else view.text, re.escape(shape.hint)
-        begin = f"{hint}(?<![A-Za-z0-9]{hint})" if shape.is_token else ""
-        pattern = _compiled(begin + shape.pattern)
+        pattern = _compiled((f"{hint}(?<![A-Za-z0-9]{hint})" if shape.is_token else "") + shape.pattern)
         match = pattern.search(searched)
         while match is not None:
             group = match.lastgroup or 0

@@ -1609,6 +1609,9 @@ def hook_secrets() -> list[tuple[str, str, str]]:
         ("assignment", 'a\\"' + word, '{"password": "{}"}'),
         ("assignment", login, '{"auths": {"h": {"auth": "{}"}}}'),
         ("assignment", login, "_auth={}"),
+        ("assignment", "/" + hook_token("", 39), "aws_secret_access_key = {}\n"),
+        ("command-line", f"session={word}", "curl -b '{}' https://h"),
+        ("private-key", base64.b64encode(hook_key_block().encode()).decode(), "  tls.key: {}\n"),
     ]
     # a value that begins like a type
     around += [("assignment", head + word, "api_key: {}\n") for head in ("f29d", "u8x", "sha256x", "x25519a")]
@@ -1721,6 +1724,7 @@ def hook_harmless_texts() -> list[str]:
     return [
         *HOOK_HARMLESS,
         image,
+        image[:400] + "/" + "EAAB" + "Qz8k" * 20 + "/" + image[400:800],
         "data:image/png;base64," + image[:4000],
         "commit " + hashlib.sha1(b"x").hexdigest() + "\nAuthor: A <a@b.example>",
         f'"integrity": "sha512-{check}",\n"resolved": "https://r.example/a.tgz"',
