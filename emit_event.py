@@ -164,10 +164,11 @@ def read_small(path: str, limit_bytes: int = 8192) -> bytes:
     """Return the beginning of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, limit_bytes)
-        posix.close(fd)
-        return content
-    except OSError:
+        try:
+            return posix.read(fd, limit_bytes)
+        finally:
+            posix.close(fd)
+    except OSError:  # also while reading: a directory, or a process that has exited
         return b""
 
 
