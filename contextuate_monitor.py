@@ -3267,7 +3267,8 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
     results: list[JsonObject] = []
     last, complete, more = query.before, True, False  # seq
     for line in lines:
-        complete = time.monotonic() - begin <= SEARCH_BUDGET_S
+        # The first line is always searched, so that the next page begins further on.
+        complete = last == query.before or time.monotonic() - begin <= SEARCH_BUDGET_S
         more = len(results) == query.limit or not complete
         if more:
             break
