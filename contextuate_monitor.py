@@ -9781,7 +9781,7 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
         numbers = [[int(it or 0) - 1 for it in word] if isinstance(word, list) else [word] for word in chosen]
         return {"do": "answer", "answers": numbers}
     if do == "always":
-        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
+        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdecimal()]}
     if do == "accept":
         fields = object_of(object_of(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
