@@ -8055,7 +8055,8 @@ def merge_toml(path: str, text: str, command: str, names: Sequence[str], fields:
     block = others + "\n" * (2 - others.endswith("\n")) if others else ""
     block += "# contextuate: our hooks\n"
     for name in names:
-        values = {"event": json.dumps(name), "command": json.dumps(command), **fields}
+        # TOML has no escapes for halves of surrogate pairs.
+        values = {"event": json.dumps(name), "command": json.dumps(command, ensure_ascii=False), **fields}
         block += "[[hooks]]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
     return block + "# contextuate: end\n"
 
