@@ -5176,7 +5176,8 @@ class Api:
             lines = list(itertools.islice(found, limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
-        page = b",".join(lines[:limit] if after is not None else lines[:limit][::-1])
+        shown = lines[:limit] if after is not None else lines[:limit][::-1]
+        page = b",".join(line for line in shown if emit_event.is_json_object(line))  # not edited by hand
         return Response(200, b'{"events":[%b],"more":%b}' % (page, encode_json(len(lines) > limit)))
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
@@ -6795,8 +6796,7 @@ class MessageHandlers:
         client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
-        missed = [StoredEvent(line_seq(line), parse_stored(line), line) for line in lines]
-        missed = [entry for entry in missed if wanted is None or entry.event["sessionId"] in wanted]
+        missed = [it for it in readable(lines) if wanted is None or it.event["sessionId"] in wanted]
         frames = event_frames(missed, view)
         reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(frames)}
         self._reply(client, message, reply)
@@ -9081,7 +9081,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
     """Return the events of one session that are not stored yet."""
     ids, calls, said_ms = set(), set(), set()  # of stored events; when words were said that were read
     first_hook_ms, was_edited = math.inf, False  # a person's label, pin or the like here must last
-    for stored in map(parse_stored, store.lines(session_id)):
+    for _, stored, _ in readable(store.lines(session_id)):
         is_action, is_own = stored["hookType"] == "Monitor", not stored.get("imported")
         was_edited = was_edited or (is_action and is_own)
         ids.add(stored["id"])
