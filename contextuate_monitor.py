@@ -5195,6 +5195,8 @@ class Api:
         if form == "html":
             content_type, name = "text/html; charset=utf-8", "contextuate-session.html"
             session = self.ask(lambda: self.status.session_json(query.get("session") or ""))
+            if not os.path.isfile(self._monitor.page_path):
+                raise RequestError(503, f"the page is missing; copy index.html to {self._monitor.page_path}")
             lines = session_page(self._monitor.page_path, session, lines)
         return Response(
             200, in_chunks(lines), content_type, (("Content-Disposition", f'attachment; filename="{name}"'),)
