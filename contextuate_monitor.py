@@ -7746,9 +7746,10 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
         sock.bind(info[4])
         sock.listen(128)
         return sock
-    except OSError as error:
-        is_in_use = error.errno == errno.EADDRINUSE
-        what = "is in use" if is_in_use else f"cannot be opened: {error.strerror or error}"
+    except (OSError, UnicodeError) as error:  # UnicodeError: such as of a..b, which is no host name
+        is_in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = getattr(error, "strerror", None) or error
+        what = "is in use" if is_in_use else f"cannot be opened: {reason}"
         raise StartError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
 
 
