@@ -9309,9 +9309,9 @@ class TranscriptReader:
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
     """Yield the events of an export, one JSON object a line or one document; add to `skipped`."""
     with open_regular(path) as file:
-        head = file.read(1 << 16).lstrip()
+        first = next(filter(bytes.strip, file), b"")
         file.seek(0)
-        is_document = b"\n" not in head or not emit_event.is_json_object(head.partition(b"\n")[0])
+        is_document = not first.endswith(b"\n") or not emit_event.is_json_object(first)
         missed = 0
         for part in [file.read()] if is_document else file:
             events, value = [], None
