@@ -4307,7 +4307,7 @@ class EventLoop:
         """Call `callback` once after `delay_s` seconds."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), callback))
 
-    def call_every(self, interval_s: float, callback: Callable[[], None]) -> None:
+    def call_every(self, interval_s: float, callback: Callable[[], object]) -> None:
         """Call `callback` every `interval_s` seconds, even after an error; all of one interval together."""
 
         def schedule() -> None:
@@ -6637,8 +6637,9 @@ class Retention:
         """Record whether the clock was set; to be called at least once a second."""
         self._clock.compare(self._monitor.journal.seq, save)
 
-    def prune(self, dry_run: bool = False, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
-        """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
+    def prune(self, dry_run: bool = False) -> concurrent.futures.Future[JsonObject]:
+        """Plan what to delete, and delete it unless `dry_run`; return the reply to `prune`."""
+        pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         sessions, added, home = self._monitor.sessions.sessions, self.events_added, self._settings.home
         kept = frozenset(session_file_name(it.session_id) for it in sessions.values() if it.pinned)
         days, limit = self._settings["retention.days"], self._settings["retention.maxMegabytes"]
@@ -6652,6 +6653,7 @@ class Retention:
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
                 log.warning("%s", self._error)
+                pruned.set_exception(RequestError(503, self._error))
             else:
                 self._monitor.loop.call_soon(lambda: finish(plan, gone))
 
@@ -6662,10 +6664,11 @@ class Retention:
                 days = f"{plan.days[0]} to {plan.days[-1]}"
                 log.info("%d files of %s deleted, %s", len(plan.files), days, human_size(plan.size))
             self._monitor.forget_files(gone)
-            done(plan)
+            pruned.set_result({"type": "pruned", **plan.to_json(dry_run)})
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._thread.submit(work)
+        return pruned
 
     def disk_use(self, index_size: int) -> JsonObject | None:
         """Return the disk use for the status, None before the first plan; `index_size`: the current one."""
@@ -6908,11 +6911,7 @@ class MessageHandlers:
     def _on_prune(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.settings["persistence.enabled"]:
             raise RequestError(400, "events are kept in memory only, there is nothing to delete")
-        dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
-        pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
-        retention, done = self._monitor.retention, pruned.set_result
-        retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
-        return pruned
+        return self._monitor.retention.prune(bool(message.get("dryRun")))  # a wrong value deletes nothing
 
     def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
         session = self._monitor.sessions.sessions.get(message.get(name) or "")
