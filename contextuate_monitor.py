@@ -5500,7 +5500,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             while coding and (line := self.rfile.readline(1024)) != b"\r\n":  # trailers are ignored
                 if not line.endswith(b"\r\n"):
                     raise malformed
-        except TimeoutError:
+        except socket.timeout:  # since Python 3.10 a TimeoutError
             raise RequestError(408, "the body did not arrive in time") from None
         self.server.deadlines.pop(self.connection, None)
         return bytes(body)
