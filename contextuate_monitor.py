@@ -5349,8 +5349,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Start a thread for a connection, or refuse it when too many are open."""
         if self._free_connections.acquire(blocking=False):
             self.deadlines[request] = time.monotonic() + REQUEST_DEADLINE_S
-            super().process_request(request, client_address)
-            return
+            try:
+                super().process_request(request, client_address)
+                return
+            except RuntimeError:  # the system allows no more threads
+                del self.deadlines[request]
+                self._free_connections.release()
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
