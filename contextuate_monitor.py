@@ -9553,7 +9553,8 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
     except (CommandError, OSError) as error:  # no answer, or no usable token
         if not about["pid"]:
             raise CommandError(f"{error}; run `stop` where it runs") from None
-        os.kill(about["pid"], signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + 15
     while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
