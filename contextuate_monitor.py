@@ -9740,7 +9740,8 @@ def command_answer(settings: Settings, args: argparse.Namespace) -> int:
     if not session["asks"]:
         raise CommandError("this session asks nothing now")
     asked = next((it for it in session["asks"] if it["answerable"]), session["asks"][0])
-    event = ask_monitor(settings, f"/api/events/{asked['eventId']}?session={session_id}")
+    query = urllib.parse.urlencode({"session": session_id})
+    event = ask_monitor(settings, f"/api/events/{urllib.parse.quote(asked['eventId'], safe='')}?{query}")
     if not args.answer:
         print(*map(safe_line, question_lines(event)), sep="\n")
         if not asked["answerable"]:
