@@ -312,10 +312,8 @@ def load_settings(
     warnings = [f"{path}: {name}: unknown key, ignored" for name in given if name not in KEYS]
     if not values["redis.tls"] and any(given.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
-    hidden = [
-        values[key] for key in emit_event.SECRET_KEYS if key != "redis.url" or "@" in (values[key] or "")
-    ]
-    if any(hidden) and os.stat(path).st_mode & 0o077:
+    keys = (it for it in emit_event.SECRET_KEYS if it != "redis.url" or "@" in (values[it] or ""))
+    if any(map(values.get, keys)) and os.stat(path).st_mode & 0o077:
         warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     place = os.path.dirname(os.path.abspath(emit_event.__file__))
     if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
@@ -2511,10 +2509,8 @@ class Sessions:
         def is_same(account: Account) -> bool:
             known = [it for it in limits if it[0] in account.windows]
             apart = [(name, abs(at - account.windows[name].resets_at)) for name, _, at in known]
-            others = [name for name, ms in apart if ms > RESET_TOLERANCE_MS]
-            are_whole = all(
-                ms >= LIMIT_WINDOWS[it][1] - RESET_TOLERANCE_MS for it, ms in apart if it in others
-            )
+            others = [(name, ms) for name, ms in apart if ms > RESET_TOLERANCE_MS]
+            are_whole = all(ms >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, ms in others)
             return are_whole and (len(others) < len(apart) or key in account.machines)
 
         account = next(filter(is_same, reversed(self._accounts)), None) or Account({}, {})
@@ -2797,12 +2793,12 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "asks": [
-                dict(
-                    zip(
-                        _ASK_JSON,
-                        (it.event_id, it.agent_id or None, it.since, it.event_id in self.answerable),
-                    )
-                )
+                {
+                    "eventId": it.event_id,
+                    "agentId": it.agent_id or None,
+                    "since": it.since,
+                    "answerable": it.event_id in self.answerable,
+                }
                 for it in session.waits
                 if it.event_id
             ],
@@ -2878,7 +2874,6 @@ _SESSION_JSON = {
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
-_ASK_JSON = ("eventId", "agentId", "since", "answerable")
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
 # shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
@@ -2999,9 +2994,7 @@ def event_row(event: JsonObject) -> JsonObject:
 
 INDEX_VERSION = 6
 INDEX_BATCH_S = 0.5  # in one transaction
-INDEX_SLICE_BYTES = (
-    64 << 10
-)  # of lines, after which rows are written; while events arrive the thread then pauses
+INDEX_SLICE_BYTES = 64 << 10  # of lines; then rows are written, and while events arrive the thread pauses
 SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
 INDEX_GATHER_S = 0.5  # between the first event of a batch and indexing it
 INDEX_CHECK_S = 5.0  # between two checks that the file still exists
@@ -3719,12 +3712,10 @@ class Statistics:
             f"SELECT tool, {', '.join(_TOOL_FIGURES.values())} {chosen} GROUP BY tool"
         ):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
-            durations = (
-                f"SELECT duration {chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
-            )
+            query = f"SELECT duration {chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
             for percent in (50, 95):  # the nearest rank
                 rank = -(-figures["timed"] * percent // 100) - 1
-                found = self._select(f"{durations} LIMIT 1 OFFSET {rank}")
+                found = self._select(f"{query} LIMIT 1 OFFSET {rank}")
                 figures[f"p{percent}Ms"] = found[0][0] if found else None
             yield figures
 
@@ -4028,11 +4019,7 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 RETENTION_INTERVAL_S = 300.0
 CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
-
-
-ClockStep = tuple[
-    int, int, int
-]  # the clock was set: (last seq before it, ms that it showed before, and after)
+ClockStep = tuple[int, int, int]  # the clock was set: (last seq before, ms that it showed before, and after)
 
 
 def boot_id() -> str:
@@ -5198,9 +5185,8 @@ class Api:
             if not os.path.isfile(self._monitor.page_path):
                 raise RequestError(503, f"the page is missing; copy index.html to {self._monitor.page_path}")
             lines = session_page(self._monitor.page_path, session, lines)
-        return Response(
-            200, in_chunks(lines), content_type, (("Content-Disposition", f'attachment; filename="{name}"'),)
-        )
+        headers = (("Content-Disposition", f'attachment; filename="{name}"'),)
+        return Response(200, in_chunks(lines), content_type, headers)
 
     def _hooks(self, _query: Query, body: bytes) -> JsonObject:
         emit_event.parse_event_line(body)
@@ -8350,9 +8336,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
     if isinstance(settings, dict):
         hooks, trouble = settings.get("hooks", {}), ""
         for name, groups in hooks.items() if isinstance(hooks, dict) else [("*", None)]:
-            lists = (
-                [object_of(group).get("hooks") for group in groups] if isinstance(groups, list) else [None]
-            )
+            lists = [object_of(it).get("hooks") for it in (groups if isinstance(groups, list) else [None])]
             if not all(isinstance(it, list) and all(isinstance(hook, dict) for hook in it) for it in lists):
                 trouble = f"hooks.{one_line(name)}: expected {{event: [{{hooks: [{{…}}]}}]}}"
         if not trouble:

@@ -573,8 +573,7 @@ def objects_in(value: Any) -> "list[JsonObject]":
 def texts_of(content: Any) -> "list[str]":
     """Return the texts in the content of a message, without blank ones; thinking is no text."""
     blocks = [{"text": content}] if isinstance(content, str) else objects_in(content)
-    texts = (block.get("text") for block in blocks)
-    return [text for text in texts if isinstance(text, str) and not text.isspace() and text]
+    return [it["text"] for it in blocks if isinstance(it.get("text"), str) and it["text"].strip()]
 
 
 def make_private_directory(path: str) -> None:
@@ -790,8 +789,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            # of other files and views of this one, newest first
-            others = read_small(path).splitlines(True)[:7]
+            others = read_small(path).splitlines(True)[:7]  # of other files and views of this one
             write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
