@@ -2625,7 +2625,7 @@ class Sessions:
             # Silence starts at the time of the last event, even if it arrived late.
             quiet_at = max(session.last_event, self._set_at) + self._quiet_ms
             busy_at = _busy_since(session) + STUCK_MS
-            # Other programs: many end without a word, and none has a process.
+            # Many other programs end without an event, and none has a process.
             machine = None if session.agent else self._machines.get(session.machine_key)
             heard_at = max(machine.last_event if machine else session.last_event, self._set_at)
             ended_at = _NEVER if self._is_watched(session) else heard_at + self._ended_ms
@@ -3012,7 +3012,7 @@ EXTREMES = 20  # slowest calls, most failing calls
 FAILED = (1, 3)  # outcomes
 COMPARED_SESSIONS = 200
 
-# Tokens as emit_event counts them: all, and those of long prompts.
+# Columns of tokens, in the order of emit_event.COUNT_NAMES.
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
 _USED = ("tokenUsage", "estimatedCostUsd", "costUsd", "estimatedPartUsd")
@@ -9861,7 +9861,7 @@ def command_test_event(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     goal = "a monitor" if settings["mode"] == "local" else "Redis"
     left = "waits in the spool" if "kept in the spool" in words else "is lost"
-    raise CommandError(f"the event did not reach {goal}; it {left}. run `doctor` to find the cause")
+    raise CommandError(f"the event did not reach {goal} and {left}; run `doctor` to find the cause")
 
 
 def command_doctor(args: argparse.Namespace) -> int:
@@ -10044,7 +10044,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
     if left == args.limit and not args.json:
         print_status("no results")
     elif cursor is not None:
-        print_status(f"there are more results; --limit {args.limit * 4} shows it")
+        print_status(f"there are more results; --limit {args.limit * 4} shows more")
     if page["index"]["state"] == "building":
         print_status("the index is still being built, so there may be more results")
     return 0 if left < args.limit else 1
