@@ -17,8 +17,10 @@ Threads, and who owns what; apart from this they share only the queue and the wa
   as a whole, and run everything else in the loop thread through `EventLoop.call`.
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
-- The notify thread sends messages; what is due and what was sent is guarded by one lock.
+- The notify thread sends messages; the loop decides which, and takes the outcomes.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
+- The registry thread and the usage thread read files of clients; the loop stores the events made of them.
+- The answers threads check who may answer, and talk to Redis; the loop carries out what they decide.
 
 Rooms, in the order of this file; each uses only those above it:
     Config                   the settings of the monitor, and the paths of its files
@@ -6169,7 +6171,7 @@ class Notifier:
             results = []
             for target in self.targets:
                 is_sent, words, _ = attempt(Delivery(target, notice, False, 0))
-                self._note(target, is_sent, words)
+                self._loop.call_soon(functools.partial(self._note, target, is_sent, words))
                 results.append({"name": target.name, "ok": is_sent, "words": words})
             return {"type": "notify_tested", "results": results}
 
