@@ -6705,7 +6705,7 @@ class MessageHandlers:
         ("sessionId eventId parentSessionId", "text", lambda it: isinstance(it, str) and it != ""),
         ("label", "text, perhaps empty", lambda it: isinstance(it, str)),
         ("sessionIds", "a list of texts", lambda it: isinstance(it, list) and {*map(type, it)} <= {str}),
-        ("limit before since seq from to", "an integer of at least 0", lambda n: type(n) is int and n >= 0),
+        ("limit before since seq from to", *integer_key(0, 0, 1 << 53)[1:]),
         ("view", '"full" or "rows"', lambda it: it in ("full", "rows")),
     )
     NEEDED = (  # type.field
