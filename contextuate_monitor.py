@@ -5619,7 +5619,9 @@ class Answers:
 
     def _heard(self, event_id: str, _events: int) -> None:
         """The hook has printed the answer, or has gone."""
-        question, data = self.questions[event_id], b""
+        question, data = self.questions.get(event_id), b""
+        if question is None:  # it ended earlier in this turn
+            return
         with contextlib.suppress(OSError):
             data = question.sock.recv(16) if question.sock else b""
         if question.is_taken:
