@@ -5333,6 +5333,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
                     with contextlib.suppress(OSError):
                         sock.shutdown(socket.SHUT_RDWR)
 
+    def get_request(self) -> Any:
+        """Accept a connection; pause after an error such as too many open files, which would come at once."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.2)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
         if self._free_connections.acquire(blocking=False):
