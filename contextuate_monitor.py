@@ -7651,7 +7651,7 @@ def status_problems(
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
     if disk.get("error"):
-        add("disk", "warn", disk["error"], None, "Correct what it names.")
+        add("disk", "warn", disk["error"], None, "Correct this; it is tried again within 5 minutes.")
     if disk.get("overLimit"):
         words = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
         add("disk", "warn", words, None, "Raise it, or delete sessions.")
@@ -7686,7 +7686,8 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
             fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
             about = os.fstat(fd)
         except OSError as error:
-            advice = "choose another socketPath in the configuration"
+            advice = "remove it, or choose another "
+            advice += "socketPath" if path.endswith(".lock") else "CONTEXTUATE_HOME"
             raise StartError(f"{path}: cannot be opened: {error.strerror}; {advice}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
