@@ -1061,6 +1061,12 @@ def test_a_user_without_home_and_entry_loses_no_event_and_sees_one_line(monitor)
     assert not os.path.exists(program + "/~") and not os.path.exists(monitor.home + "/~")
 
 
+def test_a_small_file_that_cannot_be_read_is_closed(tmp_path):
+    before = len(os.listdir("/dev/fd"))
+    assert [ee.read_small(str(tmp_path)) for _ in range(5)] == [b""] * 5
+    assert len(os.listdir("/dev/fd")) == before
+
+
 def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monkeypatch):
     home = str(tmp_path / "new")
     with concurrent.futures.ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
@@ -2574,6 +2580,11 @@ def test_a_monitor_starts_and_counts_on_after_odd_events_and_edited_lines(runnin
     assert {"s", "s2"} <= set(running.sessions())
     (event,) = running.get("/api/sessions/s2/events")["events"]
     assert event["seq"] == running.get("/api/status")["seq"] > 14
+    assert len(running.get("/api/sessions/s/events?limit=1000")["events"]) > 7
+    client = running.websocket(None)
+    assert client.ask("subscribed", type="subscribe", since=0)["missed"] > 7
+    client.close()
+    assert "imported" in in_process(running, "import", running.home + "/events").stdout
 
 
 def test_the_status_names_a_slow_write(running: RunningMonitor, tmp_path: Any, monkeypatch: Any) -> None:
@@ -3978,6 +3989,21 @@ def test_a_connection_too_many_gets_503_on_both_ports(monitor, which, path):
         assert status == 503 and ("content-type", "application/json") in headers
         assert json.loads(body)["error"]
     eventually(lambda: protocol_has_room(monitor), what="a place for a new connection")
+
+
+def test_a_connection_for_which_no_thread_can_be_started_is_refused_and_not_counted(monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = cm.HttpServer(listener, cm.Access("off", "t", [], []), None, None, 1)
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for _ in range(2):
+        with socket.create_connection(listener.getsockname(), 15) as peer:
+            assert peer.recv(1000).startswith(b"HTTP/1.1 503 ")
+    assert not server.deadlines
+    server.stop()
 
 
 def protocol_has_room(monitor: RunningMonitor) -> bool:
@@ -7119,6 +7145,10 @@ def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, chang
     assert finding.level == level and words.format(path) in finding.words
 
 
+def test_kimis_file_has_no_halves_of_surrogate_pairs():
+    assert 'command = "/home/😀/x"' in cm.merge_toml("config.toml", "", "/home/😀/x", ["Stop"], {})
+
+
 def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch, tmp_path):
     monkeypatch.setenv("KIMI_CODE_HOME", str(tmp_path))
     (tmp_path / "config.toml").write_text("hooks = []\n")
@@ -8513,6 +8543,11 @@ def test_doctor_reports_a_socket_of_another_user(running):
     os.chown(running.socket_path, 4242, 4242)
     (found,) = examine(running)[1]["socket"]
     assert (found["level"], "not this user's" in found["words"]) == ("fail", True), found
+
+
+def test_a_host_that_is_no_name_is_refused_with_the_key_to_change():
+    with pytest.raises(cm.StartError, match=r"a\.\.b port 0 cannot be opened: .* server\.port"):
+        cm.bind_tcp("a..b", 0, "server.port", "--port")
 
 
 def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
@@ -12536,6 +12571,14 @@ def test_what_is_not_indexed_yet_is_found_in_the_journal(indexed: IndexCase, mon
     assert page["complete"] is True and page["next"] == "4"
 
 
+def test_a_search_that_begins_slowly_names_where_the_next_page_begins(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "SEARCH_BUDGET_S", -1)
+    lines = [cm.numbered_line(seq, NOW_MS, b'{"id":"e"}') for seq in (9, 8)]
+    page = cm.search_page(cm.SearchQuery(), lines)
+    assert page["next"] == "9" and len(page["results"]) == 1
+    assert cm.search_page(cm.SearchQuery(before=9), lines[1:])["next"] is None
+
+
 def test_a_line_is_found_by_its_number_also_in_an_edited_file(tmp_path: Any) -> None:
     rng = random.Random(5)
     seqs, lines = rng.sample(range(1, 450), 100), []
@@ -13348,6 +13391,16 @@ def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     assert "nothing is too old" in in_process(monitor, "prune").stdout
 
 
+def test_prune_prints_why_nothing_can_be_deleted(running):
+    events = running.home + "/events"
+    os.rename(events, events + ".kept")
+    pathlib.Path(events).touch()
+    done = in_process(running, "prune")
+    assert done.returncode == 1 and "cannot be deleted" in done.stderr
+    os.unlink(events)
+    os.rename(events + ".kept", events)
+
+
 def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
     store, now = journal_opened(tmp_path / "events"), cm.now_ms()
     for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
@@ -13791,6 +13844,14 @@ def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, 
     half = in_process(running, "import", str(tmp_path))
     assert half.returncode == 1 and "raw/1-half.json: it has no events" in half.stderr
     assert running.sessions()["0123456789abcdef"]["label"] == "Mine"
+
+
+def test_the_first_line_of_an_export_may_be_long(tmp_path: Any) -> None:
+    events = [{"eventType": "message", "id": f"e{at}", "data": {"text": "x" * at}} for at in (70_000, 1)]
+    write_files(tmp_path, {"x.ndjson": "".join(json.dumps(event) + "\n" for event in events)})
+    skipped: list[str] = []
+    found = list(cm.export_events(str(tmp_path / "x.ndjson"), skipped))
+    assert [event["id"] for event in found] == ["e70000", "e1"] and not skipped
 
 
 def test_import_names_the_file_that_it_did_not_understand(running: RunningMonitor, tmp_path: Any) -> None:
