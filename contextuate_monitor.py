@@ -6831,7 +6831,7 @@ class MessageHandlers:
 
         def read() -> JsonObject:
             lines = self._monitor.history.newest(limit + 1, head.get("sessionId"), before)
-            events = [parse_stored(line) for line in reversed(lines[:limit])]
+            events = [event for _, event, _ in readable(reversed(lines[:limit]))]
             if client.view == "rows":
                 events = [event_row(event) for event in events]
             return {**head, "events": events, "more": len(lines) > limit}
@@ -7113,6 +7113,7 @@ class Monitor:
         self.spool_dropped = 0  # events that the spool of this machine dropped because it was full
         self._is_draining = False
         self.redis: RedisLink | None = None
+        self._publisher = 0  # pid of one that was started here, until it has ended
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
         self._notice_changes: set[str] = set()  # ids of sessions whose notices may have changed
@@ -7488,11 +7489,12 @@ class Monitor:
             if not self._is_draining and lock_holder(self.settings.path("publisher.lock")) is None:
                 self._advance(self._drain_spool())
         else:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)  # reap a publisher that was started here
+            if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
+                self._publisher = 0
             if emit_event.spool_segments(self.settings.path("spool")):
                 try:
-                    emit_event.ensure_publisher(self.settings.home)
+                    started = emit_event.ensure_publisher(self.settings.home)
+                    self._publisher = int(re.sub(r"\D", "", started) or self._publisher)
                 except OSError as error:
                     log.warning("the publisher cannot be started: %s", error)
         if self.store_error and self.journal.is_writable():
