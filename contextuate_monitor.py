@@ -2975,7 +2975,14 @@ def event_row(event: JsonObject) -> JsonObject:
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
     if batch := _batch_calls(event):
-        small["toolUseIds"] = [call["tool_use_id"] for call in batch[:50]]
+        names, directory = {"tool_use_id": "toolUseId", "tool_name": "toolName"}, event["workingDirectory"]
+        small["calls"] = [
+            {
+                **{names[it]: text_of(call.get(it))[:200] for it in names},
+                "target": tool_target(call.get("tool_input"), directory),
+            }
+            for call in batch[:50]
+        ]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))

@@ -5161,7 +5161,7 @@ def test_the_skew_of_a_machine_is_the_least_delay_lately():
 SESSION_ROW_FIELDS = set("seq received id timestamp sessionId machineId hookType eventType".split())
 SESSION_ROW_FIELDS |= set("agentId agentType demo partial data".split())
 SESSION_ROW_DATA = set("toolName toolUseId durationMs target text notificationType source reason".split())
-SESSION_ROW_DATA |= {"isInterrupt", "toolUseIds"}
+SESSION_ROW_DATA |= {"isInterrupt", "calls"}
 
 
 def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
