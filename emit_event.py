@@ -2079,6 +2079,7 @@ class UsageReader:
                     agent_id = files[path] or (SIDECHAIN if is_other else "")
                     parser = TranscriptParser(agent_id, program, earlier.get("model", ""))
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
+                with_totals |= any(it["eventType"] == "client_status" for it in found)  # Esc has no hook
                 usage = self.totals(session) if with_totals and not self._stopping.is_set() else None
                 key = hash(encode_json(usage))
                 if usage and key != before:

@@ -5827,6 +5827,15 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     worker.close()
 
 
+def test_what_a_turn_used_is_counted_when_esc_ends_it(transcript):
+    event, totals = usage_event(transcript.path, hook="PreToolUse"), []
+    for lines in (usage_line("m1", 2), usage_line("m2", 3), session_line("interrupted", cm.now_ms())):
+        transcript.add(lines)
+        found = transcript.reader.events(event, is_end=False)
+        totals.append([usage_output(it["data"]["usage"]) for it in found if it["eventType"] == "usage"])
+    assert totals == [[2], [], [5]]
+
+
 def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path):
     reader = ee.UsageReader(str(tmp_path))
     assert usage_read(reader, str(tmp_path / "none.jsonl")) is None
