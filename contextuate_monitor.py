@@ -6467,12 +6467,12 @@ class Ingest:
         """Forget the machines that sent nothing since then."""
         self.machines = {name: it for name, it in self.machines.items() if it["lastSeen"] >= since_ms}
 
-    def read_transcripts(self, session_id: str) -> None:
-        """Read the tokens of a session whose client was killed, from the transcript of its last event."""
+    def read_transcripts(self, session_id: str, is_over: bool = True) -> None:
+        """Read on in the transcript of a session's last event: its client was killed, or we were away."""
         newest = itertools.islice(readable(self._journal.lines(session_id, backwards=True)), 100)
         named = (event for _, event, _ in newest if "transcriptPath" in event["data"])
         for event in itertools.islice(named, 1):
-            self._usage.put({**event, "hookType": "SessionEnd"})
+            self._usage.put({**event, "hookType": "SessionEnd"} if is_over else event)
 
     def close(self) -> None:
         """Stop the reader of transcripts; log the number of events by machine."""
@@ -7271,6 +7271,9 @@ class Monitor:
         self.loading = None
         self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
         self._pass_time()
+        for session in self.sessions.sessions.values() if self.redis is None else ():
+            if session.turn == "working" and session.processes:
+                self.ingest.read_transcripts(session.session_id, is_over=False)
         gc.freeze()
         self.feed.send_list()
         self._send_status()

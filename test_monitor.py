@@ -6918,6 +6918,24 @@ def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, ma
     assert machine.sessions()["s1"]["counts"]["interrupted"] == 1
 
 
+def test_esc_while_the_monitor_is_away_is_read_at_its_next_start(monitor, tmp_path):
+    monitor.serve()
+    transcript = Transcript(str(tmp_path))
+    transcript.add(usage_line("m1", 5))
+    command, about = monitor.installed_command(), {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    with subprocess.Popen(["sleep", "60"]) as client:
+        environment = {**monitor.environment, "CLAUDE_PID": str(client.pid)}
+        for hook in ("PreToolUse", "PermissionRequest"):
+            call = payload(hook, tool_use_id="t1", transcript_path=transcript.path, **about)
+            hook_call(command, call, environment)
+        eventually(lambda: monitor.sessions().get("s1", {}).get("state") == "waiting", what="the request")
+        monitor.kill()
+        transcript.add(session_line("interrupted", ee.now_ms()))
+        monitor.serve()
+        eventually(lambda: monitor.sessions()["s1"]["state"] == "idle", what="Esc")
+        client.kill()
+
+
 def own_start_time(pid: int) -> str:
     """Return when a process started, as the client writes it."""
     with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
