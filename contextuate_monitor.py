@@ -2975,11 +2975,11 @@ def event_row(event: JsonObject) -> JsonObject:
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
     if batch := _batch_calls(event):
-        names, directory = {"tool_use_id": "toolUseId", "tool_name": "toolName"}, event["workingDirectory"]
         small["calls"] = [
             {
-                **{names[it]: text_of(call.get(it))[:200] for it in names},
-                "target": tool_target(call.get("tool_input"), directory),
+                "toolUseId": call["tool_use_id"],
+                "toolName": text_of(call.get("tool_name"))[:200],
+                "target": tool_target(call.get("tool_input"), event["workingDirectory"]),
             }
             for call in batch[:50]
         ]
@@ -4759,7 +4759,8 @@ class RedisLink(threading.Thread):
         position = text_of(saved.get("position"))
         is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
         self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
-        self._read = self._passed_on = self._arrived = self._position  # in the stream: the thread, the loop
+        # Positions in the stream: read and passed on by the thread, arrived in the loop's inbox.
+        self._read = self._passed_on = self._arrived = self._position
         self._batch: list[RemoteLine] = []  # what was delivered since the last hand-over
         self._at_once = threading.Event()  # set: connect without waiting, or end
         self._closing = False
@@ -7499,8 +7500,9 @@ class Monitor:
             if not self._is_draining and lock_holder(self.settings.path("publisher.lock")) is None:
                 self._advance(self._drain_spool())
         else:
-            if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
-                self._publisher = 0
+            with contextlib.suppress(ChildProcessError):  # SIGCHLD may be ignored since before our start
+                if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
+                    self._publisher = 0
             if emit_event.spool_segments(self.settings.path("spool")):
                 try:
                     started = emit_event.ensure_publisher(self.settings.home)
