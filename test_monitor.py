@@ -11618,8 +11618,9 @@ def emit_hundred_turns(monitor: RunningMonitor) -> None:
 
 def test_a_conversation_of_a_hundred_turns_counts_all_its_calls(tab: BrowserTab) -> None:
     emit_hundred_turns(tab.monitor)
+    tab.page.reload()
     tab.page.click("[data-session-id=s1]")
-    eventually(lambda: tab.rows("step-1999"), what="the last call")
+    tab.until("contextuate.store.rows.filter((row) => row.isCall).length === 2000")  # before they are needed
     tab.page.click("[data-mode=conversation]")
     turns = "[...document.querySelectorAll('.turn')]"
     tab.until(f"{turns}.length === 100 && {turns}.every((turn) => turn.innerText.includes('20 calls, '))", 60)
