@@ -9242,7 +9242,7 @@ class TranscriptReader:
             lines.append(last)
         for line in filter(bytes.strip, lines):
             try:
-                entry = emit_event.parse_event_line(line)
+                entry = emit_event.as_message(emit_event.parse_event_line(line))
             except MalformedEvent:
                 malformed += 1
                 continue
@@ -9273,7 +9273,7 @@ class TranscriptReader:
         self.usage.count(self.session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
         words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
         for said in words:
-            if said["data"].get("role") == "user":
+            if said["data"].get("role") in ("user", "queued"):
                 yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
             elif said["id"] not in self.seen:
                 self.seen.add(said["id"])

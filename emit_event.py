@@ -47,8 +47,7 @@ def run_hook() -> None:
         # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
-        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
-        if not payload:
+        if not (payload := read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()):
             raise ValueError("no hook payload on standard input")
         if sys.argv[1:2] == ["--answer"]:
             whole().deliver_and_wait(payload, notes)
@@ -104,8 +103,7 @@ def deliver(
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send(home, socket_path, line, kept)
-        if not outcome:
+        if not (outcome := send(home, socket_path, line, kept)):
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
         notes.append(f"no acknowledgement from the monitor: {outcome}")
@@ -969,8 +967,7 @@ def agent_of(hook: JsonObject) -> str:
 
 def agent_directory(name: str) -> str:
     """Return the directory of a program's settings and sessions, as its variable or by default."""
-    about = AGENTS[name]
-    return os.environ.get(about.variable) or os.path.expanduser(f"~/{about.directory}")
+    return os.environ.get(AGENTS[name].variable) or os.path.expanduser(f"~/{AGENTS[name].directory}")
 
 
 def like_claude(agent: str, given: JsonObject) -> JsonObject:
@@ -1585,8 +1582,7 @@ class _View:
 def redact_text(text: str) -> str:
     """Replace secrets by `[redacted:<kind>:<first 8 hex of sha256>]`; a second time changes nothing."""
     for _ in range(8):  # the text beside a secret may look like one afterwards
-        shapes = _shapes_in(text)
-        if not shapes:
+        if not (shapes := _shapes_in(text)):
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
@@ -1829,7 +1825,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
-_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
+_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns "commandMode"'.split()
 _USER_LINE = re.compile(b'"type": ?"user"')
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
@@ -1891,7 +1887,7 @@ class TranscriptParser:
         is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
         if is_prompt or any(map(line.__contains__, self._marks)):
             with contextlib.suppress(MalformedEvent):
-                return list(self.facts_in(parse_event_line(line), line, has_words))
+                return list(self.facts_in(as_message(parse_event_line(line)), line, has_words))
         return []
 
     def facts_in(self, entry: JsonObject, line: bytes, has_words: bool = True) -> "Iterator[Any]":
@@ -1918,7 +1914,7 @@ class TranscriptParser:
             command = re.fullmatch(r"<bash-input>\s*(.*)</bash-input>\s*", text, re.S)  # it fires no hook
             marks = map(entry.get, ("isMeta", "isCompactSummary", "isSidechain"))
             if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
-                role, text = ("shell", command[1]) if command else ("user", text)
+                role, text = ("shell", command[1]) if command else (entry.get("role", "user"), text)
                 yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
@@ -1959,6 +1955,15 @@ class TranscriptParser:
         model = id_or(usage.get("model", entry.get("model")), self._model) or "unknown"
         key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
         yield MessageUsage(f"{self._program} {key}", agent_id, model, (sent, received, read, written, 0))
+
+
+def as_message(entry: JsonObject) -> JsonObject:
+    """Return a line as a message's: a prompt that was typed during a turn is an attachment."""
+    queued = entry.get("attachment")
+    if isinstance(queued, dict) and queued.get("commandMode") == "prompt":
+        role = "user" if "source_uuid" in queued else "queued"  # clients up to 2.1.200: no hook reports it
+        return {**entry, "type": "user", "role": role, "message": {"content": queued.get("prompt")}}
+    return entry
 
 
 def _words(key: str, time_ms: "Optional[int]", agent_id: str, data: JsonObject) -> JsonObject:
@@ -2364,12 +2369,10 @@ def add_git_place(event: JsonObject) -> None:
         with contextlib.suppress(OSError, ValueError):
             if not os.path.isdir(git):
                 git = os.path.join(root, read(git).partition("gitdir: ")[2])
-                common = read(git, "commondir")  # a submodule has none
-                if common:
+                if common := read(git, "commondir"):  # a submodule has none
                     common = os.path.normpath(os.path.join(git, common))
                     project = os.path.dirname(common) if common.endswith("/.git") else common
-            head = _GIT_HEAD.fullmatch(read(git, "HEAD"))
-            if head and head[0].isprintable():
+            if (head := _GIT_HEAD.fullmatch(read(git, "HEAD"))) and head[0].isprintable():
                 event["data"]["git"] = {"branch": head[1] or head[2], "root": root, "project": project}
                 return
 
@@ -2526,8 +2529,7 @@ class RegistryWatcher:
             # A file that has just changed may change again within the same mtime.
             self._files[path] = state if time.time_ns() - state[2] >= 100_000_000 else None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                record = parse_registry(file.read(), os.path.basename(path))
-                if record:
+                if record := parse_registry(file.read(), os.path.basename(path)):
                     yield path, record
 
 
@@ -2847,8 +2849,7 @@ class Publisher:
                         self._lines.extend(filter(None, map(bytes.strip, file)))
                     self._segment = taken
                     break
-            dropped = take_dropped(self._spool) if self._segment else 0
-            if dropped:
+            if self._segment and (dropped := take_dropped(self._spool)):
                 text = f"the spool of this machine was full: {dropped} events were dropped"
                 self._add({"eventType": "message", "data": {"message": text, "spoolDropped": dropped}})
         size = 0
@@ -3034,8 +3035,7 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
 def print_answer(asked: JsonObject, line: bytes) -> bool:
     """Print an answer in the client's form; return False if it is not a valid one."""
     with contextlib.suppress(ValueError, RecursionError):
-        output = client_answer(asked, json.loads(line.decode("utf-8")))
-        if output:
+        if output := client_answer(asked, json.loads(line.decode("utf-8"))):
             output = {"hookEventName": asked["hook_event_name"], **output}
             with open(1, "wb", closefd=False) as stdout:
                 stdout.write(encode_json({"hookSpecificOutput": output}) + b"\n")
