@@ -8629,7 +8629,7 @@ def doctor_line(command: str | None, change: Any = lambda monitor: None) -> Any:
 DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "no hook": (lambda monitor: None, 1, "hook fail", "install"),
     "no registration": (lambda monitor: None, 1, "registered fail", "install"),
-    "another version": (doctor_file(lambda path: ee.write_atomically(path, b"# other")), 0, "hook warn", "another version"),
+    "another version": (doctor_file(lambda path: ee.append_bounded(path, b"#", 1 << 20)), 0, "hook warn", "another version"),
     "no library": (doctor_file(os.unlink), 1, "hook fail", "install"),
     "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
     "another Python": (
