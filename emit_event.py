@@ -799,8 +799,7 @@ def make_machine_key(home: str) -> str:
         make_private_directory(home)
         with os.fdopen(open_for_append(path), "wb", 0) as file, open(path, "rb") as reader:
             fcntl.flock(file, fcntl.LOCK_EX)
-            key = reader.read(64).strip()
-            if not key.isalnum():
+            if not (key := reader.read(64).strip()).isalnum():
                 key = os.urandom(8).hex().encode()
                 file.truncate(0)
                 file.write(key + b"\n")
@@ -1462,8 +1461,9 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
         lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("curl", r"(?:-b|--cookie)[ =]?[\"']?(?P<secret>[\w.-]{1,60}=[^\s\"']{6,})"),
-    _folded("command-line", "echo ", r"(?:-\w+ )?[\"']?(?P<secret>[^\s\"'$|]{3,200})[\"']? ?\| ?"
-        r"(?:[\w.-]+ ){1,9}(?:--password-stdin|--with-token|-s\b|secret (?:set|put)|chpasswd)", _is_value),
+    *(SecretShape("command-line", end.partition(" ")[0], r"echo (?:-\w+ )?[\"']?(?P<secret>[^\s\"'$|]{3,200})"
+        r"[\"']? ?\| ?(?:[\w.-]+ ){0,9}" + end, True, _is_value) for end in (
+        "--password-stdin", "--with-token", r"sudo (?:\S+ ){0,9}-s\b", "secret (?:set|put)", "chpasswd")),
     _folded("assignment", "key", r"(?<=pi key|ss key|et key)s?[*\"'`]{0,3}(?: is|:| ?=)[:* ]{1,5}[\"'`]?"
         r"(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
