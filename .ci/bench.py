@@ -479,8 +479,11 @@ def hook_lines(count: int) -> list[bytes]:
     for number, line in zip(range(count), itertools.cycle(recorded)):
         session = re.search(rb'"session_id":"([^"]+)"', line)
         assert session is not None
-        session_id = b"bench-%d" % (number // len(recorded) % 20)
-        line = line.replace(session.group(1), session_id)
+        turn = number // len(recorded)
+        line = line.replace(session.group(1), b"bench-%d" % (turn % 20))
+        line = re.sub(
+            rb'("(?:tool_use_id|prompt_id)":")', rb"\g<1>%d-" % turn, line
+        )  # else they are delivered twice
         lines.append(ee.wrap(line, {b"CONTEXTUATE_MACHINE_ID": b"testbox"}))
     return lines
 
