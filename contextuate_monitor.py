@@ -6259,6 +6259,7 @@ class Notifier:
 UPDATE_INTERVAL_S = 0.1
 SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
+STATUS_INTERVAL_S = 4.0  # to notice what no part reports, such as a full spool
 STATUS_AGE_S = 0.1
 SNAPSHOT_INTERVAL_S = 30.0
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
@@ -7132,7 +7133,7 @@ class Monitor:
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
         self.retention = Retention(self)
-        self._containers = Containers()
+        self._containers, self._namespace = Containers(), emit_event.pid_namespace()
         self.answers = Answers(self)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -7284,6 +7285,7 @@ class Monitor:
             self.loop.call_every(RETENTION_INTERVAL_S, self.retention.prune)
             self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
+        self.loop.call_every(STATUS_INTERVAL_S, self._send_status)
         if self.notifier:
             self._notice_changes = set(self.sessions.sessions)
             self.loop.call_every(0.2, self._notify)
@@ -7456,8 +7458,8 @@ class Monitor:
     def _pass_time(self) -> None:
         changed = self.sessions.tick(now_ms())
         # Sessions of this machine end with their client; through Redis events of a copy of it may arrive.
-        is_sure, find, namespace = self.redis is None, self._containers.find, emit_event.pid_namespace()
-        gone = self.sessions.check_processes(namespace, ran_at, now_ms(), is_sure, find)
+        is_sure, find = self.redis is None, self._containers.find
+        gone = self.sessions.check_processes(self._namespace, ran_at, now_ms(), is_sure, find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         self._note_changes(changed + gone)
@@ -7476,7 +7478,6 @@ class Monitor:
                 self._short = words
         self.feed.send()
         self.clients.report_skipped()
-        self._send_status()
         self.retention.check_clock()
 
     def _send_status(self) -> None:
@@ -7516,7 +7517,8 @@ class Monitor:
             log.info("%s", loading_words(self.loading))
             self._send_status()
         with contextlib.suppress(OSError, StartError):  # tried again
-            if read_state(self.settings.path("monitor.run.json")).get("pid") != os.getpid():  # it is damaged
+            about = emit_event.read_small(self.settings.path("monitor.run.json"))
+            if about != encode_json(self.about) + b"\n":  # removed or damaged
                 emit_event.make_private_directory(self.settings.home)
                 self._write_about()
             if not os.path.exists(self.settings.path("monitor.pid")):
@@ -7577,20 +7579,20 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     """Return the state of the monitor's parts as [{"name": a word, "words": a line}]."""
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
-    disk, stored = status["disk"] or {}, events["stored"]
+    disk, stored, lag = status["disk"] or {}, events["stored"], index["lagEvents"]
     kept = f", {human_size(disk['bytes'])} since {disk['oldestDay'] or 'today'}" if "bytes" in disk else ""
     facts = {
         "mode": "local, this machine" if status["mode"] == "local" else "redis, many machines",
-        "events": f"{stored} event{'s' * (stored != 1)} stored since the start, "
-        f"{events['duplicates']} delivered twice, {events['quarantined']} malformed",
-        "sessions": f"{status['sessions']}{loading}",
+        "events": f"{stored:,} event{'s' * (stored != 1)} stored since the start, "
+        f"{events['duplicates']:,} delivered twice, {events['quarantined']:,} malformed",
+        "sessions": f"{status['sessions']:,}{loading}",
         "store": f"{store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}{kept}",
         "index": {
-            "ready": f"{human_size(index['bytes'])}, {index['lagEvents']} events behind",
-            "building": f"being built: {index['done']} of {index['total']} events are read",
+            "ready": f"{human_size(index['bytes'])}" + (f", behind by {lag:,}" if lag else ""),
+            "building": f"being built: {index['done']:,} of {index['total']:,} events are read",
         }.get(index["state"], f"off: {index['error']}"),
         "spool": f"{human_size(spool['bytes'])} waiting",
-        "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines repaired",
+        "lost": f"{spool['dropped']:,} events lost to full spools, {store['repaired']:,} torn lines repaired",
     }
     link, publisher = status["redis"], status["publisher"]
     if link:
@@ -7598,7 +7600,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         if link["state"] != "connected":
             words += f", {attempt_words(link)}: {link['reason'] or 'no answer yet'}"
         read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
-        published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
+        published = publisher.get("reason") or f"{publisher.get('published', 0):,} events since its start"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
         facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
@@ -7608,7 +7610,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         rows.append({"name": "notify", "words": f"{target['name']}: {target['words']}{age}"})
     for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        words = f"{machine['label']}: {machine['events']} events, last {age} ago"
+        words = f"{machine['label']}: {machine['events']:,} events, last {age} ago"
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})

@@ -2447,7 +2447,7 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
 def process_start(pid: int) -> "Optional[int]":
     """Return when a process began, in ticks since boot (proc(5): stat, field 22); None if it does not run."""
     if sys.platform == "linux":
-        fields = read_small(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        fields = read_small(f"/proc/{pid}/stat").rpartition(b")")[2].split(None, 20)
         return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
     with contextlib.suppress(OSError, OverflowError):
         os.kill(pid, 0)

@@ -8182,14 +8182,14 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
         assert f"{name:<8} {steady}" in words or name == "index", words
     link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9,
             "reason": "refused", "position": None, "streamReason": "", "streamState": "ok"}  # fmt: skip
-    machine = {"machineId": "far", "label": "far", "sameName": False, "events": 3, "clockSkewMs": -7000}
+    machine = {"machineId": "far", "label": "far", "sameName": False, "events": 3000, "clockSkewMs": -7000}
     machine["lastSeen"] = cm.now_ms()
     publisher = {"running": True, "state": "connected", "published": 4}
     facts = facts_of({**status, "redis": link, "publisher": publisher, "machines": [machine]})
     assert facts["redis"] == "redis:6379 with TLS: waiting, attempt 2 of 9: refused"
     assert facts["stream"] == "read up to its start"
-    assert facts["publish"] == "connected: 4 events since it was started"
-    assert facts["machine"] == "far: 3 events, last 0 s ago, clock 7 s ahead"
+    assert facts["publish"] == "connected: 4 events since its start"
+    assert facts["machine"] == "far: 3,000 events, last 0 s ago, clock 7 s ahead"
     for state in ("waiting", "connecting"):  # an attempt may last for seconds
         problems = cm.status_problems({**status, "redis": {**link, "state": state}}, 0)
         assert [it["kind"] for it in problems] == ["redis"]

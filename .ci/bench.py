@@ -1079,7 +1079,7 @@ def bench_idle(sizes: Sizes) -> Iterator[Measured]:
             lines = [ee.wrap(ee.encode_json(call), environment) for call in calls]
             monitor.emit(*map(json.loads, lines))
         wait_for_index(monitor)
-        time.sleep(1)  # the first looks at the new clients and files are over
+        time.sleep(cm.SNAPSHOT_INTERVAL_S + 2)  # until the snapshots of all are saved
         for clients in (0, 1):
             with audience_in(monitor, clients, view="rows"):
                 processor, switches = processor_s(monitor.pid), wake_ups(monitor.pid)
