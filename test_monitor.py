@@ -7638,21 +7638,20 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds
 
 
 @pytest.mark.slow
-def test_a_thousand_hooks_at_a_paused_monitor_lose_nothing(running: RunningMonitor) -> None:
+def test_hundreds_of_hooks_at_a_paused_monitor_lose_nothing(running: RunningMonitor) -> None:
     command = shlex.split(running.installed_command())[:4]
     os.kill(running.pid, signal.SIGSTOP)
-    resume = threading.Timer(2.0, os.kill, (running.pid, signal.SIGCONT))
-    resume.start()
     hooks = []
-    for number in range(1000):
+    for number in range(300):
         hooks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=running.environment))
         assert hooks[-1].stdin
         hooks[-1].stdin.write(json.dumps(payload("UserPromptSubmit", prompt=str(number))).encode() + b"\n")
         hooks[-1].stdin.close()
-    assert [hook.wait(60) for hook in hooks] == [0] * 1000
-    resume.join()
-    eventually(lambda: len(running.stored_events_allowing_a_torn_line()) >= 1000, 60, "all events")
-    assert safe_stored(running) == list(range(1000))
+        if number == 250:  # the last ones meet a monitor that is busy with those before
+            os.kill(running.pid, signal.SIGCONT)
+    assert [hook.wait(60) for hook in hooks] == [0] * 300
+    eventually(lambda: len(running.stored_events_allowing_a_torn_line()) >= 300, 60, "all events")
+    assert safe_stored(running) == list(range(300))
 
 
 BAD_LINES = {  # no JSON object: quarantined
