@@ -10783,6 +10783,7 @@ def many_calls(numbers: Iterable[int], session: str) -> list[dict[str, Any]]:
 BROWSER_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--in-process-gpu",
+    "--process-per-site",  # a page loaded anew stays in its process: a third less work
 ]  # fmt: skip
 
 
