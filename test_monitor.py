@@ -115,14 +115,13 @@ def unmount(place: str | os.PathLike[str]) -> None:
 
 def eventually(condition: Any, timeout_s: float = 15.0, what: str = "") -> Any:
     """Return the condition's first true value; fail when there is none in time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
+    begin = time.monotonic()
+    while not (value := condition()):
+        waited_s = time.monotonic() - begin
+        if waited_s > timeout_s:
             raise AssertionError(f"not in {timeout_s} s: {what or condition}; last value {value!r}")
-        time.sleep(0.02)
+        time.sleep(min(0.1, max(0.02, waited_s / 10)))  # who waits long looks less often
+    return value
 
 
 def install_text(path: object) -> str:
