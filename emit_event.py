@@ -1918,8 +1918,7 @@ class TranscriptParser:
                 yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
-        is_answer = kind == "assistant" and message_id and model not in ("", "<synthetic>")
-        if not is_answer or not isinstance(usage, dict):
+        if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
@@ -2256,11 +2255,13 @@ class UsageWorker(threading.Thread):
         until = now + (3600.0 if works else USAGE_LATE_S)  # a killed client sends no end
         with self._wake:
             is_first, before = not self._pending, self._pending.get(key, {})
-            new = {**about, "data": paths, "until": until, "isEnd": is_end or before.get("isEnd", False)}
+            is_next = not is_end and 0 < before.get("until", 0) <= now + USAGE_LATE_S
+            last = {"timestamp": before["timestamp"], "isEnd": True} if is_next else {}  # its tokens first
+            new = {**about, "data": paths, "until": until, "isEnd": is_end or before.get("isEnd"), **last}
             self._pending[key] = {"since": event["timestamp"], "states": {}, **before, **new}
             if self.ident is None:
                 self.start()
-            if is_end or is_first:  # else the thread wakes up for its next look
+            if is_end or is_next or is_first:  # else the thread wakes up for its next look
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2285,10 +2286,9 @@ class UsageWorker(threading.Thread):
                 is_over = entry["until"] <= now
                 self.reader.events(entry, entry["isEnd"] or is_over)
                 with self._wake:
-                    if self._pending.get(key) is entry:
-                        entry["isEnd"] = False
-                        if is_over:
-                            del self._pending[key]
+                    entry["isEnd"] = False
+                    if is_over and self._pending.get(key) is entry:
+                        del self._pending[key]
         self.reader.close()  # SQLite wants it in the thread that opened it
 
 
