@@ -1482,6 +1482,7 @@ class CallFact(NamedTuple):
     error: Any  # from the client, of any type
 
 
+_TAGS = re.compile(r"</?pasted_content\b[^>]*>|<(task-id|tool-use-id|output-file)>[^<]*</\1>")
 UNNAMED = "unnamed:"  # begins the ids that we give to calls without one
 _OUTCOMES = {
     "tool_call": Outcome.OPEN,
@@ -1700,7 +1701,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
-        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
+        if not session.first_prompt:
+            session.first_prompt = one_line(_TAGS.sub("", text_of(data.get("message"))), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
         session.terminal = object_of(data.get("terminal"))
@@ -2952,7 +2954,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
     ]
 
 
-_ROW_DATA = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome".split()
+_IN_ROW = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome role".split()
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
@@ -2968,7 +2970,7 @@ def event_row(event: JsonObject) -> JsonObject:
     """Return the fields of an event that a list row needs, about 300 bytes; clients ask for the rest."""
     data = event["data"]
     small: JsonObject = {}
-    for name in _ROW_DATA:
+    for name in _IN_ROW:
         value = data.get(name)
         if isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200):
             small["isInterrupt" if name == "is_interrupt" else name] = value
@@ -2985,7 +2987,7 @@ def event_row(event: JsonObject) -> JsonObject:
         ]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
-        small["text"] = one_line(text_of(text))
+        small["text"] = one_line(_TAGS.sub("", text_of(text)[:2000]))
     return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
 
 
