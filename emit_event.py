@@ -1144,10 +1144,8 @@ def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[Json
     about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
     kept = ("context_window", "cost", "rate_limits", "prompt_cache")
     data: JsonObject = {"gauges": {name: line[name] for name in kept if name in line}}
-    if isinstance(line.get("model"), dict):
-        data["model"] = line["model"].get("id")
-    if "effort" in line:
-        data["effort"] = line["effort"]
+    data.update({"model": line["model"].get("id")} if isinstance(line.get("model"), dict) else {})
+    data.update({"effort": line["effort"]} if "effort" in line else {})
     return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
@@ -1825,7 +1823,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
-_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns "commandMode"'.split()
+_MARKS = b'"usage" "cost-state" "toolDenial "[Request <status>killed "max_turns "commandMode "popAll'.split()
 _USER_LINE = re.compile(b'"type": ?"user"')
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
@@ -1959,6 +1957,8 @@ class TranscriptParser:
 def as_message(entry: JsonObject) -> JsonObject:
     """Return a line as a message's: a prompt that was typed during a turn is an attachment."""
     queued = entry.get("attachment")
+    if entry.get("operation") == "popAll":  # before the client has read it
+        return {**entry, "type": "user", "role": "withdrawn", "message": {"content": entry.get("content")}}
     if isinstance(queued, dict) and queued.get("commandMode") == "prompt":
         role = "user" if "source_uuid" in queued else "queued"  # clients up to 2.1.200: no hook reports it
         return {**entry, "type": "user", "role": role, "message": {"content": queued.get("prompt")}}
