@@ -4867,11 +4867,9 @@ class RedisLink(threading.Thread):
             log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
             self._set(state="connected", reason=None, attempt=0)
             self._read_stream(may_have_gap=True)
-        elif message and kind == "message":
-            key = event_key(message["data"])
-            if key not in self._seen:
-                self._seen.add(key)
-                self._batch.append(RemoteLine(message["data"], None))
+        elif message and kind == "message" and (key := event_key(message["data"])) not in self._seen:
+            self._seen.add(key)
+            self._batch.append(RemoteLine(message["data"], None))
 
     def _is_silent(self) -> bool:
         return time.monotonic() - self._last_alive > SUBSCRIBER_DEADLINE_S
@@ -4888,6 +4886,9 @@ class RedisLink(threading.Thread):
         self._hand_over()
         stream, reason = self._stream, None
         try:
+            newest = self._client.xrevrange(stream, "+", "-", 1) if stream else ()
+            if newest and position_key(newest[0][0].decode("ascii")) < position_key(self._read):
+                self._read = STREAM_START  # it was made anew, by a clock that is behind
             if stream and may_have_gap and self._read != STREAM_START:
                 oldest = self._client.xrange(stream, "-", "+", 1)
                 if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._read):

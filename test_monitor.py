@@ -9656,6 +9656,23 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     assert machine.arrivals()["testbox"][-1] == "609"
 
 
+def test_a_stream_made_anew_by_a_clock_that_is_behind_is_read_from_its_start(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.say("1")
+    machine.publishes_all()
+    machine.serve().gets(1)
+    eventually(lambda: machine.redis()["position"])
+    machine.stop()
+    path = machine.home + "/redis-position.json"
+    saved = cm.read_state(path)
+    saved["position"] = f"{ee.now_ms() + 86_400_000}-0"
+    ee.write_atomically(path, cm.encode_json(saved))
+    machine.say("2")
+    machine.publishes_all()
+    machine.serve().gets(2)
+
+
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
