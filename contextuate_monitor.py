@@ -9567,9 +9567,9 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
     try:
         ask_monitor(settings, "/api/stop", {"startedAt": about["startedAt"]})
     except (CommandError, OSError) as error:  # no answer, or no usable token
-        if not about["pid"]:
+        if about["pid"] == 0:
             raise CommandError(f"{error}; run `stop` where it runs") from None
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError, TypeError):  # it has ended, or its socket
             os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + 15
     while lock_holder(settings.path("monitor.pid")) is not None:
