@@ -1219,7 +1219,7 @@ _NEUTRAL_WORDS = frozenset(
 )
 _PASS_OWNERS = (  # dbPass and dbpass are passwords, renderPass is none
     "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
-    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi"
+    "postgres proxy redis require root server sftp smtp sql ssh store sudo svn user vpn web wifi"
 )
 _KEY_OWNERS = (
     "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
@@ -1267,7 +1267,7 @@ _LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?
 _SETS = re.compile(
     r"(?im)(?:(?<![\w-])--?(?:[a-z0-9]+-)*|(?:\bmachine\s+\S+|^\s*default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
-    r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
+    r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV\s+|ARG\s+|(?=require\Z))|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
 )
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
 _NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
@@ -1351,12 +1351,12 @@ _ASSIGNED = (
     r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
     r"(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`]))"
     r"(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
-    r"(?:[nbfrlu@]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
+    r"(?:[nbfrlu@$]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
     r"|(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))"
     r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>)\s{0,40}"
     r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]"
     r"|[\"']?,?\s{0,40}[\"']?value[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})"
-    r"|[\"']\s{0,8},\s{0,20}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?\w+)?\))"
+    r"|[\"']\s{0,8},\s{0,20}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?[\"']?\w+[\"']?)?\))"
     r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
@@ -1440,7 +1440,7 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _folded("signature", "-signature=", r"(?P<secret>[a-f0-9]{40,})"),  # of URLs to storage, X-Amz-Signature
     _folded("authorization", "authorization",
         r"(?<!\[redacted:authorization)[\"'`]?(?:\s{0,20}[:=]\s{0,20}[\"'`]?(?:[a-z][a-z0-9-]{1,20}\s{1,20})?"
-        r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
+        r"|(?:\s?,\s{0,8}|\s)[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
         lambda _view, match, value: not ("(" in value or _HARMLESS.match(value)
                                          or _IDENTIFIER.match(value) and "basic" not in match[0])),
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>(?=\S*\d)[a-z0-9._~+/=-]{12,})"),
