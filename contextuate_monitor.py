@@ -2115,11 +2115,14 @@ COLLISION_MS = 600_000  # two sessions that edit a file within this time collide
 def edited_files(event: JsonObject) -> set[str]:
     """Return the absolute paths of the files that a successful call has changed, as its tool says."""
     tool, given = event["data"].get("toolName"), event["data"].get("toolInput")
-    if tool not in (*_EDITING_TOOLS, "apply_patch") or not isinstance(given, dict):
+    if tool not in (*_EDITING_TOOLS, "apply_patch", "Bash") or not isinstance(given, dict):
         return set()
     paths = [given.get("file_path"), given.get("notebook_path")]
     if tool == "apply_patch":
         paths = [it for text in given.values() if isinstance(text, str) for it in _PATCHED_FILE.findall(text)]
+    elif tool == "Bash":  # clients since 2.1.300 report what a command has changed
+        files = object_of(object_of(event["data"].get("toolOutput")).get("bashEditDiff")).get("changedFiles")
+        paths = files if isinstance(files, list) else []
     named = (path for path in paths if isinstance(path, str) and 0 < len(path) <= 4096)
     places = (os.path.normpath(os.path.join(event["workingDirectory"], path)) for path in named)
     return {place for place in places if place.startswith("/")}  # else nothing says where it is
@@ -5172,7 +5175,10 @@ class Api:
             for field, name in (("eventType", "types"), ("toolName", "tools")):
                 if query.get(name):
                     names = b"|".join(map(re.escape, query[name].encode().split(b",")))
-                    found = filter(re.compile(b'"%b": ?"(?:%b)"' % (field.encode(), names)).search, found)
+                    pattern = b'"%b": ?"(?:%b)"' % (field.encode(), names)
+                    if name == "tools" and query.get("field"):
+                        pattern += b'|"%b":' % re.escape(query["field"].encode())
+                    found = filter(re.compile(pattern).search, found)
             lines = list(itertools.islice(found, limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
@@ -7854,8 +7860,7 @@ def running_monitor(settings: Settings) -> JsonObject | None:
 
 def needed_monitor(settings: Settings) -> JsonObject:
     """Return the running monitor; raise a CommandError with how to start it."""
-    about = running_monitor(settings)
-    if about is None:
+    if (about := running_monitor(settings)) is None:
         raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
     return about
 
@@ -9414,8 +9419,7 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
-    about = running_monitor(settings)
-    if about is not None and not args.detached:
+    if (about := running_monitor(settings)) is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
         if not args.host is args.port is args.ws_port is None:
             print_status("the options have no effect; `restart` with the same options applies them")
@@ -9478,8 +9482,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     failed = re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M)
     if failed:
         raise StartError(failed[1])
-    about = running_monitor(settings)
-    if about is None:
+    if (about := running_monitor(settings)) is None:
         raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may name the reason")
     return about
 
@@ -9550,8 +9553,7 @@ def command_stop(args: argparse.Namespace) -> int:
         print_status(f"warning: {error}")
         home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
         settings = Settings(home, "", "", emit_event.load_config("", KEYS)[0])  # the defaults
-    about = running_monitor(settings)
-    if about is not None:
+    if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
         print(f"stopped ({about['process']})")
     elif lock_holder(settings["socketPath"] + ".lock") is not None:
@@ -9586,8 +9588,7 @@ def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
         run_steps([service.restart])
         return 0
-    about = running_monitor(settings)
-    if about is not None:
+    if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
     return command_start(settings, args)
 
@@ -9610,8 +9611,7 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
             os.unlink(service.path)
         print(f"{service.path} removed" if is_installed else "not installed")
         return 0
-    about = running_monitor(settings)
-    if about is not None:
+    if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
     command, folder = program_command()
     command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
@@ -9631,8 +9631,7 @@ def command_status(settings: Settings, args: argparse.Namespace) -> int:
             line = file.read().strip()
         print((line or "starting") if runs else "not running")
         return 0 if runs and line else 1
-    about = running_monitor(settings)
-    if about is None:
+    if (about := running_monitor(settings)) is None:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
         status: JsonObject = {"running": False, "spoolBytes": waiting}
         lines = ["not running; start it with: python3 contextuate_monitor.py start"]
