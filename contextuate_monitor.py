@@ -2960,7 +2960,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
 _IN_ROW = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome role".split()
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
-    "error", "message", "assistantResponse", "text", "action", "file_path", "task_subject", "to_model",
+    "assistantResponse", "error", "message", "text", "action", "file_path", "task_subject", "to_model",
     "new_cwd", "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
