@@ -1404,7 +1404,7 @@ _TOKEN_TABLE = r"""
 [a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
-(?<![+/]EAA[A-Z])(?![\w-]{0,200}[+/=])[\w-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
+(?<![+/]EAA[A-Z])(?![\w-]{0,200}[+/])[\w-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_

@@ -1809,6 +1809,7 @@ hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, ma
 hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
 
+@example("", " ", next(token for kind, token in hook_tokens() if kind == "facebook"), "%3D", "")
 @settings(max_examples=300)
 @given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
