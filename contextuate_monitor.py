@@ -1482,7 +1482,8 @@ class CallFact(NamedTuple):
     error: Any  # from the client, of any type
 
 
-_TAGS = re.compile(r"</?pasted_content\b[^>]*>|<(task-id|tool-use-id|output-file)>[^<]*</\1>")
+# What the client writes around pasted text, and the ids in its reports of tasks.
+_CLIENT_TAGS = re.compile(r"</?pasted_content\b[^>]*>|<(task-id|tool-use-id|output-file)>[^<]*</\1>")
 UNNAMED = "unnamed:"  # begins the ids that we give to calls without one
 _OUTCOMES = {
     "tool_call": Outcome.OPEN,
@@ -1702,7 +1703,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
         if not session.first_prompt:
-            session.first_prompt = one_line(_TAGS.sub("", text_of(data.get("message"))), 80)
+            session.first_prompt = one_line(_CLIENT_TAGS.sub("", text_of(data.get("message"))[:2000]), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
         session.terminal = object_of(data.get("terminal"))
@@ -2990,7 +2991,7 @@ def event_row(event: JsonObject) -> JsonObject:
         ]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
-        small["text"] = one_line(_TAGS.sub("", text_of(text)[:2000]))
+        small["text"] = one_line(_CLIENT_TAGS.sub("", text_of(text)[:2000]))
     return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
 
 
@@ -4889,15 +4890,15 @@ class RedisLink(threading.Thread):
         self._hand_over()
         stream, reason = self._stream, None
         try:
-            newest = self._client.xrevrange(stream, "+", "-", 1) if stream else ()
-            if newest and position_key(newest[0][0].decode("ascii")) < position_key(self._read):
-                self._read = STREAM_START  # it was made anew, by a clock that is behind
             if stream and may_have_gap and self._read != STREAM_START:
                 oldest = self._client.xrange(stream, "-", "+", 1)
+                newest = self._client.xrevrange(stream, "+", "-", 1)
                 if oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._read):
                     words = "events may be missing; a larger redis.streamMaxLength keeps more"
                     log.warning("Redis: the stream was trimmed beyond %s: %s", self._read, words)
                     self._set(gaps=self.state["gaps"] + 1)
+                elif newest and position_key(newest[0][0].decode("ascii")) < position_key(self._read):
+                    self._read = STREAM_START  # it was deleted, and is filled by a clock that is behind
             page: list[Any] = [()] * STREAM_PAGE_EVENTS
             while stream and len(page) == STREAM_PAGE_EVENTS and not self._at_once.is_set():
                 time_ms, number = position_key(self._read)  # Redis before 6.2 has no exclusive ranges
@@ -6538,8 +6539,7 @@ class Ingest:
         event = entry.event
         name = event["machineId"]
         key = event.get("machineKey") or name
-        machine = self.machines.pop(key, None)
-        if machine is None:
+        if (machine := self.machines.pop(key, None)) is None:
             log.info("first event from machine %s (%s)", name, key)
             machine = {"machineKey": key, "events": 0, "dropped": 0}
         self.machines[key] = machine

@@ -1117,8 +1117,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
     plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(terminal[it]))[:200] for it in known}
     data: JsonObject = {"terminal": plain} if plain else {}
     for field, value in hook.items():
-        place = _PLACES.get(field, field)
-        if place in data:
+        if (place := _PLACES.get(field, field)) in data:
             _keep(data, field, value)
         elif place is not None:
             data[place] = value
@@ -1144,8 +1143,10 @@ def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[Json
     about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
     kept = ("context_window", "cost", "rate_limits", "prompt_cache")
     data: JsonObject = {"gauges": {name: line[name] for name in kept if name in line}}
-    data.update({"model": line["model"].get("id")} if isinstance(line.get("model"), dict) else {})
-    data.update({"effort": line["effort"]} if "effort" in line else {})
+    if isinstance(line.get("model"), dict):
+        data["model"] = line["model"].get("id")
+    if "effort" in line:
+        data["effort"] = line["effort"]
     return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
@@ -1955,7 +1956,7 @@ class TranscriptParser:
 
 
 def as_message(entry: JsonObject) -> JsonObject:
-    """Return a line as a message's: a prompt that was typed during a turn is an attachment."""
+    """Return a line as a message's, where it is about a prompt that was typed during a turn."""
     queued = entry.get("attachment")
     if entry.get("operation") == "popAll":  # before the client has read it
         return {**entry, "type": "user", "role": "withdrawn", "message": {"content": entry.get("content")}}
@@ -2363,8 +2364,7 @@ def add_git_place(event: JsonObject) -> None:
     is_known = folders[0] == "" and len(folders) <= 256  # a longer path would hold the loop up
     for depth in range(len(folders) if is_known else 0, 0, -1):
         root = project = "/".join(folders[:depth]) or "/"
-        git = os.path.join(root, ".git")
-        if not os.path.exists(git):
+        if not os.path.exists(git := os.path.join(root, ".git")):
             continue
         with contextlib.suppress(OSError, ValueError):
             if not os.path.isdir(git):

@@ -5827,6 +5827,19 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     worker.close()
 
 
+def test_late_lines_count_for_their_turn_when_the_next_one_begins_at_once(transcript, monkeypatch):
+    monkeypatch.setattr(ee, "LOOK_S", 60)
+    monkeypatch.setattr(ee, "USAGE_LATE_S", 60)
+    made: list[Any] = []
+    worker = ee.UsageWorker(transcript.home, lambda events: not made.extend(events))
+    for number, hook in enumerate(("Stop", "UserPromptSubmit")):
+        transcript.add(usage_line(f"m{number}", 2))  # the second one comes behind the first hook
+        worker.put({**usage_event(transcript.path, hook=hook), "timestamp": NOW_MS + number * 1000})
+        eventually(lambda number=number: len(made) > number)
+    assert [(it["timestamp"], usage_output(it["data"]["usage"])) for it in made] == [(NOW_MS, 2), (NOW_MS, 4)]
+    worker.close()
+
+
 def test_what_a_turn_used_is_counted_when_esc_ends_it(transcript):
     event, totals = usage_event(transcript.path, hook="PreToolUse"), []
     for lines in (usage_line("m1", 2), usage_line("m2", 3), session_line("interrupted", cm.now_ms())):
@@ -9657,7 +9670,7 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     assert machine.arrivals()["testbox"][-1] == "609"
 
 
-def test_a_stream_made_anew_by_a_clock_that_is_behind_is_read_from_its_start(make: Any) -> None:
+def test_a_deleted_stream_that_a_late_clock_fills_is_read_from_its_start(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     machine.say("1")
@@ -10800,7 +10813,7 @@ def many_calls(numbers: Iterable[int], session: str) -> list[dict[str, Any]]:
 BROWSER_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--in-process-gpu",
-    "--process-per-site",  # a page loaded anew stays in its process: a third less work
+    "--process-per-site",  # a page that is loaded again stays in its process: a third less work
 ]  # fmt: skip
 
 

@@ -481,9 +481,8 @@ def hook_lines(count: int) -> list[bytes]:
         assert session is not None
         turn = number // len(recorded)
         line = line.replace(session.group(1), b"bench-%d" % (turn % 20))
-        line = re.sub(
-            rb'("(?:tool_use_id|prompt_id)":")', rb"\g<1>%d-" % turn, line
-        )  # else they are delivered twice
+        # With the same ids they would count as delivered twice, and not be stored.
+        line = re.sub(rb'("(?:tool_use_id|prompt_id)":")', rb"\g<1>%d-" % turn, line)
         lines.append(ee.wrap(line, {b"CONTEXTUATE_MACHINE_ID": b"testbox"}))
     return lines
 
