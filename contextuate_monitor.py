@@ -9220,23 +9220,23 @@ class TranscriptReader:
     _agents: set[str] = dataclasses.field(default_factory=set)
     _titles: list[tuple[str, JsonObject]] = dataclasses.field(default_factory=list)  # type of line, line
     _sums: list[Any] = dataclasses.field(default_factory=list)  # the client's own
+    _used: JsonObject = dataclasses.field(default_factory=dict)
 
     def events(self, paths: Iterable[str]) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
         entries = [entry for path in paths for entry in self._entries_of(path)]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
-        self.usage.begin(self.session_id)
+        self._used = self.usage.begin(self.session_id)
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
-        self.usage.count(self.session_id, self._sums)  # they have no time
+        self.usage.count(self.session_id, self._sums, self._used)  # they have no time
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
         kept = [it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own]
         titles = {kind: line[_TITLES[kind]] for kind, line in kept}
         usage = list(self._usage_event(end, "end"))
-        model = usage[0]["data"]["usage"].get("model") if usage else None
-        about = {"source": "import", "model": model}
+        about = {"source": "import", "model": usage[0]["data"]["usage"].get("model") if usage else None}
         about["session_title"] = next((titles[kind] for kind in _TITLES if kind in titles), None)
         begin = self._event(start, "SessionStart", "start", about)
         return [begin, *events, *usage, self._event(end, "SessionEnd", "end", {"reason": "import"})]
@@ -9280,8 +9280,9 @@ class TranscriptReader:
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        self.usage.count(self.session_id, [it for it in entry["facts"] if not isinstance(it, dict)])
-        words = [it for it in entry["facts"] if isinstance(it, dict) and it["eventType"] == emit_event.WORDS]
+        events = emit_event.objects_in(entry["facts"])
+        self.usage.count(self.session_id, [it for it in entry["facts"] if it not in events], self._used)
+        words = [it for it in events if it["eventType"] == emit_event.WORDS]
         for said in words:
             if said["data"].get("role") in ("user", "queued"):
                 yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
@@ -9316,8 +9317,7 @@ class TranscriptReader:
         return self._event(entry, hook, f"result{number}", data)
 
     def _usage_event(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        usage = self.usage.totals(self.session_id)
-        if usage is not None:
+        if usage := emit_event.totals_in(self._used):
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:

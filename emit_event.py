@@ -540,7 +540,7 @@ import subprocess  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
+from collections.abc import Collection, Iterable, Iterator, Sequence  # noqa: E402
 from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
 JsonObject = dict[str, Any]
@@ -1143,10 +1143,9 @@ def _fields_of_status_line(line: JsonObject, wrapper: JsonObject) -> "tuple[Json
     about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
     kept = ("context_window", "cost", "rate_limits", "prompt_cache")
     data: JsonObject = {"gauges": {name: line[name] for name in kept if name in line}}
+    data.update({"effort": line["effort"]} if "effort" in line else {})
     if isinstance(line.get("model"), dict):
         data["model"] = line["model"].get("id")
-    if "effort" in line:
-        data["effort"] = line["effort"]
     return {**wrapper, **about, "hookType": "", "eventType": "status_line"}, data
 
 
@@ -2012,7 +2011,8 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+    it = hashlib.sha256(content).hexdigest()  # as a UUID of version 4
+    return f"{it[:8]}-{it[8:12]}-4{it[13:16]}-{'89ab'[int(it[16], 16) % 4]}{it[17:20]}-{it[20:32]}"
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
@@ -2048,20 +2048,22 @@ class UsageReader:
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
-        self._home = home  # "": nothing is saved
+        self._home, self.with_words = home, True  # "": nothing is saved
         self._stopping = stopping or threading.Event()
         self.deliver: Callable[[list[JsonObject]], bool] = lambda events: True  # True once they are stored
         self._database: Any = None  # sqlite3.Connection, once it is needed
-        self.with_words = True
+        # Until the next totals: path → its row of files; session → what to count; id of words → session
+        self._unsaved: tuple[dict[str, Any], dict[str, Any], dict[str, str]] = {}, {}, {}
         # Session → hash of its last totals, and when they were read (time.monotonic)
         self._delivered: dict[str, tuple[int, float]] = {}
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
         """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
-        before, read_at = self._delivered.get(session, (0, 0.0))
-        with_totals = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
-        if not with_totals and states and all(_file_state(it) == states[it] for it in states):
+        key, read_at = self._delivered.get(session, (0, 0.0))
+        is_due = time.monotonic() - read_at >= USAGE_QUIET_S or (is_end and session in self._unsaved[1])
+        now = {path: _file_state(path) for path in states}
+        if states and now == states and not is_due:
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         # A hook's event and the line about the same prompt are at most 2 s apart.
@@ -2069,26 +2071,24 @@ class UsageReader:
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
         try:
-            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"), states)
             folders = {os.path.dirname(path) for path, agent_id in files.items() if agent_id}
             folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
-            now = {path: _file_state(path) for path in (*files, *folders)}
-            grown = [path for path in files if now[path] and now[path] != states.get(path)]
+            now = {path: now.get(path) or _file_state(path) for path in (*files, *folders)}
+            grown = [path for path in files if now[path] and (is_due or now[path] != states.get(path))]
+            with_totals = is_end or is_due or bool(program)  # whose model is not in each line
+            self._unsaved[1].setdefault(session, [])
             with self._open() as database:  # all or nothing
-                earlier = self._usage_of(session)
-                if (earlier and with_totals) or (grown and not earlier):
-                    self.begin(session)
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: files[it] == ""):
                     is_other = program == "codex" and session not in path  # a subagent's own file
-                    agent_id = files[path] or (SIDECHAIN if is_other else "")
-                    parser = TranscriptParser(agent_id, program, earlier.get("model", ""))
+                    model = self.begin(session).get("model", "") if program else ""
+                    parser = TranscriptParser(files[path] or SIDECHAIN * is_other, program, model)
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
                 with_totals |= any(it["eventType"] == "client_status" for it in found)  # Esc has no hook
-                usage = self.totals(session) if with_totals and not self._stopping.is_set() else None
-                key = hash(encode_json(usage))
-                if usage and key != before:
-                    found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+                totals = self._save(session) if with_totals else None
+                if totals and not self._stopping.is_set() and key != (key := hash(encode_json(totals))):
+                    found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": totals}})
                 while found and not self.deliver(found):
                     if self._stopping.wait(LOOK_S):
                         database.rollback()
@@ -2098,6 +2098,8 @@ class UsageReader:
                 log_failure(f"token usage could not be read: {error!r}")
             with contextlib.suppress(Exception):  # a damaged file cannot always be closed
                 self.close()
+            self._unsaved = {}, {}, {}
+            self._delivered.clear()  # every session's files are read again
             if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: no database
                 for suffix in ("", "-wal", "-shm"):
                     with contextlib.suppress(OSError):
@@ -2105,7 +2107,8 @@ class UsageReader:
             return []
         states.clear()
         states.update(now)
-        if with_totals:
+        if with_totals:  # those of the others are still to be delivered
+            self._unsaved = {}, {name: [] for name in self._unsaved[1] if name != session}, {}
             self._delivered[session] = key, time.monotonic()
         return found
 
@@ -2133,54 +2136,65 @@ class UsageReader:
         return self._database
 
     def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
-        """Count what is new in a transcript; yield new words, and evidence that is no history."""
-        database, counted = self._database, []
+        """Read what is new in a transcript; yield new words, and evidence that is no history."""
+        files, found, words = self._unsaved
+        execute, find = self._database.execute, "SELECT 1 FROM messages WHERE id = ?"
         with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
             about = os.fstat(file.fileno())
             size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
-            find = "SELECT position FROM files WHERE path = ? AND identity = ? AND position <= ?"
-            (place,) = database.execute(find, (path, identity, size)).fetchone() or (0,)
+            row = files.get(path) or execute("SELECT * FROM files WHERE path = ?", (path,)).fetchone()
+            place = row[3] if row and row[2] == identity and row[3] <= size else 0
             file.seek(place)
             while place < size and not self._stopping.is_set():
                 line = file.readline(TRANSCRIPT_LINE_LIMIT_BYTES)  # of a longer one a part, which is no JSON
                 if not line.endswith(b"\n") and len(line) < TRANSCRIPT_LINE_LIMIT_BYTES:
                     break  # it is still written
-                has_words = self.with_words and place >= size - WORDS_TAIL_BYTES
-                place += len(line)
-                for it in parser.facts_of(line, has_words):
+                for it in parser.facts_of(line, self.with_words and place >= size - WORDS_TAIL_BYTES):
                     if not isinstance(it, dict):
-                        counted.append(it)
+                        found[session].append(it)
                     elif it["eventType"] != WORDS:
                         if it["timestamp"] > max(now_ms() - EVIDENCE_MS, since):
                             yield it
-                    else:
-                        add = "INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)"
-                        is_new = database.execute(add, (it["id"], session)).rowcount == 1
-                        if is_new and (it["data"].get("role") != "user" or it["timestamp"] < since):
+                    elif it["id"] not in words and not execute(find, (it["id"],)).fetchone():
+                        words[it["id"]] = session
+                        if it["data"].get("role") != "user" or it["timestamp"] < since:
                             yield it
-            self.count(session, counted)
-            row = (path, session, identity, place)
-            database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
+                place += len(line)
+            files[path] = path, session, identity, place
 
-    def begin(self, session: str) -> None:
-        """Begin to count for a session, or go on; drop those that were not read for 30 days."""
+    def _save(self, session: str) -> "JsonObject | None":
+        """Save what was read of every session; return the totals of one."""
+        files, found, words = self._unsaved
+        used = {name: self.begin(name) for name in found if found[name] or name == session}
+        for name in used:
+            self.count(name, found[name], used[name])
+        execute = self._database.executemany
+        execute("INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)", words.items())
+        execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files.values())
+        return totals_in(used[session])
+
+    def begin(self, session: str) -> JsonObject:
+        """Return what a session has used so far; drop those that were not read for 30 days."""
         database = self._open()
-        database.execute("INSERT OR IGNORE INTO sessions (name) VALUES (?)", (session,))
-        database.execute("UPDATE sessions SET read_ms = ? WHERE name = ?", (now_ms(), session))
+        add = (
+            "INSERT INTO sessions (read_ms, name) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET read_ms = ?1"
+        )
+        database.execute(add, (now_ms(), session))
         database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - 30 * 24 * 3600 * 1000,))
+        (usage,) = database.execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
+        return dict(json.loads(usage))
 
-    def count(self, session: str, found: "list[MessageUsage | CostState]") -> None:
-        """Count what a parser has found, for a session that has begun."""
-        database, usage = self._database, self._usage_of(session)
+    def count(self, session: str, found: "list[MessageUsage | CostState]", usage: JsonObject) -> None:
+        """Add what a parser has found to the `usage` of a session that has begun, and save it."""
+        execute = self._database.execute
         for entry, _ in itertools.groupby(found):  # each line of a message has all of its usage
             for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry, usage):
                 key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
-                known = database.execute("SELECT counts FROM messages WHERE id = ?", (key,)).fetchone()
+                known = execute("SELECT counts FROM messages WHERE id = ?", (key,)).fetchone()
                 before = json.loads(known[0]) if known else [0] * len(COUNT_NAMES)
                 counts = list(map(max, before, it.counts))  # of several lines the largest are true
                 if not known or counts != before:
-                    row = (key, session, str(counts))
-                    database.execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", row)
+                    execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", (key, session, str(counts)))
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
                     more = [now - then for now, then in zip(counts, before)]
                     for models in (usage["models"], of_agent):
@@ -2188,18 +2202,7 @@ class UsageReader:
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
                     usage.update({"origin": it.session} if it.session not in ("", session) else {})
-        database.execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
-
-    def totals(self, session: str) -> "JsonObject | None":
-        """Return what a session has used so far; None if that is nothing."""
-        usage = self._usage_of(session)
-        agents = usage.get("agents", {})  # in the event the main agent, then those that used tokens last
-        newest = ["", *filter(None, reversed(agents))][:AGENTS_IN_USAGE]
-        return {**usage, "agents": {it: agents[it] for it in newest if it in agents}} if agents else None
-
-    def _usage_of(self, session: str) -> JsonObject:
-        row = self._database.execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
-        return json.loads(row[0]) if row else {}
+        execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
 
     def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":
         """Yield what the client's sums have beyond what was counted for their chain: no line has it."""
@@ -2219,6 +2222,13 @@ class UsageReader:
             if any(more):
                 key = f"{state.chain} cost-state {model} {own}"
                 yield MessageUsage(key, "", model, (more[0], more[1], more[2], more[3], min(more[3:])))
+
+
+def totals_in(usage: JsonObject) -> "JsonObject | None":
+    """Return what an event has of a session's usage; None if that is nothing."""
+    agents = usage.get("agents", {})  # in the event the main agent, then those that used tokens last
+    newest = ["", *filter(None, reversed(agents))][:AGENTS_IN_USAGE]
+    return {**usage, "agents": {it: agents[it] for it in newest if it in agents}} if agents else None
 
 
 class UsageWorker(threading.Thread):
@@ -2293,30 +2303,29 @@ class UsageWorker(threading.Thread):
         self.reader.close()  # SQLite wants it in the thread that opened it
 
 
-def transcripts_of(main_path: Any, agent_path: Any = None) -> "dict[str, str]":
-    """Find a session's transcripts: path without links → agent id; "" for the main one."""
-    places = transcript_places(main_path)
-    found = {os.path.realpath(place): "" for place in places}
-    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
+def transcripts_of(main_path: Any, agent_path: Any, known: "Collection[str]") -> "dict[str, str]":
+    """Find a session's transcripts: path without links, as those `known` → agent id; "" for the main one."""
+    places = transcript_places(main_path, known)
+    found = {place if place in known else os.path.realpath(place): "" for place in places}
+    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path, known)):
         named = re.search(r"/agent-([^/]*)\.jsonl\Z", path)
-        found.setdefault(os.path.realpath(path), named[1] if named else "")
+        found.setdefault(path if path in known else os.path.realpath(path), named[1] if named else "")
     return found
 
 
-def agent_files(places: "list[str]", beginning: str, end: str) -> "Iterator[str]":
+def agent_files(places: "list[str]", start: str, end: str) -> "Iterator[str]":
     """Yield files of a session's agents by their names, in `<session>/subagents/` or below."""
     own = (place[: -len(".jsonl")] + "/subagents" for place in places)
     for top in (it for it in own if not os.path.islink(it)):  # a link may lead to all of the disk
         for folder, _, names in os.walk(top):
-            named = (it for it in sorted(names) if it.startswith(beginning) and it.endswith(end))
-            yield from (f"{folder}/{name}" for name in named)
+            yield from (f"{folder}/{it}" for it in sorted(names) if it.startswith(start) and it.endswith(end))
 
 
-def transcript_places(path: Any) -> "list[str]":
+def transcript_places(path: Any, known: "Collection[str]" = ()) -> "list[str]":
     """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
     if not _is_transcript_path(path):
         return []
-    places = [path, os.path.realpath(path)]
+    places = [path, path if path in known else os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
     projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
     unnamed = re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path)
@@ -2347,9 +2356,7 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 # A branch, or a commit's id with its first characters, in `.git/HEAD`: anything else may be a private file.
-_GIT_HEAD = re.compile(
-    r"ref: refs/(?:heads/)?([^\s~^:?*\[\\]{1,255})|([0-9a-f]{7})[0-9a-f]{33}(?:[0-9a-f]{24})?"
-)
+_GIT_REF = re.compile(r"ref: refs/(?:heads/)?([^\s~^:?*\[\\]{1,255})|([\da-f]{7})[\da-f]{33}(?:[\da-f]{24})?")
 
 
 def add_git_place(event: JsonObject) -> None:
@@ -2372,7 +2379,7 @@ def add_git_place(event: JsonObject) -> None:
                 if common := read(git, "commondir"):  # a submodule has none
                     common = os.path.normpath(os.path.join(git, common))
                     project = os.path.dirname(common) if common.endswith("/.git") else common
-            if (head := _GIT_HEAD.fullmatch(read(git, "HEAD"))) and head[0].isprintable():
+            if (head := _GIT_REF.fullmatch(read(git, "HEAD"))) and head[0].isprintable():
                 event["data"]["git"] = {"branch": head[1] or head[2], "root": root, "project": project}
                 return
 
@@ -2521,8 +2528,7 @@ class RegistryWatcher:
                     if entry.name.endswith(".json") and entry.name[:-5].isdigit():
                         about = entry.stat(follow_symlinks=False)
                         listed[entry.path] = (about.st_ino, about.st_size, about.st_mtime_ns)
-        for path in self._files.keys() - listed.keys():
-            del self._files[path]
+        self._files = {path: state for path, state in self._files.items() if path in listed}
         for path, state in listed.items():
             if self._files.get(path) == state or state[1] > CLIENT_FILE_LIMIT_BYTES:
                 continue
@@ -2768,16 +2774,14 @@ class Publisher:
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
         self._noted: dict[tuple[str, str], Any] = {}  # see add_agent_note
-        self._registry = RegistryWatcher(self._machine_key)
-        self._registry_due = 0.0  # time.monotonic
+        self._registry, self._registry_due = RegistryWatcher(self._machine_key), 0.0  # time.monotonic
         self._usage = UsageWorker(home, self._deliver)
         self._usage.reader.with_words = not self._privacy.metadata_only
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
-        self._failures = 0  # in a row
-        self._next_attempt = 0.0  # time.monotonic
+        self._failures, self._next_attempt = 0, 0.0  # in a row; time.monotonic
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=50)
         self._state: JsonObject = {
@@ -2901,8 +2905,7 @@ class Publisher:
         except Exception as error:  # the events stay in the spool
             self._fail(redis_trouble(error, self._values))
             return
-        step = 2 if stream else 1
-        sent, kept = _Batch(), _Batch()
+        step, sent, kept = 2 if stream else 1, _Batch(), _Batch()
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
@@ -2910,21 +2913,18 @@ class Publisher:
             # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
             published = bool(subscribers) or (subscribers == 0 and is_cluster)
             (sent if streamed or (not stream and published) else kept).append(event)
-        channel_reason, stream_reason = (
-            redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
-            for reply in (reached, added if stream else None)
-        )
+        errors = (it if isinstance(it, Exception) else None for it in (reached, added if stream else None))
+        reasons = on_channel, on_stream = [redis_trouble(it, self._values) if it else None for it in errors]
         self._state.update(subscribers=subscribers, published=self._state["published"] + len(sent))
-        self._state.update(channelState="refused" if channel_reason else "ok", channelReason=channel_reason)
-        stream_state = "refused" if stream_reason else "ok" if stream else "off"
-        self._state.update(stream=stream_state, streamReason=stream_reason)
+        self._state.update(channelState="refused" if on_channel else "ok", channelReason=on_channel)
+        stream_state = "refused" if on_stream else "ok" if stream else "off"
+        self._state.update(stream=stream_state, streamReason=on_stream)
         self._batch = kept + self._batch[len(batch) :]
         self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
             del self._sent[0]
         if kept:
-            reasons = filter(None, (channel_reason, stream_reason))
-            self._fail("; ".join(reasons) or f"no monitor is subscribed to {channel}")
+            self._fail("; ".join(filter(None, reasons)) or f"no monitor is subscribed to {channel}")
         else:
             self._failures = 0
             self._enter("publishing")

@@ -5787,14 +5787,14 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
     first, second = Transcript(str(tmp_path), "s1"), Transcript(str(tmp_path), "s2")
     first.add(usage_line("s1", 5))
     second.add(usage_line("s2", 5))
-    real = ee.UsageReader.totals
+    real = ee.totals_in
 
     def slow(*arguments: Any) -> Any:
         reading.set()
         goes_on.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(ee.UsageReader, "totals", slow)
+    monkeypatch.setattr(ee, "totals_in", slow)
     worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events))
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert worker.is_watching({"s2"}) and not worker.is_watching({"s1"})
@@ -5896,6 +5896,82 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
                 transcript.add(usage_lines(range(first, first + 50)))
                 time.sleep(chance.random() * 0.01)
     assert transcript.total() == 6000
+
+
+@pytest.mark.parametrize("ending", ["the next totals", "a kill", "a damaged usage.db"])
+def test_what_is_read_between_totals_is_saved_by_the_next_or_read_again(tmp_path, ending):
+    first, second = Transcript(str(tmp_path), "s1"), Transcript(str(tmp_path), "s2")
+    reader, said = ee.UsageReader(str(tmp_path)), []
+    about = {it.session: {**usage_event(it.path, it.session), "states": {}} for it in (first, second)}
+    for number in range(4):  # the first look has totals
+        for session, each in (("s1", first), ("s2", second)):
+            each.add(usage_entries(f"{session}-{number} 1/2").encode())
+            said += reader.events(about[session], is_end=False)
+    assert [it["eventType"] for it in said] == [ee.WORDS, "usage"] * 2 + [ee.WORDS] * 6
+    if ending == "a kill":
+        reader = ee.UsageReader(str(tmp_path))
+        about = {it: {**about[it], "states": {}} for it in about}
+    elif ending == "a damaged usage.db":
+        reader.close()
+        (tmp_path / "usage.db").write_bytes(b"no database")
+        assert reader.events(about["s2"]) == []
+    events = reader.events(about["s1"]) + reader.events(about["s2"])
+    assert [usage_output(it["data"]["usage"]) for it in events if it["eventType"] == "usage"] == [8, 8]
+    assert {it["id"] for it in events if it["eventType"] == ee.WORDS} <= {it.get("id") for it in said}
+
+
+@given(seed=st.integers(0, 1 << 32))
+@settings(max_examples=60)
+def test_looks_kills_and_failures_in_any_order_lose_and_double_nothing(seed):
+    chance, written, given_words = random.Random(seed), collections.Counter(), []
+    is_doubled = False  # with the same id, which the monitor drops
+    with tempfile.TemporaryDirectory() as home:
+        reader, totals, events = ee.UsageReader(home), {}, {}
+
+        def look(session: str, is_end: bool) -> None:
+            for it in reader.events(events[session], is_end):
+                if it["eventType"] == "usage":
+                    totals[session] = usage_output(it["data"]["usage"])
+                else:
+                    given_words.append(it["id"])
+
+        def fail(_events: object) -> bool:
+            reader.deliver = lambda _: True
+            raise OSError("no space left")
+
+        for step in range(40):
+            session, act = (
+                chance.choice("abc"),
+                chance.choice("write write write look look end kill fail".split()),
+            )
+            path = f"{home}/{session}.jsonl"
+            events.setdefault(session, {**usage_event(path, session), "states": {}})
+            is_doubled |= act in ("kill", "fail")
+            if act == "write":
+                below = chance.choice(
+                    ("", f"{session}/subagents/agent-x", f"{session}/subagents/workflows/w/agent-y")
+                )
+                path = f"{home}/{below}.jsonl" if below else path
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(usage_entries(f"m{session}{step} 1/{step + 1}", session))
+                written[session] += step + 1
+            elif act == "kill":
+                reader = ee.UsageReader(home)
+                events = {name: {**event, "states": {}} for name, event in events.items()}
+            else:
+                if act == "fail":
+                    reader.deliver = fail
+                look(session, is_end=act == "end")
+                reader.deliver = lambda _: True
+            if act == "end":
+                assert totals.get(session, 0) == written[session]
+        for session in events:
+            look(session, is_end=True)
+        assert totals == +written
+        lines = sum(path.read_bytes().count(b"\n") for path in pathlib.Path(home).rglob("*.jsonl"))
+        assert len(set(given_words)) == lines and (is_doubled or len(given_words) == lines)
+        reader.close()
 
 
 # What was said ---------------------------------------------------------------

@@ -39,6 +39,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -1363,6 +1364,62 @@ def read_all(root: str) -> None:
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
+
+
+# ---------------------------------------------------------------------------
+# Transcripts
+# ---------------------------------------------------------------------------
+
+
+def transcript_lines(turn: int, call: int) -> str:
+    """Return what the client writes for one call: an answer's text, the call itself, its result."""
+    common = {"isSidechain": False, "cwd": "/home/ada/shop", "sessionId": "s1", "version": "2.1.332"}
+    usage = {"input_tokens": 4, "cache_creation_input_tokens": 300, "cache_read_input_tokens": 20_000 + call}
+    message = {"id": f"msg_{turn}_{call}", "role": "assistant", "model": tests.USAGE_MODEL}
+    tool = {"type": "tool_use", "id": f"toolu_{turn}_{call}", "name": "Read", "input": {"file_path": "a.py"}}
+    result = {"type": "tool_result", "tool_use_id": tool["id"], "content": "a line of code\n" * 60}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()[:23] + "Z"
+    about = {**common, "timestamp": now, "requestId": f"req_{turn}_{call}"}
+    usage["output_tokens"] = 100
+    entries = [
+        {**about, "type": kind, "message": {**said, "content": [block]}}
+        for kind, said, block in (
+            (
+                "assistant",
+                {**message, "usage": usage},
+                {"type": "text", "text": f"File {call} of {turn}. " * 6},
+            ),
+            ("assistant", {**message, "usage": usage}, tool),
+            ("user", {"role": "user"}, result),
+        )
+    ]
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+@benchmark(
+    "reader",
+    "reader of transcripts: a turn of 5 calls, a look after each | ms | 2 | <= 1",
+    "reader of transcripts: a turn of 20 calls, in 5 looks | ms | 2 | <= 1",
+    "reader of transcripts: a turn of 20 calls, a look after each | ms | 2 | <= 1",
+)
+def bench_reader(sizes: Sizes) -> Iterator[Measured]:
+    """Measure the processor time of the reader's thread for a turn, the median of many."""
+    for calls, looks in ((5, 5), (20, 5), (20, 20)):
+        costs = []
+        with tempfile.TemporaryDirectory() as home, open(f"{home}/s1.jsonl", "a") as transcript:
+            reader = ee.UsageReader(f"{home}/ours")
+            event = {**tests.usage_event(f"{home}/s1.jsonl"), "timestamp": ee.now_ms(), "states": {}}
+            for turn in range(20 * sizes.rounds):
+                cost = 0.0
+                for look in range(looks):
+                    share = range(look * calls // looks, (look + 1) * calls // looks)
+                    transcript.write("".join(transcript_lines(turn, call) for call in share))
+                    transcript.flush()
+                    begin = time.thread_time()
+                    reader.events(event, is_end=look == looks - 1)
+                    cost += time.thread_time() - begin
+                costs.append(cost * 1000)
+        yield Measured(statistics.median(costs))
 
 
 # ---------------------------------------------------------------------------
