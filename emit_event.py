@@ -1877,7 +1877,7 @@ class TranscriptParser:
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
-        self._model = model  # of the last line that names one, where the lines with tokens do not
+        self.model = model  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
@@ -1937,7 +1937,7 @@ class TranscriptParser:
         """Yield what a line of another program's transcript has of usage."""
         about = AGENTS[self._program]
         if entry.get("type") == "turn_context":
-            self._model = id_or(inner.get("model"), self._model)
+            self.model = id_or(inner.get("model"), self.model)
         type_name, place, key_name = about.usage
         usage = inner.get(place)
         if entry.get("type") != type_name or not isinstance(usage, dict):
@@ -1949,7 +1949,7 @@ class TranscriptParser:
             received += _counts_of(usage, ["thoughts", "-"])[0]
         thread = inner.get("thread_id") if inner.get("thread_id") != inner.get("session_id") else None
         agent_id = id_or(entry.get("agentId", thread), self._agent_id).replace("main", "", 1)
-        model = id_or(usage.get("model", entry.get("model")), self._model) or "unknown"
+        model = id_or(usage.get("model", entry.get("model")), self.model) or "unknown"
         key = id_or(usage.get(key_name, inner.get(key_name)), id_or(entry.get("id"), stable_id(line)))
         yield MessageUsage(f"{self._program} {key}", agent_id, model, (sent, received, read, written, 0))
 
@@ -2054,8 +2054,8 @@ class UsageReader:
         self._database: Any = None  # sqlite3.Connection, once it is needed
         # Until the next totals: path → its row of files; session → what to count; id of words → session
         self._unsaved: tuple[dict[str, Any], dict[str, Any], dict[str, str]] = {}, {}, {}
-        # Session → hash of its last totals, and when they were read (time.monotonic)
-        self._delivered: dict[str, tuple[int, float]] = {}
+        self._delivered: dict[str, tuple[int, float]] = {}  # session → hash of its totals, time.monotonic
+        self._models: dict[str, str] = {}  # path of another program's transcript → TranscriptParser.model
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
         """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
@@ -2076,15 +2076,16 @@ class UsageReader:
             folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
             now = {path: now.get(path) or _file_state(path) for path in (*files, *folders)}
             grown = [path for path in files if now[path] and (is_due or now[path] != states.get(path))]
-            with_totals = is_end or is_due or bool(program)  # whose model is not in each line
+            with_totals = is_end or is_due
             self._unsaved[1].setdefault(session, [])
             with self._open() as database:  # all or nothing
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: files[it] == ""):
                     is_other = program == "codex" and session not in path  # a subagent's own file
-                    model = self.begin(session).get("model", "") if program else ""
+                    model = program and (self._models.get(path) or self.begin(session).get("model", ""))
                     parser = TranscriptParser(files[path] or SIDECHAIN * is_other, program, model)
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
+                    self._models.update({path: parser.model} if program else {})
                 with_totals |= any(it["eventType"] == "client_status" for it in found)  # Esc has no hook
                 totals = self._save(session) if with_totals else None
                 if totals and not self._stopping.is_set() and key != (key := hash(encode_json(totals))):
@@ -2196,9 +2197,8 @@ class UsageReader:
                 if not known or counts != before:
                     execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", (key, session, str(counts)))
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
-                    more = [now - then for now, then in zip(counts, before)]
                     for models in (usage["models"], of_agent):
-                        add_counts(models.setdefault(it.model, {}), more)
+                        add_counts(models.setdefault(it.model, {}), map(int.__sub__, counts, before))
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
                     usage.update({"origin": it.session} if it.session not in ("", session) else {})

@@ -7155,6 +7155,14 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
         (counts,) = usage["models"].values()
         assert counts == {"input": 678, "output": output, "cacheRead": 333, "cacheCreation": 0}
     reader.close()
+    live, grown = ee.UsageReader(f"{tmp_path}/live"), tmp_path / "grown.jsonl"
+    look = {**event, "data": {"transcriptPath": str(grown)}, "states": {}}
+    for line in content.splitlines(keepends=True):
+        with open(grown, "ab") as file:
+            file.write(line)
+        live.events(look, is_end=False)
+    assert live.events(look)[-1]["data"]["usage"] == usage
+    live.close()
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
