@@ -1799,8 +1799,8 @@ def log_failure(reason: str) -> None:
 # ---------------------------------------------------------------------------
 # Token usage from transcripts: what each session and agent has used so far
 #
-# UsageReader owns usage.db: how far each transcript was read, and what was counted. A message counts once,
-# by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
+# UsageReader owns usage.db: how far transcripts were read at the last totals, and what was counted. A message
+# counts once, by its key, whichever lines and files repeat it, so usage.db may be lost: it is made again.
 # A transcript also contains what the agent said, and evidence of what fires no hook: Esc, "No", a killed
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
