@@ -1814,7 +1814,7 @@ USAGE_QUIET_S = 30.0  # between two totals of a session that works
 USAGE_LATE_S = 2.0  # after an end a session is still looked at: the last lines are written after the hook
 WORDS_TAIL_BYTES = 16 << 20  # of what was not read yet, words are taken from the last so many bytes
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 10
+USAGE_SCHEMA = 11
 _USAGE_FIELDS = "sessionId machineId machineKey agent workingDirectory timestamp".split()  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -1824,7 +1824,6 @@ _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInp
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
 _MARKS = b'"usage" "cost-state" "toolDenial "[Request <status>killed "max_turns "commandMode "popAll'.split()
-_USER_LINE = re.compile(b'"type": ?"user"')
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled" "CommandExecution"'
@@ -1844,7 +1843,7 @@ DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages; DROP TABLE IF EXISTS 
 CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, chain TEXT,
   usage TEXT DEFAULT '{{"models": {{}}, "agents": {{}}}}');
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, identity TEXT,
-  position INTEGER);
+  position INTEGER, model TEXT);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT REFERENCES sessions ON DELETE CASCADE, counts TEXT)
   WITHOUT ROWID;
 PRAGMA user_version = {USAGE_SCHEMA};
@@ -1873,16 +1872,16 @@ class CostState(NamedTuple):
 class TranscriptParser:
     """Find MessageUsage, CostState and events (words, evidence) in lines; copies of a line have one id."""
 
-    def __init__(self, agent_id: str = "", program: str = "", model: str = "") -> None:
+    def __init__(self, agent_id: str = "", program: str = "") -> None:
         self._agent_id = agent_id
         self._program = program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
-        self.model = model  # of the last line that names one, where the lines with tokens do not
+        self.model = ""  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         has_words = has_words and not self._program
-        is_prompt = has_words and _USER_LINE.search(line) and b'"tool_result"' not in line
+        is_prompt = has_words and b'"user"' in line and b'"tool_result"' not in line
         if is_prompt or any(map(line.__contains__, self._marks)):
             with contextlib.suppress(MalformedEvent):
                 return list(self.facts_in(as_message(parse_event_line(line)), line, has_words))
@@ -2055,15 +2054,14 @@ class UsageReader:
         # Until the next totals: path → its row of files; session → what to count; id of words → session
         self._unsaved: tuple[dict[str, Any], dict[str, Any], dict[str, str]] = {}, {}, {}
         self._delivered: dict[str, tuple[int, float]] = {}  # session → hash of its totals, time.monotonic
-        self._models: dict[str, str] = {}  # path of another program's transcript → TranscriptParser.model
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
         """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
-        key, read_at = self._delivered.get(session, (0, 0.0))
-        is_due = time.monotonic() - read_at >= USAGE_QUIET_S or (is_end and session in self._unsaved[1])
+        key, read_at = self._delivered.get(session, (0, -USAGE_QUIET_S))
+        is_due = time.monotonic() - read_at >= USAGE_QUIET_S
         now = {path: _file_state(path) for path in states}
-        if states and now == states and not is_due:
+        if states and now == states and not (is_due or is_end):
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         # A hook's event and the line about the same prompt are at most 2 s apart.
@@ -2071,7 +2069,8 @@ class UsageReader:
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
         try:
-            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"), states)
+            known = {it for it, state in states.items() if state and state[:2] == (now[it] or ())[:2]}
+            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"), known)
             folders = {os.path.dirname(path) for path, agent_id in files.items() if agent_id}
             folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
             now = {path: now.get(path) or _file_state(path) for path in (*files, *folders)}
@@ -2081,11 +2080,9 @@ class UsageReader:
             with self._open() as database:  # all or nothing
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: files[it] == ""):
-                    is_other = program == "codex" and session not in path  # a subagent's own file
-                    model = program and (self._models.get(path) or self.begin(session).get("model", ""))
-                    parser = TranscriptParser(files[path] or SIDECHAIN * is_other, program, model)
+                    agent_id = files[path] or SIDECHAIN * (program == "codex" and session not in path)
+                    parser = TranscriptParser(agent_id, program)
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
-                    self._models.update({path: parser.model} if program else {})
                 with_totals |= any(it["eventType"] == "client_status" for it in found)  # Esc has no hook
                 totals = self._save(session) if with_totals else None
                 if totals and not self._stopping.is_set() and key != (key := hash(encode_json(totals))):
@@ -2144,7 +2141,7 @@ class UsageReader:
             about = os.fstat(file.fileno())
             size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
             row = files.get(path) or execute("SELECT * FROM files WHERE path = ?", (path,)).fetchone()
-            place = row[3] if row and row[2] == identity and row[3] <= size else 0
+            place, parser.model = row[3:] if row and row[2] == identity and row[3] <= size else (0, "")
             file.seek(place)
             while place < size and not self._stopping.is_set():
                 line = file.readline(TRANSCRIPT_LINE_LIMIT_BYTES)  # of a longer one a part, which is no JSON
@@ -2160,33 +2157,34 @@ class UsageReader:
                         words[it["id"]] = session
                         if it["data"].get("role") != "user" or it["timestamp"] < since:
                             yield it
+                        elif self.begin(session):  # from its hook: not again after a restart
+                            execute("INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)", (it["id"], session))
                 place += len(line)
-            files[path] = path, session, identity, place
+            files[path] = path, session, identity, place, parser.model
 
     def _save(self, session: str) -> "JsonObject | None":
         """Save what was read of every session; return the totals of one."""
         files, found, words = self._unsaved
-        used = {name: self.begin(name) for name in found if found[name] or name == session}
-        for name in used:
-            self.count(name, found[name], used[name])
+        names = [it for it in found if found[it] or it == session]
+        # A fork is the last: the copies in its transcript count for its origin.
+        names.sort(key=lambda it: any(getattr(of, "session", it) not in ("", it) for of in found[it]))
+        used = {it: self.count(it, found[it], self.begin(it)) for it in names}
         execute = self._database.executemany
         execute("INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)", words.items())
-        execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", files.values())
+        execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", files.values())
         return totals_in(used[session])
 
     def begin(self, session: str) -> JsonObject:
         """Return what a session has used so far; drop those that were not read for 30 days."""
-        database = self._open()
-        add = (
-            "INSERT INTO sessions (read_ms, name) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET read_ms = ?1"
-        )
-        database.execute(add, (now_ms(), session))
-        database.execute("DELETE FROM sessions WHERE read_ms < ?", (now_ms() - 30 * 24 * 3600 * 1000,))
-        (usage,) = database.execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
+        execute, now = self._open().execute, now_ms()
+        add = "INSERT INTO sessions (read_ms, name) VALUES (?, ?) ON CONFLICT (name)"
+        execute(add + " DO UPDATE SET read_ms = ?1", (now, session))
+        execute("DELETE FROM sessions WHERE read_ms < ?", (now - 30 * 24 * 3600 * 1000,))
+        (usage,) = execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
         return dict(json.loads(usage))
 
-    def count(self, session: str, found: "list[MessageUsage | CostState]", usage: JsonObject) -> None:
-        """Add what a parser has found to the `usage` of a session that has begun, and save it."""
+    def count(self, session: str, found: "list[MessageUsage | CostState]", usage: JsonObject) -> JsonObject:
+        """Add what a parser has found to the `usage` of a session that has begun, save it and return it."""
         execute = self._database.execute
         for entry, _ in itertools.groupby(found):  # each line of a message has all of its usage
             for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry, usage):
@@ -2203,6 +2201,7 @@ class UsageReader:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
                     usage.update({"origin": it.session} if it.session not in ("", session) else {})
         execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
+        return usage
 
     def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":
         """Yield what the client's sums have beyond what was counted for their chain: no line has it."""
@@ -2336,10 +2335,11 @@ def transcript_places(path: Any, known: "Collection[str]" = ()) -> "list[str]":
     return list(dict.fromkeys(places))
 
 
-def _file_state(path: str) -> "tuple[int, int, int] | None":
+def _file_state(path: str) -> "tuple[int, int, int, int] | None":
+    """Return whether it is the same file or link, and what it holds, as numbers to be compared."""
     with contextlib.suppress(OSError):
-        about = os.stat(path)
-        return about.st_ino, about.st_size, about.st_mtime_ns
+        about = os.lstat(path)
+        return about.st_ino, about.st_mode, about.st_size, about.st_mtime_ns
     return None
 
 
@@ -2828,7 +2828,7 @@ class Publisher:
 
     def _current_basis(self) -> "tuple[Any, ...]":
         """Return what is the same while a publisher runs: its interpreter and its configuration."""
-        return publisher_python(self._home), _file_state(self._config_path)
+        return publisher_python(self._home), _file_state(os.path.realpath(self._config_path))
 
     def _deliver(self, events: "list[JsonObject]") -> bool:
         """Publish events from transcripts; return when they have arrived. For the thread that reads these."""

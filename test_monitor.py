@@ -5602,13 +5602,20 @@ def write_files(folder: Any, files: dict[str, str]) -> None:
                 file.write(content)
 
 
+def usage_named(files: str) -> tuple[dict[str, str], str]:
+    """Return the transcripts of a step of usage-layouts.txt, and the session of the first."""
+    named = dict(re.findall(r"(\S+): (.*?)(?: \||$)", files))
+    return named, os.path.basename(next(iter(named)))
+
+
 def usage_written(folder: Any, files: str) -> tuple[str, str]:
     """Write the transcripts of a step of usage-layouts.txt; return path and session of the first."""
-    named = dict(re.findall(r"(\S+): (.*?)(?: \||$)", files))
+    named, session = usage_named(files)
     first = next(iter(named))
-    session = os.path.basename(first)
     for name, words in named.items():
-        if words != "gone":
+        if words == "moved":
+            os.rename(f"{folder}/{name}.jsonl", f"{folder}/{name}.old.jsonl")
+        elif words != "gone":
             is_link = words.startswith("->")
             write_files(folder, {name + ".jsonl": words if is_link else usage_entries(words, session)})
     return f"{folder}/{first}.jsonl", session
@@ -5624,6 +5631,24 @@ def usage_words(usage: Any) -> str:
 
 
 USAGE_LAYOUTS = stories("usage-layouts", " → ")
+
+
+@pytest.mark.parametrize("rule", USAGE_LAYOUTS)
+def test_a_session_that_is_watched_counts_what_one_that_is_read_at_its_end_does(tmp_path, rule):
+    reader, events = ee.UsageReader(f"{tmp_path}/home"), {}
+    for files, used in USAGE_LAYOUTS[rule]:
+        (first, *_), session = usage_named(files)
+        event = events.setdefault(
+            session, {**usage_event(f"{tmp_path}/{first}.jsonl", session), "states": {}}
+        )
+        found = reader.events(event, is_end=False)
+        usage_written(tmp_path, files)
+        found += reader.events(event, is_end=False) + reader.events(event)
+        usages = [it["data"]["usage"] for it in found if it["eventType"] == "usage"]
+        assert usage_words(usages[-1] if usages else None) == used, files
+        assert reader.events(event) == []
+    reader.close()
+    assert not os.path.exists(f"{tmp_path}/home/emit.log")
 
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
@@ -5898,8 +5923,12 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
     assert transcript.total() == 6000
 
 
-@pytest.mark.parametrize("ending", ["the next totals", "a kill", "a damaged usage.db"])
-def test_what_is_read_between_totals_is_saved_by_the_next_or_read_again(tmp_path, ending):
+@pytest.mark.parametrize(
+    "ending", ["the next totals", "a kill", "a damaged usage.db", "totals of a machine that has just started"]
+)
+def test_what_is_read_between_totals_is_saved_by_the_next_or_read_again(tmp_path, ending, monkeypatch):
+    if "started" in ending:
+        monkeypatch.setattr(ee.time, "monotonic", lambda: 5.0)
     first, second = Transcript(str(tmp_path), "s1"), Transcript(str(tmp_path), "s2")
     reader, said = ee.UsageReader(str(tmp_path)), []
     about = {it.session: {**usage_event(it.path, it.session), "states": {}} for it in (first, second)}
@@ -5918,6 +5947,34 @@ def test_what_is_read_between_totals_is_saved_by_the_next_or_read_again(tmp_path
     events = reader.events(about["s1"]) + reader.events(about["s2"])
     assert [usage_output(it["data"]["usage"]) for it in events if it["eventType"] == "usage"] == [8, 8]
     assert {it["id"] for it in events if it["eventType"] == ee.WORDS} <= {it.get("id") for it in said}
+
+
+def test_a_fork_made_in_a_turn_leaves_its_origins_tokens_to_the_origin(tmp_path):
+    reader, first = ee.UsageReader(str(tmp_path)), usage_entries("m1 1/2", "s1")
+    events = {it: {**usage_event(f"{tmp_path}/{it}.jsonl", it), "states": {}} for it in ("s1", "s2")}
+    write_files(tmp_path, {"s1.jsonl": first})
+    for session in ("s1", "s2"):  # the fork has no transcript yet
+        reader.events(events[session])
+        reader.events(events[session], is_end=False)
+    copied = first + usage_entries("m2 1/30", "s1")
+    write_files(tmp_path, {"s2/subagents/agent-x.jsonl": usage_entries("m3 1/400", "s2")})
+    reader.events(events["s2"], is_end=False)
+    write_files(tmp_path, {"s1.jsonl": usage_entries("m2 1/30", "s1"), "s2.jsonl": copied})
+    reader.events(events["s1"], is_end=False)
+    totals = [reader.events(events[session])[-1]["data"]["usage"] for session in ("s2", "s1")]
+    assert list(map(usage_output, totals)) == [400, 32]
+
+
+def test_a_prompt_that_its_hook_reported_does_not_come_again_after_a_restart(transcript):
+    prompt, event = usage_entries("user go").encode(), usage_event(transcript.path, hook="UserPromptSubmit")
+    reported_ms = ee.iso_time_ms(json.loads(prompt)["timestamp"])
+    looks = [{**event, "timestamp": at_ms, "states": {}} for at_ms in (reported_ms, reported_ms + 60_000)]
+    transcript.add(usage_line("m0", 1))
+    transcript.reader.events(looks[0])
+    transcript.add(prompt)
+    assert transcript.reader.events(looks[0], is_end=False) == []
+    transcript.reader.close()
+    assert words_of(ee.UsageReader(transcript.home).events(looks[1])) == ""
 
 
 @given(seed=st.integers(0, 1 << 32))
@@ -7157,11 +7214,14 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
     reader.close()
     live, grown = ee.UsageReader(f"{tmp_path}/live"), tmp_path / "grown.jsonl"
     look = {**event, "data": {"transcriptPath": str(grown)}, "states": {}}
-    for line in content.splitlines(keepends=True):
+    for number, line in enumerate(content.splitlines(keepends=True)):
         with open(grown, "ab") as file:
             file.write(line)
-        live.events(look, is_end=False)
-    assert live.events(look)[-1]["data"]["usage"] == usage
+        live.deliver = (lambda _: 1 / 0) if number % 3 > 1 else lambda _: True
+        found += live.events(look, is_end=number % 3 > 1)
+    live.deliver = lambda _: True
+    found += live.events(look)
+    assert [it for it in found if it["eventType"] == "usage"][-1]["data"]["usage"] == usage
     live.close()
 
 
