@@ -897,11 +897,6 @@ class Journal:
             return next((line for _, line in lines if line), None)
         return None
 
-    def size(self) -> tuple[int, int]:
-        """Return (files, bytes) of everything stored."""
-        sizes = [file.size for file in self.files()]
-        return len(sizes), sum(sizes)
-
 
 class MemoryJournal(Journal):
     """The journal for `persistence.enabled: false`: the last events, in memory only."""
@@ -1493,11 +1488,6 @@ _OUTCOMES = {
 }
 
 
-def is_duration(value: Any) -> bool:
-    """True if a value is a plausible duration in milliseconds."""
-    return type(value) in emit_event.NUMBERS and 0 <= value < 1 << 40
-
-
 def call_facts(event: JsonObject) -> list[CallFact]:
     """Return what an event reports about tool calls; a call without an id gets one from its event."""
     data, timestamp, agent_id = event["data"], event["timestamp"], event.get("agentId", MAIN)
@@ -1514,8 +1504,9 @@ def call_facts(event: JsonObject) -> list[CallFact]:
         outcome = Outcome.INTERRUPTED
     if not isinstance(use_id, str) or not use_id:
         use_id = UNNAMED + event["id"]
-    duration, finish = (data.get("durationMs"), timestamp) if outcome >= Outcome.OK else (None, None)
-    duration = round(duration) if duration is not None and is_duration(duration) else None
+    finish, given = (timestamp if outcome >= Outcome.OK else None), data.get("durationMs")
+    is_plausible = finish is not None and type(given) in emit_event.NUMBERS and 0 <= given < 1 << 40
+    duration = round(given) if is_plausible else None
     error = None if outcome is Outcome.OK else data.get("error") or data.get("reason")
     tool, begun = text_of(data.get("toolName")) or "?", timestamp - (duration or 0)
     return [CallFact(use_id, tool, data.get("toolInput"), agent_id, begun, finish, duration, outcome, error)]
@@ -1891,8 +1882,7 @@ _ALIAS = re.compile(r"(?:.*\bclaude-)?" + _MODEL_KIND + r"(?:-latest)?(?:\[\w+\]
 
 def model_family(model: str) -> str:
     """Return the family of a model, such as "opus-4-5" (any cloud's name), an alias's kind, else ""."""
-    found = _OLD_MODEL.search(model) or _NEW_MODEL.search(model)
-    if found is None:
+    if (found := _OLD_MODEL.search(model) or _NEW_MODEL.search(model)) is None:
         alias = _ALIAS.fullmatch(model)
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
@@ -1971,8 +1961,7 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
     label = _description(event["data"].get("toolInput"))
     background = output.get("status") in ("async_launched", "teammate_spawned")
     session.launched[agent_id] = (label, parent_id, background)
-    agent = session.agents.get(agent_id)
-    if agent is None:
+    if (agent := session.agents.get(agent_id)) is None:
         return
     if not agent.has_metadata:
         agent.label, agent.parent_id = label or agent.label, parent_id
@@ -2452,8 +2441,7 @@ class Sessions:
         """Apply one event once, by its `seq`; return its session, or a temporary one if it creates none."""
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
-        session = self.sessions.get(session_id)
-        if session is None:
+        if (session := self.sessions.get(session_id)) is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
             if kind in READ_KINDS or (kind == "session_end" and "agent" in event):
@@ -2566,8 +2554,7 @@ class Sessions:
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
         """End the session that the process ran before (/clear, --resume), perhaps without SessionEnd."""
-        process = process_of(event)
-        if process is None:
+        if (process := process_of(event)) is None:
             return
         runner = self._key_of(event), process
         other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
@@ -2704,8 +2691,7 @@ class Sessions:
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
         self._due_at.pop(session_id, None)
-        deleted = self.sessions.pop(session_id, None)
-        if deleted is None:
+        if (deleted := self.sessions.pop(session_id, None)) is None:
             return False
         for process in deleted.processes:
             if self._running.get((deleted.machine_key, process)) == session_id:
@@ -2793,6 +2779,8 @@ class Sessions:
         gauges = session.gauges or {**_NO_GAUGES, "context": usage and _estimated_context(session, usage)}
         costs = {"client": gauges["costUsd"], "estimate": estimate}
         source = next((name for name, cost_usd in costs.items() if cost_usd is not None), None)
+        waits = (it for it in session.waits if it.event_id)
+        asks = ((it.event_id, it.agent_id or None, it.since, it.event_id in self.answerable) for it in waits)
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
@@ -2800,16 +2788,7 @@ class Sessions:
             "continuedFrom": session.continued_from or session.forked_from,
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
-            "asks": [
-                {
-                    "eventId": it.event_id,
-                    "agentId": it.agent_id or None,
-                    "since": it.since,
-                    "answerable": it.event_id in self.answerable,
-                }
-                for it in session.waits
-                if it.event_id
-            ],
+            "asks": [dict(zip(_ASK_JSON, ask)) for ask in asks],
             "childSessionIds": children.get(session.session_id, []),
             "agents": _agents_json(session) if session.agents else [],
             "agentCount": len(session.agents),
@@ -2848,10 +2827,6 @@ class Sessions:
         newest = sorted(self.sessions.values(), key=lambda it: it.last_event, reverse=True)
         return (self.to_json(it, children) for it in newest if with_hidden or not it.hidden)
 
-    def in_state(self, state: str) -> frozenset[str]:
-        """Return the ids of the sessions that are in a state now."""
-        return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
-
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 # The format of a snapshot, derived from the fields of its classes.
@@ -2882,6 +2857,7 @@ _SESSION_JSON = {
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
+_ASK_JSON = ("eventId", "agentId", "since", "answerable")
 
 # Variables of a terminal (pattern of each, whose groups are numbered on) → its name, and the command for a
 # shell that brings it to the front. The first row that fits decides; the patterns leave nothing to be quoted.
@@ -3130,8 +3106,7 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     """Parse what a person types: words, `begin*`, `"words in a row"`; src/app.py is a row of three."""
     terms = []
     for quoted, bare in _QUERY_PART.findall(text):
-        words = tuple(_WORD.findall(fold(quoted or bare)))
-        if words:
+        if words := tuple(_WORD.findall(fold(quoted or bare))):
             terms.append(Term(words, bare.endswith("*")))
     return tuple(dict.fromkeys(terms))
 
@@ -3151,8 +3126,7 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
     words = re.compile("(" + "|".join(term.pattern for term in terms) + ")", re.IGNORECASE)
     first: JsonObject = {"snippet": []}
     for name, text in event_texts(event["data"]) if terms else ():
-        match = words.search(text)
-        if match:
+        if match := words.search(text):
             start = max(0, match.start() - SNIPPET_CHARS // 3)
             end = max(match.end(), start + SNIPPET_CHARS)
             pieces = words.split(re.sub(r"\s+", " ", text[start:end]))
@@ -4010,10 +3984,8 @@ EXPORT_CHUNK_LINES = 100
 
 def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that match a query, in order of arrival."""
-    for line in journal.lines(query.only_session):
-        with contextlib.suppress(MalformedEvent):
-            if query.takes(parse_stored(line)):
-                yield line
+    stored = readable(journal.lines(query.only_session))
+    return (line for _, event, line in stored if query.takes(event))
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -4039,9 +4011,7 @@ ClockStep = tuple[int, int, int]  # the clock was set: (last seq before, ms that
 
 def boot_id() -> str:
     """Return the id of this boot of the machine; "" where there is none."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    return ""
+    return emit_event.read_small("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 class ClockMemory:
@@ -4628,8 +4598,7 @@ class WebSocketServer:
 def event_frames(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
     """Encode the message of each event for a view; the full view contains the stored bytes unchanged."""
     form = b'{"type":"event","seq":%d,"event":%b}'
-    is_full = view == "full"
-    bodies = ((seq, line if is_full else encode_json(event_row(event))) for seq, event, line in stored)
+    bodies = ((seq, line if view == "full" else encode_json(event_row(event))) for seq, event, line in stored)
     return [encode_frame(Opcode.TEXT, form % body) for body in bodies]
 
 
@@ -5110,8 +5079,7 @@ class Query(dict[str, str]):
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
         """Return an integer parameter within its bounds."""
-        text = self.get(name)
-        if text is None:
+        if (text := self.get(name)) is None:
             return default
         if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
             raise SearchError(name, f"an integer from {low} to {high}")
@@ -5188,8 +5156,7 @@ class Api:
         return Response(200, b'{"events":[%b],"more":%b}' % (page, encode_json(len(lines) > limit)))
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
-        line = self._monitor.journal.find(event_id, query.get("session"), query.integer("seq"))
-        if line is None:
+        if (line := self._monitor.journal.find(event_id, query.get("session"), query.integer("seq"))) is None:
             raise RequestError(404, "no event with this id is stored")
         return Response(200, line)
 
@@ -5501,8 +5468,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         try:
             while coding or not body:
                 if coding:
-                    match = CHUNK_SIZE.fullmatch(self.rfile.readline(1024))
-                    if match is None:
+                    if (match := CHUNK_SIZE.fullmatch(self.rfile.readline(1024))) is None:
                         raise malformed
                     size = int(match[1], 16)
                 if len(body) + size > emit_event.LINE_LIMIT_BYTES:
@@ -5577,10 +5543,9 @@ def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
 
 def _process_fields(pid: int) -> tuple[str, list[str]]:
     """Return a process's name and the fields after it in /proc/PID/stat; ("", []) without such a file."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        name, _, rest = file.read().partition("(")[2].rpartition(")")
-        return name, rest.split()
-    return "", []
+    found = emit_event.read_small(f"/proc/{pid}/stat").decode("utf-8", "replace")
+    name, _, rest = found.partition("(")[2].rpartition(")")
+    return name, rest.split()
 
 
 @dataclasses.dataclass(eq=False)
@@ -5681,8 +5646,7 @@ class Answers:
 
     def answer(self, session_id: str, event_id: str, answer: Any, by: str) -> JsonObject:
         """Send one answer to its hook and record it, outside the loop thread; raise RequestError."""
-        line = self._monitor.journal.find(event_id, session_id)
-        if line is None:
+        if (line := self._monitor.journal.find(event_id, session_id)) is None:
             raise RequestError(400, "eventId: no such question is stored")
         event = parse_stored(line)
         data = event["data"]
@@ -6334,8 +6298,7 @@ class HookPort:
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         self.waiting[sock] = len(lines)
-        for line in lines:
-            self.received.add((line, sock))
+        self.received.add(*((line, sock) for line in lines))
         if not data and not lines:
             self.drop(sock)
 
@@ -6543,9 +6506,7 @@ class Ingest:
             log.info("first event from machine %s (%s)", name, key)
             machine = {"machineKey": key, "events": 0, "dropped": 0}
         self.machines[key] = machine
-        machine["machineId"] = name
-        machine["events"] += 1
-        machine["lastSeen"] = received_ms
+        machine.update(machineId=name, events=machine["events"] + 1, lastSeen=received_ms)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
             machine["dropped"] += dropped
@@ -6692,8 +6653,7 @@ class Retention:
 
     def disk_use(self, index_size: int) -> JsonObject | None:
         """Return the disk use for the status, None before the first plan; `index_size`: the current one."""
-        plan = self._plan
-        if plan is None:
+        if (plan := self._plan) is None:
             return {"error": self._error} if self._error else None
         since = self.events_added - self._measured_at
         return {
@@ -6934,8 +6894,7 @@ class MessageHandlers:
         return self._monitor.retention.prune(bool(message.get("dryRun")))  # a wrong value deletes nothing
 
     def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
-        session = self._monitor.sessions.sessions.get(message.get(name) or "")
-        if session is None:
+        if (session := self._monitor.sessions.sessions.get(message.get(name) or "")) is None:
             raise RequestError(400, f"{name}: no session with this id is known")
         return session
 
@@ -7004,8 +6963,7 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
     for (host, name), line in lines.items():
         line["sameName"], line["label"] = name != "/" and names[name] > 1, line["machineId"]
         if line["containers"] > 1:
-            line["label"] = f"{hosts[host]}, " if host else ""
-            line["label"] += f"{line['containers']} containers"
+            line["label"] = (f"{hosts[host]}, " if host else "") + f"{line['containers']} containers"
         elif line["sameName"] and line["machineKey"] != name:
             line["label"] += f" ({line['machineKey'][:4]})"
     return sorted(lines.values(), key=operator.itemgetter("label"))
@@ -7042,7 +7000,6 @@ class Status:
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
         keys = itertools.islice(reversed(machines), MACHINES_SHOWN)
         shown = [{**machines[key], "clockSkewMs": skew_ms(key)} for key in keys]
-        ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
         slow_at, slow_ms = monitor.journal.slow_write
@@ -7053,7 +7010,7 @@ class Status:
             "startedAt": monitor.started_at,
             "pid": os.getpid(),
             "seq": monitor.journal.seq,
-            "events": dict(ingest.counts),
+            "events": dict(monitor.ingest.counts),
             "sessions": len(monitor.sessions.sessions),
             "clients": sum(client.view is not None for client in monitor.clients.clients.values()),
             "store": {
@@ -7067,15 +7024,15 @@ class Status:
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": monitor.spool_dropped + sum(it["dropped"] for it in ingest.machines.values()),
+                "dropped": monitor.spool_dropped + sum(it["dropped"] for it in machines.values()),
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
             "machines": machine_lines(shown, monitor.settings),
-            "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
+            "otherMachines": max(0, len(machines) - MACHINES_SHOWN),
             "answers": monitor.answers.status(),
-            "redis": redis.status() if redis else None,
-            "publisher": publisher_state(monitor.settings.home) if redis else None,
+            "redis": monitor.redis.status() if monitor.redis else None,
+            "publisher": publisher_state(monitor.settings.home) if monitor.redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
             "limits": monitor.sessions.limits(now_ms()),
@@ -7104,8 +7061,7 @@ class Status:
 
     def session_json(self, session_id: str) -> JsonObject:
         """Return one session; raise RequestError(404), or 503 while stored ones are being read."""
-        session = self._monitor.sessions.sessions.get(session_id)
-        if session is not None:
+        if (session := self._monitor.sessions.sessions.get(session_id)) is not None:
             return self._monitor.sessions.to_json(session)
         if self._monitor.loading is not None:
             raise RequestError(503, LOADING)
@@ -7337,8 +7293,7 @@ class Monitor:
         """Store the spool's segments, and remove each that is stored; after a failure it is read again."""
         self._is_draining, spool = True, self.settings.path("spool")
         try:
-            events = emit_event.take_dropped(spool)
-            if events:
+            if events := emit_event.take_dropped(spool):
                 self.spool_dropped += events
                 log.warning("the spool was full: %d events were dropped before the monitor ran", events)
             for segment, size in emit_event.spool_segments(spool):
@@ -7426,9 +7381,8 @@ class Monitor:
         if not stored and not waiting:
             return
         changed: list[Session] = []
-        for entry in stored:
-            if self.loading is None:
-                changed += self._apply(entry.event)
+        for entry in stored if self.loading is None else ():
+            changed += self._apply(entry.event)
         self._note_changes(changed)
         if waiting or self.redis or self.answers.questions:
             self.answers.take(stored, waiting)
@@ -7452,8 +7406,7 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _notify(self) -> None:
-        if self.notifier is None:
-            return
+        assert self.notifier  # else no timer calls this
         current: dict[str, list[Notice]] = {it: [] for it in self._notice_changes}
         with_limits = "limit" in self.notifier.kinds
         for session in filter(None, map(self.sessions.sessions.get, current)):
@@ -7480,8 +7433,7 @@ class Monitor:
         counts = collections.Counter(it.state for it in self.sessions.sessions.values() if not it.hidden)
         names = {"waiting": "need you", "failed": "failed", "working": "working", "quiet": "quiet"}
         shown = [f"{counts[state]} {name}" for state, name in names.items() if counts[state]]
-        words = " · ".join(shown) or "all idle"
-        if words != self._short:
+        if (words := " · ".join(shown) or "all idle") != self._short:
             with contextlib.suppress(OSError):  # tried again
                 emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
                 self._short = words
@@ -7537,14 +7489,9 @@ class Monitor:
 
     def search_query(self, wanted: JsonObject) -> SearchQuery:
         """Return a query of the API or of a client, whose `state` is that of sessions now."""
-        state = wanted["state"]
-        is_known = isinstance(state, str) and state != ""
-        return search_query(wanted, self.sessions.in_state(str(state)) if is_known else None)
-
-    def reconnect_redis(self) -> None:
-        """Connect to Redis at once, also after the last attempt failed."""
-        if self.redis:
-            self.redis.reconnect()
+        state, sessions = wanted["state"], self.sessions.sessions.values()
+        found = frozenset(it.session_id for it in sessions if it.state == state) if state else None
+        return search_query(wanted, found)
 
     def delete(self, session: Session) -> None:
         """Delete a session with its events, at the user's request."""
@@ -7775,8 +7722,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
         return sock
     except (OSError, UnicodeError) as error:  # UnicodeError: such as of a..b, which is no host name
         is_in_use = getattr(error, "errno", None) == errno.EADDRINUSE
-        reason = getattr(error, "strerror", None) or error
-        what = "is in use" if is_in_use else f"cannot be opened: {reason}"
+        what = "is in use" if is_in_use else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
         raise StartError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
 
 
@@ -7785,9 +7731,8 @@ def bind_unix(path: str) -> socket.socket:
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         about = os.lstat(path)
         probe.settimeout(1)
-        choose = "choose another socketPath"
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
-            raise StartError(f"{path} exists and is not a socket; remove it or {choose}")
+            raise StartError(f"{path} exists and is not a socket; remove it or choose another socketPath")
         if probe.connect_ex(path) == 0:
             raise StartError(f"{path}: another program listens there{stop_advice(path)}")
         os.unlink(path)
@@ -8062,8 +8007,7 @@ def plan_install(
         return InstallPlan(path, read_text(path), text, names)
     old, settings = read_settings(path)
     if is_claude and home:
-        names = event_names(version)
-        if not names:
+        if not (names := event_names(version)):
             raise CommandError("this version of Claude Code has no hooks; update it, then try again")
         names += [] if version else sorted(our_hooks(settings).keys() - names)
         names = [name for name in names if name not in without]
@@ -8548,8 +8492,7 @@ def trouble_of(command: str) -> str | None:
 def run_steps(commands: Iterable[str]) -> None:
     """Run commands of the system; raise CommandError for the first one that fails."""
     for command in commands:
-        trouble = trouble_of(command)
-        if trouble is not None:
+        if (trouble := trouble_of(command)) is not None:
             raise CommandError(f"`{command}` failed: {trouble}")
 
 
@@ -8650,8 +8593,7 @@ class Doctor:
             yield _ok("files", f"{home} is for this user only")
 
     def _hook(self) -> Findings:
-        version = claude_version()
-        if version is None:
+        if (version := claude_version()) is None:
             advice = "install it, or put it on the PATH; until then only the oldest events are registered"
             yield _warn("claude", "`claude` was not found or does not print its version", advice)
         else:
@@ -8781,8 +8723,7 @@ class Doctor:
         python = emit_event.publisher_python(self._settings.home)
         answer = run_in_python(python, "import redis; print(redis.__version__)")
         if answer.returncode:
-            advice = redis_py_advice(python)
-            yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
+            yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", redis_py_advice(python))
         else:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
@@ -9227,8 +9168,7 @@ class TranscriptReader:
         entries = [entry for path in paths for entry in self._entries_of(path)]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
         self._used = self.usage.begin(self.session_id)
-        events = [event for entry in entries for event in self._events_of(entry)]
-        if not events:
+        if not (events := [event for entry in entries for event in self._events_of(entry)]):
             return []
         self.usage.count(self.session_id, self._sums, self._used)  # they have no time
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
@@ -9479,8 +9419,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     except TimeoutError:
         what = f"(process {process.pid}) does not answer; end it, start again"
         raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason") from None
-    failed = re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M)
-    if failed:
+    if failed := re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M):
         raise StartError(failed[1])
     if (about := running_monitor(settings)) is None:
         raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may name the reason")
@@ -9517,7 +9456,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(monitor.reconnect_redis))
+    reconnect = monitor.redis.reconnect if monitor.redis else lambda: None  # at once, also after giving up
+    signal.signal(signal.SIGHUP, lambda *_: monitor.loop.call_soon(reconnect))
     place = f"{settings['server.host']}, port {monitor.port}"
     log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
     if args.detached:
@@ -9626,9 +9566,8 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
 def command_status(settings: Settings, args: argparse.Namespace) -> int:
     """Print the monitor's state, with exit status 1 when it does not run."""
     if args.short:
-        line, runs = "", lock_holder(settings.path("monitor.pid")) is not None
-        with contextlib.suppress(OSError), open(settings.path("short"), encoding="utf-8") as file:
-            line = file.read().strip()
+        runs = lock_holder(settings.path("monitor.pid")) is not None
+        line = emit_event.read_small(settings.path("short")).decode().strip()
         print((line or "starting") if runs else "not running")
         return 0 if runs and line else 1
     if (about := running_monitor(settings)) is None:
@@ -9763,8 +9702,7 @@ def command_answer(settings: Settings, args: argparse.Namespace) -> int:
             print_status("it can only be answered in the client: no hook of `install --answers` waits")
         return 0
     answer = given_answer(event, args.answer[0], args.answer[1:])
-    request = {"sessionId": session_id, "eventId": event["id"], "answer": answer}
-    result = ask_to_answer(settings, request)
+    result = ask_to_answer(settings, {"sessionId": session_id, "eventId": event["id"], "answer": answer})
     if result["outcome"] != "delivered":
         what = "too late" if result["outcome"] == "late" else "not delivered"
         raise CommandError(f"{what}: {result['words']}")
@@ -10094,7 +10032,7 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     if not settings["persistence.enabled"]:
         print_status("persistence.enabled is false: only events stored before can be exported")
     query = search_query(wanted, sessions)
-    counter = Progress(store.size()[1], "events", quiet=not args.output)
+    counter = Progress(sum(file.size for file in store.files()), "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
     if args.format == "html":
         if not args.session:
@@ -10264,8 +10202,7 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare_output() -> None:
     """Prepare standard output for any text, and for being closed."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
+        if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
         elif isinstance(stream, io.TextIOWrapper):
             is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"

@@ -777,8 +777,7 @@ def _read_config(path: str) -> JsonObject:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        values = load_config(config_path)[0]
-        mode, socket_path = values["mode"], values["socketPath"]
+        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
             whole().log_failure(f"defaults used: {error}")
@@ -2010,8 +2009,7 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    it = hashlib.sha256(content).hexdigest()  # as a UUID of version 4
-    return f"{it[:8]}-{it[8:12]}-4{it[13:16]}-{'89ab'[int(it[16], 16) % 4]}{it[17:20]}-{it[20:32]}"
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
@@ -2485,8 +2483,7 @@ class RegistryWatcher:
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
         for path, record in self._changed_files():
-            client = self.clients.get(path)
-            if client and client["record"].session_id == record.session_id:
+            if (client := self.clients.get(path)) and client["record"].session_id == record.session_id:
                 client["record"] = record
             elif process_start(record.pid) in (record.started, 0):
                 before = time_ms if client else 0
