@@ -1463,6 +1463,9 @@ class Outcome(enum.IntEnum):
     INTERRUPTED = 4
 
 
+FAILED = (1, 3)  # outcomes
+
+
 class CallFact(NamedTuple):
     """What one event reports about one tool call; times in ms of the emitter's clock."""
 
@@ -2054,13 +2057,13 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         for counts in own_counts:
             counts["toolCalls"] += 1
     if fact.outcome > (before or Outcome.OPEN):
-        session.counts["interrupted"] -= before == Outcome.OPEN  # its end arrived late
+        is_interrupted = fact.outcome is Outcome.INTERRUPTED
+        session.counts["interrupted"] += is_interrupted - (before == Outcome.OPEN)  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
         session.closed_calls[fact.use_id] = int(fact.outcome)
-        was_error = before is not None and before not in (Outcome.OPEN, Outcome.OK)
         for counts in own_counts:
-            counts["toolErrors"] += (fact.outcome is not Outcome.OK) - was_error
-        if fact.outcome is not Outcome.INTERRUPTED:
+            counts["toolErrors"] += (fact.outcome in FAILED) - (before in FAILED)
+        if not is_interrupted:
             _apply_outcome(session, fact, at)
     elif is_new and _already_ended(session, fact.agent_id, at, late):
         session.closed_calls[fact.use_id] = 0
@@ -3000,7 +3003,6 @@ SESSIONS_MATCHED = 500  # found by the table of words; for more (all that ended)
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
-FAILED = (1, 3)  # outcomes
 COMPARED_SESSIONS = 200
 
 # Columns of tokens, in the order of emit_event.COUNT_NAMES.

@@ -1978,8 +1978,11 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
     calls = objects_in(entry.get("toolCalls"))
     text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
     if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
-        by = {"agentId": agent_id} if agent_id else {}
-        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
+        shown: JsonObject = {"agentId": agent_id} if agent_id else {}
+        version = [int(it) for it in re.findall(r"\d+", str(entry.get("version"))[:40])]
+        has_run = "toolDenialBeforeRun" not in entry and version >= [2, 1, 332]  # Esc, not a refusal
+        shown["data"] = {"toolUseId": blocks[0].get("tool_use_id"), "is_interrupt": has_run}
+        return {"eventType": "tool_error" if has_run else "permission_denied", **shown}
     if agent_id or "agentId" in entry or entry.get("isSidechain") is True:
         return {}
     data, at = {}, {}
