@@ -2069,6 +2069,8 @@ class UsageReader:
         since = int(event.get("since") or event["timestamp"]) - 2000
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
+        before = self._unsaved
+        self._unsaved = {**before[0]}, {**before[1], session: [*before[1].get(session, [])]}, {**before[2]}
         try:
             known = {it for it, state in states.items() if state and state[:2] == (now[it] or ())[:2]}
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"), known)
@@ -2076,16 +2078,14 @@ class UsageReader:
             folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
             now = {path: now.get(path) or _file_state(path) for path in (*files, *folders)}
             grown = [path for path in files if now[path] and (is_due or now[path] != states.get(path))]
-            with_totals = is_end or is_due
-            self._unsaved[1].setdefault(session, [])
             with self._open() as database:  # all or nothing
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: files[it] == ""):
                     agent_id = files[path] or SIDECHAIN * (program == "codex" and session not in path)
                     parser = TranscriptParser(agent_id, program)
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
-                with_totals |= any(it["eventType"] == "client_status" for it in found)  # Esc has no hook
-                totals = self._save(session) if with_totals else None
+                is_due |= is_end or any(it["eventType"] == "client_status" for it in found)  # Esc: no hook
+                totals = self._save(session) if is_due else None
                 if totals and not self._stopping.is_set() and key != (key := hash(encode_json(totals))):
                     found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": totals}})
                 while found and not self.deliver(found):
@@ -2097,17 +2097,18 @@ class UsageReader:
                 log_failure(f"token usage could not be read: {error!r}")
             with contextlib.suppress(Exception):  # a damaged file cannot always be closed
                 self.close()
-            self._unsaved = {}, {}, {}
-            self._delivered.clear()  # every session's files are read again
+            self._unsaved = before
+            self._delivered.pop(session, None)  # it is read again at the next look
             if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: no database
+                self._unsaved, self._delivered = ({}, {}, {}), {}
                 for suffix in ("", "-wal", "-shm"):
                     with contextlib.suppress(OSError):
                         os.unlink(f"{self._home}/usage.db{suffix}")
             return []
         states.clear()
         states.update(now)
-        if with_totals:  # those of the others are still to be delivered
-            self._unsaved = {}, {name: [] for name in self._unsaved[1] if name != session}, {}
+        if is_due:
+            self._unsaved = {}, {}, {}
             self._delivered[session] = key, time.monotonic()
         return found
 
@@ -2164,23 +2165,21 @@ class UsageReader:
             files[path] = path, session, identity, place, parser.model
 
     def _save(self, session: str) -> "JsonObject | None":
-        """Save what was read of every session; return the totals of one."""
+        """Save what was read of each session; return the totals of one; drop those not read for 30 days."""
         files, found, words = self._unsaved
-        names = [it for it in found if found[it] or it == session]
         # A fork is the last: the copies in its transcript count for its origin.
-        names.sort(key=lambda it: any(getattr(of, "session", it) not in ("", it) for of in found[it]))
-        used = {it: self.count(it, found[it], self.begin(it)) for it in names}
+        forks = [it for it in found if any(getattr(of, "session", it) not in ("", it) for of in found[it])]
+        used = {it: self.count(it, found[it], self.begin(it)) for it in sorted(found, key=forks.__contains__)}
         execute = self._database.executemany
         execute("INSERT OR IGNORE INTO messages VALUES (?, ?, NULL)", words.items())
         execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", files.values())
+        execute("DELETE FROM sessions WHERE read_ms < ?", [(now_ms() - 30 * 24 * 3600 * 1000,)])
         return totals_in(used[session])
 
     def begin(self, session: str) -> JsonObject:
-        """Return what a session has used so far; drop those that were not read for 30 days."""
-        execute, now = self._open().execute, now_ms()
-        add = "INSERT INTO sessions (read_ms, name) VALUES (?, ?) ON CONFLICT (name)"
-        execute(add + " DO UPDATE SET read_ms = ?1", (now, session))
-        execute("DELETE FROM sessions WHERE read_ms < ?", (now - 30 * 24 * 3600 * 1000,))
+        """Return what a session has used so far."""
+        execute = self._open().execute
+        execute("INSERT OR IGNORE INTO sessions (read_ms, name) VALUES (?, ?)", (now_ms(), session))
         (usage,) = execute("SELECT usage FROM sessions WHERE name = ?", (session,)).fetchone()
         return dict(json.loads(usage))
 
@@ -2201,7 +2200,8 @@ class UsageReader:
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
                     usage.update({"origin": it.session} if it.session not in ("", session) else {})
-        execute("UPDATE sessions SET usage = ? WHERE name = ?", (json.dumps(usage), session))
+        values = json.dumps(usage), now_ms(), session
+        execute("UPDATE sessions SET usage = ?, read_ms = ? WHERE name = ?", values)
         return usage
 
     def _rest_of(self, session: str, state: CostState, usage: JsonObject) -> "Iterator[MessageUsage]":

@@ -5968,6 +5968,32 @@ def test_a_fork_made_in_a_turn_leaves_its_origins_tokens_to_the_origin(tmp_path)
     assert list(map(usage_output, totals)) == [400, 32]
 
 
+def test_a_look_that_fails_neither_loses_nor_repeats_what_others_have_read(tmp_path):
+    reader, agent = ee.UsageReader(str(tmp_path)), {"agent_transcript_path": f"{tmp_path}/agent-x.jsonl"}
+    places = {"s1": ("s1", {}), "agent-x": ("s1", agent), "s2": ("s2", {})}
+    events = {
+        name: {**usage_event(f"{tmp_path}/{session}.jsonl", session, "SubagentStop", **named), "states": {}}
+        for name, (session, named) in places.items()
+    }
+
+    def look(is_end: bool, number: int = 0) -> list[int]:
+        found = []
+        for name, (session, _) in places.items():
+            write_files(
+                tmp_path,
+                {f"{name}.jsonl": usage_entries(f"{name}{number} 1/{number}", session)} if number else {},
+            )
+            found += [it["data"] for it in reader.events(events[name], is_end) if it["eventType"] == "usage"]
+        return [usage_output(it["usage"]) for it in found]
+
+    assert look(True, 1) == [1, 2, 1] and look(False, 10) == []
+    write_files(tmp_path, {"s1.jsonl": usage_entries("late 1/100", "s1")})
+    reader.deliver = lambda _: 1 / 0
+    assert reader.events(events["s1"]) == []
+    reader.deliver = lambda _: True
+    assert look(False) == [122] and look(True) == [11]
+
+
 def test_a_prompt_that_its_hook_reported_does_not_come_again_after_a_restart(transcript):
     prompt, event = usage_entries("user go").encode(), usage_event(transcript.path, hook="UserPromptSubmit")
     reported_ms = ee.iso_time_ms(json.loads(prompt)["timestamp"])
