@@ -2097,7 +2097,7 @@ class UsageReader:
                 log_failure(f"token usage could not be read: {error!r}")
             with contextlib.suppress(Exception):  # a damaged file cannot always be closed
                 self.close()
-            self._unsaved = before
+            self._unsaved = before  # as if this look had not been
             self._delivered.pop(session, None)  # it is read again at the next look
             if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: no database
                 self._unsaved, self._delivered = ({}, {}, {}), {}
