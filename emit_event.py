@@ -777,7 +777,8 @@ def _read_config(path: str) -> JsonObject:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
+        values = load_config(config_path)[0]
+        mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
             whole().log_failure(f"defaults used: {error}")
@@ -2065,8 +2066,7 @@ class UsageReader:
         if states and now == states and not (is_due or is_end):
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        # A hook's event and the line about the same prompt are at most 2 s apart.
-        since = int(event.get("since") or event["timestamp"]) - 2000
+        since = int(event.get("since") or event["timestamp"]) - 2000  # a hook and its line: at most 2 s apart
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
         before = self._unsaved

@@ -3991,7 +3991,7 @@ def test_a_connection_too_many_gets_503_on_both_ports(monitor, which, path):
     eventually(lambda: protocol_has_room(monitor), what="a place for a new connection")
 
 
-def test_a_connection_for_which_no_thread_can_be_started_is_refused_and_not_counted(monkeypatch):
+def test_a_connection_is_refused_and_not_counted_where_no_thread_starts(monkeypatch):
     listener = socket.create_server(("127.0.0.1", 0))
     server = cm.HttpServer(listener, cm.Access("off", "t", [], []), None, None, 1)
 
@@ -4408,7 +4408,7 @@ def test_the_status_has_what_has_just_happened(running: RunningMonitor) -> None:
         assert shown(figure) == expected
 
 
-def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() -> None:
+def test_a_status_from_before_the_events_of_its_turn_is_not_sent_again() -> None:
     ours, theirs = socket.socketpair()
     with protocol_inside() as inside, ours, theirs:
 
@@ -5201,7 +5201,7 @@ MACHINE_STORIES = {
 
 
 @pytest.mark.parametrize("story", MACHINE_STORIES.values(), ids=MACHINE_STORIES)
-def test_only_a_process_that_this_machine_may_look_at_is_believed_to_be_gone(story):
+def test_only_a_process_that_this_machine_can_see_is_believed_to_be_gone(story):
     namespace, events, here, state = story
     book = cm.Sessions(own_machine=f"own/{namespace}" if namespace else "own", own_name="old")
     for number, words in enumerate(events.split(", ")):
@@ -5637,7 +5637,7 @@ USAGE_LAYOUTS = stories("usage-layouts", " → ")
 
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
-def test_a_session_that_is_watched_counts_what_one_that_is_read_at_its_end_does(tmp_path, rule):
+def test_a_watched_session_counts_what_one_that_is_read_at_its_end_does(tmp_path, rule):
     reader, events = ee.UsageReader(f"{tmp_path}/home"), {}
     for files, used in USAGE_LAYOUTS[rule]:
         (first, *_), session = usage_named(files)
@@ -5968,7 +5968,7 @@ def test_a_fork_made_in_a_turn_leaves_its_origins_tokens_to_the_origin(tmp_path)
     assert list(map(usage_output, totals)) == [400, 32]
 
 
-def test_a_look_that_fails_neither_loses_nor_repeats_what_others_have_read(tmp_path):
+def test_a_look_that_fails_neither_loses_nor_repeats_what_others_read(tmp_path):
     reader, agent = ee.UsageReader(str(tmp_path)), {"agent_transcript_path": f"{tmp_path}/agent-x.jsonl"}
     places = {"s1": ("s1", {}), "agent-x": ("s1", agent), "s2": ("s2", {})}
     events = {
@@ -5994,7 +5994,7 @@ def test_a_look_that_fails_neither_loses_nor_repeats_what_others_have_read(tmp_p
     assert look(False) == [122] and look(True) == [11]
 
 
-def test_a_prompt_that_its_hook_reported_does_not_come_again_after_a_restart(transcript):
+def test_a_prompt_reported_by_its_hook_does_not_come_again_after_a_restart(transcript):
     prompt, event = usage_entries("user go").encode(), usage_event(transcript.path, hook="UserPromptSubmit")
     reported_ms = ee.iso_time_ms(json.loads(prompt)["timestamp"])
     looks = [{**event, "timestamp": at_ms, "states": {}} for at_ms in (reported_ms, reported_ms + 60_000)]
@@ -6202,11 +6202,9 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
         if server:
             server.stop()
             hook_call(command, about("Stop"), machine.environment)
-            read_by = time.monotonic() + 3 * ee.LOOK_S  # a look before the hook leaves usage.db as it is
-            eventually(
-                lambda read_by=read_by: usage_is_held(machine.home) or time.monotonic() > read_by,
-                what="the transcript read, and its words not sent",
-            )
+            read_by = time.monotonic() + 3 * ee.LOOK_S  # a look that reads it does not lock usage.db
+            while not (is_unfinished := usage_is_held(machine.home)) and time.monotonic() < read_by:
+                time.sleep(0.05)
             machine.end_publisher()
             server.start()
         else:
@@ -6219,7 +6217,7 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
         hook_call(command, about("Stop"), machine.environment)
         eventually(lambda wanted=wanted: len(said()) >= wanted, 60, "all words")
         assert len(set(said())) == len(said()) == wanted
-        if server or is_unfinished:
+        if is_unfinished:
             return
     pytest.fail("it was never killed between the first and the last words")
 
@@ -6994,7 +6992,7 @@ def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path
     ("permission-esc", ["denied", "interrupted"]), ("question-esc", ["denied", "interrupted"]),
     ("esc-in-tool", ["interrupted"]),
 ])  # fmt: skip
-def test_without_a_registry_the_transcript_shows_what_a_recorded_screen_shows(name, lines, tmp_path, watcher):
+def test_without_a_registry_the_transcript_shows_what_the_screen_did(name, lines, tmp_path, watcher):
     delays = random.Random(name)
     for _ in range(5):
         seen = replayed(name, tmp_path, watcher, lambda: delays.uniform(0, 500), lines)
@@ -7257,7 +7255,7 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
-def test_an_exit_code_read_after_the_result_makes_a_call_of_codex_failed_and_nothing_else(number):
+def test_an_exit_code_after_the_result_makes_a_call_of_codex_only_failed(number):
     events = [agent_event("codex/exec-fail", *it) for it in enumerate(agent_payloads("codex/exec-fail"))][:5]
     data = {"toolName": "Bash", "toolUseId": events[2]["data"]["toolUseId"], "exitCode": 3, "error": "bad"}
     late = {**events[number - 1], "id": "late", "hookType": "", "eventType": "tool_error", "data": data}
@@ -8517,7 +8515,7 @@ MACHINE_LINES = stories("machines", " → ")
 
 
 @pytest.mark.parametrize("case", MACHINE_LINES)
-def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, case):
+def test_machines_with_one_name_are_apart_and_containers_together(tmp_path, case):
     ((machines, lines),) = MACHINE_LINES[case]
     settings = cm.Settings(str(tmp_path), "", "build-box", ee.load_config("", cm.KEYS)[0])
     settings.__dict__["machine_key"] = "h"
@@ -10864,9 +10862,7 @@ class EditHistory:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is missing")
-def test_the_changes_of_a_session_are_those_of_git_and_its_patch_makes_them_again(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_the_changes_of_a_session_are_those_of_git_and_so_is_its_patch(tmp_path: pathlib.Path) -> None:
     def git(where: pathlib.Path, *words: str, given: str = "") -> str:
         about = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
         done = subprocess.run(
@@ -12511,7 +12507,7 @@ def test_answers_through_redis_are_signed_fresh_and_wanted():
 
 
 @needs_browser
-def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(asking, open_tab):
+def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, open_tab):
     tab = open_tab(asking.monitor, "#s=s1")
     first, _ = asking.ask("Bash", command_note="x", tool_input={"command": "make\nrm -r x", "timeout": 5})
     tab.shows("ask", "Allow Bash?", "make rm -r x", "timeout 5", "may look, and not answer")
