@@ -1452,16 +1452,15 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("url-password", "@",
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@"),
     *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
-        for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+        for word in ("pass", "pw", "secret", "token", "cred", "key", "auth")),
     *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
         lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("curl", r"(?:-b|--cookie)[ =]?[\"']?(?P<secret>[\w.-]{1,60}=[^\s\"']{6,})"),
-    *(SecretShape("command-line", end.partition(" ")[0], r"echo (?:-\w+ )?[\"']?(?P<secret>[^\s\"'$|]{3,200})"
-        r"[\"']? ?\| ?(?:[\w.-]+ ){0,9}" + end, True, _is_value) for end in (
-        "--password-stdin", "--with-token", r"sudo (?:\S+ ){0,9}-s\b", "secret (?:set|put)", "chpasswd")),
+    _folded("command-line", "echo ", r"(?:-\w+ )?[\"']?(?P<text>[^\s\"'$|]{3,200})[\"' ]*\| ?(?:[\w.-]+ ){,9}"
+        r"(?:--password-stdin|--with-token|sudo (?:\S+ ){,9}-s\b|secret (?:set|put)|chpasswd)", _is_value),
     _folded("assignment", "key", r"(?<=pi key|ss key|et key)s?[*\"'`]{0,3}(?: is|:| ?=)[:* ]{1,5}[\"'`]?"
         r"(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
@@ -1518,12 +1517,12 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 _COLOUR = r"(?:\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])"
-_ESCAPE = re.compile(  # one without a group is a colour
-    rf"\x1b{_COLOUR}|\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])\[[0-?]{{0,40}}[@-~]"
-    r"|(?:u00|[xX])(?P<hex>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))"
-    r"|%(?:25)*(?P<percent>[2-7][0-9A-Fa-f]|0[9AaDd])"
-    r"|&(?:(?P<entity>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));"
-)
+_ESCAPES = [re.compile(it) for it in (  # each begins with one sign, which is fast; without a group: a colour
+    rf"\x1b{_COLOUR}", r"%(?:25)*(?P<percent>[2-7][0-9A-Fa-f]|0[9AaDd])",
+    r"\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])\[[0-?]{0,40}[@-~]"
+    r"|(?:u00|[xX])(?P<hex>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))",
+    r"&(?:(?P<entity>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));",
+)]  # fmt: skip
 _MEANINGS = dict(zip("nrtbf", "\n\r\t  "), quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
@@ -1537,8 +1536,10 @@ class _View:
         self._marks = [(0, 0, 0)]
         pieces: list[str] = []
         done = length = 0
-        for match in _ESCAPE.finditer(raw):
+        for match in sorted((it for each in _ESCAPES for it in each.finditer(raw)), key=re.Match.start):
             (begin, end), kind, meaning = match.span(), match.lastgroup, colours
+            if begin < done:
+                continue  # in an escape
             if kind is None:
                 self.coloured = True
             elif kind in ("letter", "entity"):
@@ -1584,8 +1585,8 @@ def redact_text(text: str) -> str:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # some must begin a word
-            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern]
+        begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern]  # begin a word
+        if view.coloured and begin:
             found.update(_secrets_in(_View(text, " "), begin))
         if not found:
             break
@@ -1615,18 +1616,18 @@ def _folded_text(text: str) -> str:
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
     text = re.sub("\x1b" + _COLOUR, "", text) if "\x1b" in text else text
+    # Hints are ASCII, which is searched twice as fast; the Kelvin sign is one of them in lower case.
+    text = text.replace("\u212a", "k").encode("ascii", "replace").decode()
     found: list[SecretShape] = []
-    for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, text.lower())):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
-                found += [shape for shape in shapes if shape.hint in searched]
-    tokens: dict[str, SecretShape] = {}
+                found += [shape for shape in shapes if shape.hint == part or shape.hint in searched]
     for end in (match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)):
-        for shape in _TOKENS_BY_END.get(text[end - 2 : end], ()):
-            if text.endswith(shape.hint, 0, end):
-                tokens[shape.hint] = shape
-    return [*found, *tokens.values()]
+        near = _TOKENS_BY_END.get(text[end - 2 : end], ())
+        found += [shape for shape in near if text.endswith(shape.hint, 0, end)]
+    return list(dict.fromkeys(found))
 
 
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
@@ -3116,9 +3117,8 @@ def fits_form(schema: Any, content: Any) -> bool:
         field = fields.get(name)
         if not isinstance(field, dict) or type(value) not in _FORM_TYPES.get(str(field.get("type")), ()):
             return False
-        if (isinstance(value, list) and not all(map(_is_text, value))) or value in (math.inf, -math.inf):
-            return False
-        if field.get("enum") and value not in field["enum"]:
+        is_good = all(map(_is_text, value)) if isinstance(value, list) else value not in (math.inf, -math.inf)
+        if not is_good or (field.get("enum") and value not in field["enum"]):
             return False
     return all(isinstance(it, str) and it in content for it in required)
 
@@ -3192,8 +3192,8 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
             client = None
             time.sleep(0.5)
     if dropped:
-        words = ", ".join(f"{count} {why}" for why, count in dropped.items())
-        text = f"Answers through Redis were refused: {words}"
+        words = (f"{count} {why}" for why, count in dropped.items())
+        text = "Answers through Redis were refused: " + ", ".join(words)
         hook = {"session_id": asked.get("session_id"), "message": text}
         append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
         ensure_publisher(home)
