@@ -9225,15 +9225,17 @@ class TranscriptReader:
         events = emit_event.objects_in(entry["facts"])
         self.usage.count(self.session_id, [it for it in entry["facts"] if it not in events], self._used)
         words = [it for it in events if it["eventType"] == emit_event.WORDS]
-        for said in words:
-            if said["data"].get("role") in ("user", "queued"):
-                yield self._event(entry, "UserPromptSubmit", "prompt", {"message": said["data"]["text"]})
-            elif said["id"] not in self.seen:
-                self.seen.add(said["id"])
-                yield {**self._event(entry, "", "", said["data"]), **said}
+        for shown in events:
+            if shown["data"].get("role") in ("user", "queued"):
+                yield self._event(entry, "UserPromptSubmit", "prompt", {"message": shown["data"]["text"]})
+            elif shown["id"] not in self.seen:
+                self.seen.add(shown["id"])
+                yield {**self._event(entry, "", "", shown["data"]), **shown}
+        ended = [shown["data"].get("toolUseId", "") for shown in events]  # denied or interrupted
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
         for number, block in enumerate(results):
-            yield self._result(entry, block, number, len(results) == 1)
+            if block.get("tool_use_id") not in ended:
+                yield self._result(entry, block, number, len(results) == 1)
         for number, block in enumerate(entry["blocks"]):
             use_id = block.get("id")
             if block.get("type") == "tool_use" and isinstance(use_id, str):

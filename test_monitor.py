@@ -13996,6 +13996,27 @@ def test_what_no_person_typed_is_no_imported_prompt(tmp_path, content):
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "counts"),
+    [
+        ("denied", "permission_denied", (1, 0)), ("stopped", "tool_error", (0, 1)),
+        ("interrupted", "client_status", (0, 1)), ("api-error", "client_status", (0, 1)),
+    ],
+)  # fmt: skip
+def test_import_says_how_calls_and_turns_ended(tmp_path, name, kind, counts):
+    about, stamp = {"sessionId": IMPORT_A}, "2026-11-20T10:00:01.000Z"
+    use = {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "make"}}
+    call = {"type": "assistant", **about, "uuid": "u1", "timestamp": stamp, "message": {"content": [use]}}
+    end = session_line(name, ee.iso_time_ms(stamp) or 0, uuid="u2", **about).decode()
+    lines = f"{usage_entries('user go', IMPORT_A)}{json.dumps(call)}\n{end}"
+    write_files(tmp_path, {f"{IMPORT_A}.jsonl": lines})
+    ((_, events, _),) = cm.import_batches(cm.import_sources([str(tmp_path)], []), "box", "".__eq__, [])
+    found = [event["eventType"] for event in events]
+    assert found == ["session_start", "user_prompt", "tool_call", kind, "session_end"]
+    counted = imported(tmp_path)[IMPORT_A]["counts"]
+    assert (counted["toolErrors"], counted["interrupted"]) == counts
+
+
+@pytest.mark.parametrize(
     ("titles", "label"),
     [
         ("custom-title customTitle Mine; ai-title aiTitle Its", "Mine"),
