@@ -12602,6 +12602,32 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     tab.page.click("[data-act=d]")
 
 
+def test_what_is_typed_or_pressed_for_one_question_answers_no_other(asking, open_tab):
+    tab = open_tab(asking.monitor, "#s=s1")
+    first, _ = asking.ask("Bash", tool_input={"command": "make"})
+    tab.page.click("text=Pair this browser")
+    tab.page.fill("dialog input", asking.code())
+    tab.page.click("dialog .first")
+    tab.page.click("[data-act=r]")
+    tab.page.keyboard.type("use a d")
+    asking.monitor.emit(payload("SubagentStart", agent_id="a1", agent_type="x"))
+    second, _ = asking.ask("Bash", agent_id="a1", agent_type="x", tool_input={"command": "rm -r ~"})
+    tab.shows("ask", "Next of 2")
+    tab.page.keyboard.type("ifferent way")
+    tab.press("Enter")
+    assert asking.decision(first)["message"] == "use a different way"
+    tab.shows("ask", "rm -r ~")
+    tab.press("a")
+    tab.page.click("[data-act=a]")
+    tab.until("document.querySelector('#toast').innerText.startsWith('Not answered')")
+    time.sleep(0.6)  # longer than it takes to read
+    held = "new KeyboardEvent('keydown', { key: 'a', repeat: true, bubbles: true })"
+    tab.page.evaluate(f"document.querySelector('#ask').dispatchEvent({held})")
+    assert second.poll() is None
+    tab.press("d")
+    assert asking.decision(second)["behavior"] == "deny"
+
+
 # ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
