@@ -11523,6 +11523,12 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running,
     tab.said.clear()
 
 
+def test_a_table_of_many_rows_is_printed_without_empty_pages(tab: BrowserTab) -> None:
+    tab.monitor.emit(*many_calls(range(200), "s1"))
+    tab.row_with("step-199")
+    assert tab.page.pdf().count(b"/Type /Page\n") == 1
+
+
 def test_the_timeline_moves_by_wheel_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
