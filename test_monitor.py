@@ -11529,6 +11529,24 @@ def test_a_table_of_many_rows_is_printed_without_empty_pages(tab: BrowserTab) ->
     assert tab.page.pdf().count(b"/Type /Page\n") == 1
 
 
+def test_what_is_seen_and_saved_in_one_tab_is_in_every_tab_of_the_browser(running, open_tab):
+    tab = open_tab(running)
+    other = BrowserTab(tab.page.context.new_page(), running).load()
+    tab.emit("call rm; ask rm")
+    for one in (tab, other):
+        one.until("document.title.startsWith('(1)')")
+    tab.press("w e")
+    other.until("!document.title.startsWith('(')")
+    for one, words in ((tab, "from one"), (other, "from another")):
+        one.page.fill("[data-testid=filter]", words)
+        one.until("location.hash.includes('q=from')")
+        one.page.click("[data-testid=filters]")
+        one.page.click("[data-testid=menu] >> text=Save")
+    tab.page.click("[data-testid=filters]")
+    tab.shows("menu", "status:failed", "from one", "from another")
+    assert other.said == []
+
+
 def test_the_timeline_moves_by_wheel_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
