@@ -12652,6 +12652,24 @@ def test_what_is_typed_or_pressed_for_one_question_answers_no_other(asking, open
     assert asking.decision(second)["behavior"] == "deny"
 
 
+def test_an_answer_lost_with_the_connection_can_be_given_again(asking, open_tab):
+    tab, lost = open_tab(asking.monitor, "#s=s1"), []
+    hook, _ = asking.ask("Bash")
+    tab.page.click("text=Pair this browser")
+    tab.page.fill("dialog input", asking.code())
+    tab.page.click("dialog .first")
+    tab.shows("ask", "Allow once")
+    wire = BrowserWire(
+        tab, lambda message: message["type"] == "answer" and not lost and not lost.append(message)
+    )
+    tab.page.click("[data-act=a]")
+    tab.shows("ask", "Sending")
+    wire.cut()
+    wire.mend()
+    tab.page.click("[data-act=a]")
+    assert asking.decision(hook)["behavior"] == "allow" and lost
+
+
 # ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
