@@ -11453,6 +11453,11 @@ def test_events_of_long_ago_are_reached_by_link_and_by_scrolling(crowded, open_t
     tab.press("Escape")
     tab.row_with("make step-1300")
     eventually(scrolled_up, 20)
+    called = (
+        it for it in crowded.stored_events() if it["data"].get("toolInput") == {"command": "make step-20"}
+    )
+    tab.load(f"#s=long&e={next(called)['id']}")
+    tab.row_with("make step-20 ")  # among the rows that are loaded second
 
 
 def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, open_tab: Any) -> None:
