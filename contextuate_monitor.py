@@ -3013,8 +3013,7 @@ _CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a ses
 _TOOL_FIGURES = {
     "calls": "count(*)",
     "failures": f"sum(outcome IN {FAILED})",
-    "interrupted": f"sum(outcome = {Outcome.INTERRUPTED:d})",
-    "unfinished": f"sum(outcome = {Outcome.OPEN:d})",
+    "noResult": f"sum(outcome IN ({Outcome.OPEN:d}, {Outcome.INTERRUPTED:d}))",  # perhaps it runs
     "timed": "count(duration)",
     "totalMs": "ifnull(sum(duration), 0)",
     "maxMs": "max(duration)",

@@ -13188,7 +13188,7 @@ def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
         outcomes = collections.Counter(call["how"] for call in own)
         times = sorted(call["ms"] for call in own if call["ms"] is not None)
         tools[name] = {
-            "calls": len(own), "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+            "calls": len(own), "failures": outcomes["failed"], "noResult": outcomes["interrupted"] + outcomes[""],
             "timed": len(times), "totalMs": sum(times), "maxMs": max(times, default=None),
         }  # fmt: skip
         for percent in (50, 95):  # the least time that so many calls did not exceed
