@@ -4636,7 +4636,8 @@ def refusal(error: RequestError) -> bytes:
 SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given up
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_PAGE_EVENTS = 1000
+STREAM_PAGE_EVENTS = 1000  # at most: over a slow link, a page must take less than SUBSCRIBER_DEADLINE_S
+QUICK_S = 1.0
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
 BATCH_LINES = 200  # passed to the loop together
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
@@ -4815,7 +4816,7 @@ class RedisLink(threading.Thread):
             return client, pubsub, pubsub.get_message(timeout=CONNECT_DEADLINE_S)
 
         client, self._pubsub, confirmation = emit_event.within(CONNECT_DEADLINE_S, connect)
-        self._seen = SeenIds()
+        self._seen, self._page_events = SeenIds(), 1  # twice as many after each page that was quick
         self._last_alive, self._client = time.monotonic(), client
         self._receive(confirmation)
 
@@ -4869,11 +4870,14 @@ class RedisLink(threading.Thread):
                     self._set(gaps=self.state["gaps"] + 1)
                 elif newest and position_key(newest[0][0].decode("ascii")) < position_key(self._read):
                     self._read = STREAM_START  # it was deleted, and is filled by a clock that is behind
-            page: list[Any] = [()] * STREAM_PAGE_EVENTS
-            while stream and len(page) == STREAM_PAGE_EVENTS and not self._at_once.is_set():
+            is_last = stream is None
+            while not is_last and not self._at_once.is_set():
                 time_ms, number = position_key(self._read)  # Redis before 6.2 has no exclusive ranges
-                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", STREAM_PAGE_EVENTS)
-                self._last_alive = time.monotonic()
+                count, begun = self._page_events, time.monotonic()
+                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
+                self._last_alive, is_last = time.monotonic(), len(page) < count
+                is_quick = self._last_alive - begun < QUICK_S
+                self._page_events = min(2 * count, STREAM_PAGE_EVENTS) if is_quick else max(1, count // 2)
                 for raw_id, fields in page:
                     self._read, line = raw_id.decode("ascii"), fields.get(b"event", b"")
                     if line and (key := event_key(line)) not in self._seen:

@@ -9407,6 +9407,56 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
+class SlowLink:
+    """A way to a Redis on which the bytes to it (or, with `down`, from it) pass at 40 kB a second."""
+
+    def __init__(self, server: RedisServer, down: bool = False) -> None:
+        self.server, self.down = server, down
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.listener.accept()[0], socket.socket()
+                for sock in (near, far):  # little is under way
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                far.connect(("127.0.0.1", self.server.port))
+                for ends, is_slow in (((near, far), not self.down), ((far, near), self.down)):
+                    threading.Thread(target=self._pass, args=(*ends, is_slow), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, is_slow: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2048):
+                time.sleep(len(data) / 40_000 * is_slow)
+                target.sendall(data)
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def remove(self) -> None:
+        self.listener.close()
+
+
+def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
+    server, redis = make(RedisServer), pytest.importorskip("redis")
+    with contextlib.closing(redis.Redis(port=server.port)) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(150):  # 100 s of the link
+            about = {"id": f"id-{number}", "sessionId": "far", "machineId": "far", "eventType": "user_prompt"}
+            event = {
+                **about,
+                "hookType": "UserPromptSubmit",
+                "data": {"message": f"{number} " + "word " * 5000},
+            }
+            pipeline.xadd(REDIS_STREAM, {"event": json.dumps(event)})
+        pipeline.execute()
+    link = make(SlowLink, server, down=True)
+    watcher = make(RedisMachine, config=server.settings(port=link.port, maxRetries=None)).serve()
+    watcher.gets(5, "far")
+
+
 def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypatch):
     server, home, takes, stored = make(RedisServer), new_home(), threading.Event(), []
 
