@@ -2768,8 +2768,7 @@ class Publisher:
     def __init__(self, home: str, config_path: str, lock_fd: int) -> None:
         self._home, self._spool = home, home + "/spool"
         self._config_path, self._lock_fd = config_path, lock_fd
-        self._basis = self._current_basis()
-        self._values = load_config(config_path)[0]
+        self._basis, self._values = self._current_basis(), load_config(config_path)[0]
         self._privacy = privacy_of(self._values)
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
@@ -2782,7 +2781,7 @@ class Publisher:
         self._lines: collections.deque[bytes] = collections.deque()
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
-        self._failures, self._next_attempt = 0, 0.0  # in a row; time.monotonic
+        self._failures, self._next_attempt, self._at_once = 0, 0.0, 1  # in a row; time.monotonic; events
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=50)
         self._state: JsonObject = {
@@ -2889,14 +2888,15 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _publish(self) -> None:
-        """Send the batch, or one event after a failure; keep the events that did not arrive."""
-        batch = self._batch[: 1 if self._failures else None]
-        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / 50_000  # bytes a second
+        """Send as much of the batch as the link carries in time; keep the events that did not arrive."""
+        batch, begun = self._batch[: self._at_once], time.monotonic()
+        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / 10_000  # bytes a second
         channel, stream = self._values["redis.channel"], stream_name(self._values)
         limit, is_cluster = self._values["redis.streamMaxLength"], bool(self._values["redis.cluster"])
         try:
             if self._client is None:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
+                self._client.connection_pool.connection_kwargs["socket_timeout"] = None  # see `within`
             pipeline = self._client.pipeline(transaction=False)  # a MULTI is refused whole
             for _, line in batch:
                 pipeline.publish(channel, line)
@@ -2911,8 +2911,7 @@ class Publisher:
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
-            # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
-            published = bool(subscribers) or (subscribers == 0 and is_cluster)
+            published = bool(subscribers) or (subscribers == 0 and is_cluster)  # a node counts only its own
             (sent if streamed or (not stream and published) else kept).append(event)
         errors = (it if isinstance(it, Exception) else None for it in (reached, added if stream else None))
         reasons = on_channel, on_stream = [redis_trouble(it, self._values) if it else None for it in errors]
@@ -2927,14 +2926,15 @@ class Publisher:
         if kept:
             self._fail("; ".join(filter(None, reasons)) or f"no monitor is subscribed to {channel}")
         else:
-            self._failures = 0
+            self._failures, is_quick = 0, time.monotonic() - begun < 1
+            self._at_once = min(2 * self._at_once, 200) if is_quick else max(1, self._at_once // 2)
             self._enter("publishing")
 
     def _fail(self, reason: str) -> None:
         begin = time.monotonic() - RESEND_S
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
-        self._failures += 1
+        self._failures, self._at_once = self._failures + 1, 1
         self._next_attempt = time.monotonic() + backoff_s(self._failures)
         with contextlib.suppress(Exception):  # also when there is none
             self._client.connection_pool.disconnect(inuse_connections=True)

@@ -9457,6 +9457,20 @@ def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
     watcher.gets(5, "far")
 
 
+@pytest.mark.slow
+def test_a_backlog_leaves_over_a_slow_link(make: Any) -> None:
+    server = make(RedisServer)
+    link = make(SlowLink, server)
+    machine = make(RedisMachine, config=server.settings(port=link.port))
+    for number in range(35):  # 10 s of the link
+        machine.spool(f"small-{number}", text="words " * 1000)
+    machine.spool("large", **{f"text{number}": "words " * 10_000 for number in range(4)})  # 12 s
+    machine.say("last")
+    machine.publishes_all()
+    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert list(dict.fromkeys(markers)) == [*(f"small-{number}" for number in range(35)), "large", "last"]
+
+
 def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypatch):
     server, home, takes, stored = make(RedisServer), new_home(), threading.Event(), []
 
