@@ -4095,7 +4095,8 @@ def plan_retention(
     # The index shrinks later than the files are deleted, but its part counts with them.
     index_size = sum(about.st_size for about in index_files(home + "/index.db").values())
     total = 0  # measured after its parts, which may grow meanwhile
-    for folder, _, names in os.walk(home):
+    linked = [journal.root] if os.path.islink(journal.root) else []  # events on another disk
+    for folder, _, names in itertools.chain(*map(os.walk, (home, *linked))):
         for name in names:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size

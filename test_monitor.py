@@ -13729,6 +13729,16 @@ def test_numbers_go_on_after_every_event_was_too_old(monitor):
     assert monitor.stored_events()[-1]["seq"] == 5
 
 
+def test_events_that_are_linked_to_another_disk_count(monitor, tmp_path):
+    days = retention_fill(str(tmp_path), (0, 1, 2), size=9 << 20, sessions=1)
+    os.symlink(tmp_path / "events", monitor.home + "/events")
+    monitor.write_config({"retention": {"maxMegabytes": 22}})
+    monitor.serve()
+    eventually(lambda: retention_days(monitor.home) == [days[1], days[0]], what="the oldest day's end")
+    disk = eventually(lambda: monitor.get("/api/status")["disk"])
+    assert disk["bytes"] > 18 << 20
+
+
 def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any) -> None:
     home, now = str(tmp_path), cm.now_ms()
     days = retention_fill(home, (0, 1, 2, 3), size=1 << 20, sessions=1)
