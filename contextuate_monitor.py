@@ -143,11 +143,12 @@ if sys.version_info < (3, 9):  # noqa: UP036 - print a message, not a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
-except ModuleNotFoundError:
-    sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
+    from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, integer_key, now_ms
+except ImportError as error:
+    what = "missing" if isinstance(error, ModuleNotFoundError) else "of another version"
+    sys.exit(f"contextuate: emit_event.py is {what}: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, Key, MalformedEvent, Privacy, encode_json, integer_key, now_ms
-
+Key = emit_event.Key
 __version__ = "1.0.0"
 __all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
 

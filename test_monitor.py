@@ -8180,6 +8180,19 @@ def test_a_command_that_cannot_run_says_why_in_one_line(monitor, status, command
     assert refused.stderr.startswith("contextuate: error: ") and words in refused.stderr
 
 
+@pytest.mark.parametrize("content, word", [(None, "missing"), ("", "of another version")])
+def test_a_missing_or_older_second_file_is_named(monitor, tmp_path, content, word):
+    shutil.copy(monitor.program, tmp_path)
+    if content is not None:
+        (tmp_path / "emit_event.py").write_text(content)
+    monitor.program = str(tmp_path / "contextuate_monitor.py")
+    refused = monitor.command("status", check=False)
+    assert refused.returncode == 1 and not refused.stdout
+    assert refused.stderr == (
+        f"contextuate: emit_event.py is {word}: copy it into the folder of contextuate_monitor.py\n"
+    )
+
+
 def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     def status() -> dict[str, Any]:
         return json.loads(in_process(monitor, "status", "--json").stdout)
