@@ -7618,7 +7618,7 @@ def status_problems(
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
-        advice = "Free space on its disk; the monitor then continues by itself."
+        advice = "Free space on its disk, or make it writable; the monitor then continues by itself."
         add("store", "fail", words, store["error"], advice)
     if unsaved_bytes:
         words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"

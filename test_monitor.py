@@ -10712,6 +10712,7 @@ def test_a_disk_that_breaks_is_reported_and_its_replacement_used(monitor, breaki
     assert safe_told(monitor, range(6, 12)) == []
     reported = monitor.get("/api/status")["store"]
     assert reported["ok"] is False and "Read-only" in reported["error"]
+    assert "make it writable" in monitor.get("/api/status")["problems"][0]["advice"]
     assert not store.is_writable(), "it looks writable"
     for number in range(12, 15):
         hook_call(command, safe_prompt(number), monitor.environment)
