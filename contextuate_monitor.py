@@ -9992,7 +9992,11 @@ def command_import(settings: Settings, args: argparse.Namespace) -> int:
     for session_id, events, size in batches:
         wanted = new_events(store, session_id, events)
         known += len(events) - len(wanted)
-        send_events(settings, wanted)
+        try:
+            send_events(settings, wanted)
+        except OSError as error:  # its socket is gone, or closed
+            words = f"the monitor takes no more events: {error.strerror or error}"
+            raise CommandError(f"{words}; when `status` shows that it runs, import again") from None
         progress.add(len(wanted), size)
     for words in skipped[:10]:
         print_status(f"skipped {words}")

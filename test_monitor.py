@@ -14250,6 +14250,20 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
         assert f"/p/{name}: " in done.stderr
 
 
+def test_import_says_what_to_do_when_the_monitor_takes_no_more(
+    running: RunningMonitor, tmp_path: Any
+) -> None:
+    export = tmp_path / "export.ndjson"
+    export.write_text(json.dumps({"id": "x", "eventType": "message", "sessionId": "far", "data": {}}) + "\n")
+    os.kill(running.pid, signal.SIGSTOP)
+    os.unlink(running.socket_path)  # as while it stops
+    refused = running.command("import", str(export), check=False)
+    assert refused.returncode == 1 and "import again" in refused.stderr.splitlines()[-1], refused.stderr
+    os.kill(running.pid, signal.SIGCONT)
+    eventually(lambda: os.path.exists(running.socket_path), what="the socket")
+    assert running.command("import", str(export)).stdout.startswith("1 events imported")
+
+
 def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, tmp_path: Any) -> None:
     monitor.write_config({"sessions": {"endedHours": 87_600}})  # its sessions are silent since 2026-11-24
     running = monitor.serve()
