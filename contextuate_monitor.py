@@ -845,12 +845,18 @@ class Journal:
         self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
     ) -> Iterator[bytes]:
         """Yield the lines with after < seq < before, stored so far, without newlines, in order of seq."""
+        return (line for line, _ in self.placed_lines(session, after, before, backwards))
+
+    def placed_lines(
+        self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
+    ) -> Iterator[tuple[bytes, str]]:
+        """Yield lines, as `lines`, each with the day of its file."""
         end = min(sys.maxsize if before is None else before, self.seq + 1 if self._is_open else sys.maxsize)
         runs = self._runs(session, after, end)
         for files in runs if backwards else reversed(list(runs)):
             block = min(_BLOCK_BYTES, max(_TAIL_BYTES, (8 << 20) // max(1, len(files))))
             keyed = heapq.merge(*(file.lines(after, end, backwards, block) for file in files))
-            yield from (line for _, line in keyed if line)
+            yield from ((line, day) for _, line, day in keyed if line)
 
     def _runs(self, session: str | None, after: int, before: int) -> Iterator[list[JournalFile]]:
         """Yield the files that can contain these numbers, day by day, newest first."""
@@ -895,7 +901,7 @@ class Journal:
         path = f"{self.root}/{day}/{name}"
         with contextlib.suppress(FileNotFoundError):
             lines = JournalFile(path, os.stat(path)).lines(seq - 1, seq + 1, False, _TAIL_BYTES)
-            return next((line for _, line in lines if line), None)
+            return next((line for _, line, _ in lines if line), None)
         return None
 
 
@@ -957,9 +963,9 @@ class JournalFile:
         """The number of the first complete event, else `last_seq`."""
         return next(filter(None, map(line_seq, self._whole_lines(0, _TAIL_BYTES))), self.last_seq)
 
-    def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (seq or -seq, line), first one without a line, so that a merge opens files one by one."""
-        yield (-self.last_seq if backwards else self.first_seq), b""
+    def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes, str]]:
+        """Yield (seq or -seq, line, day), first one without line, so that a merge opens files one by one."""
+        yield (-self.last_seq if backwards else self.first_seq), b"", self.day
         if not backwards:
             segments = self._whole_lines(self._offset_of(after + 1) if self.first_seq <= after else 0, block)
         else:
@@ -968,7 +974,7 @@ class JournalFile:
         for line in segments:
             seq = line_seq(line)
             if after < seq < before:
-                yield (-seq if backwards else seq), line
+                yield (-seq if backwards else seq), line, self.day
             elif seq and (seq <= after) == backwards:
                 return
 
@@ -3311,7 +3317,6 @@ class IndexFile:
             self.db.executescript(_INDEX_SCHEMA)
         self.full_text = self._FULL_TEXT in self.db.execute("PRAGMA compile_options").fetchall()
         (self.indexed,) = self.db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
-        self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
         self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
@@ -3364,14 +3369,9 @@ class IndexFile:
         file: tuple[int, int, int] = found.fetchone()
         return file
 
-    def add(self, entry: StoredEvent, day: str | None = None) -> None:
-        """Collect what one event contributes; `day`: the folder of its file, where that is known."""
+    def add(self, entry: StoredEvent, day: str) -> None:
+        """Collect what one event contributes; `day`: the folder of its file."""
         seq, event, line = entry
-        if day is None:  # as in the journal: a clock set back over midnight does not change the day
-            day = day_of(event["received"])
-            if day < self._day <= day_of(event["received"] + _DAY_MS):
-                day = self._day
-            self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
         quarter, rows = timestamp // QUARTER_MS, self._rows
         about = (event["sessionId"], event["machineId"], event["workingDirectory"], event.get("agent"))
@@ -3923,7 +3923,7 @@ class History:
                 return
             until = self._written
             if file.indexed < until:
-                entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
+                entries = self._journal.placed_lines(after=file.indexed, before=until + 1)
                 while self._batch(file, entries):
                     if self._jobs or self._stopping.is_set() or file.is_removed():
                         break
@@ -3947,18 +3947,18 @@ class History:
         file.forget_files(f"id IN ({','.join(str(known.pop(key)[0]) for key in gone)})")
         for day, name in sorted(on_disk.keys() - known.keys()):
             lines = on_disk[day, name].lines(0, file.indexed + 1, False, 64 << 10)
-            self._batch(file, readable(line for _, line in lines if line), day)
+            self._batch(file, (it[1:] for it in lines if it[1]), True)
         names = {name for _, name in on_disk}
         for (key,) in file.db.execute("SELECT session FROM snapshots WHERE session <> x''").fetchall():
             if session_file_name(key_name(key)) not in names:
                 file.forget_session(key_name(key))
 
-    def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
-        """Write events in one transaction, all of them for a `day`; return whether there may be more."""
+    def _batch(self, file: IndexFile, lines: Iterator[tuple[bytes, str]], to_end: bool = False) -> bool:
+        """Write events of lines, each with its day, in a transaction; return whether there may be more."""
         size, seq, more = 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
-            for entry in entries:
+            for entry, day in ((entry, day) for line, day in lines for entry in readable((line,))):
                 file.add(entry, day)
                 size, seq = size + len(entry.line), entry.seq
                 if size > INDEX_SLICE_BYTES:
@@ -3967,7 +3967,7 @@ class History:
                     if now - self._last_live < LIVE_S:
                         self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
                     slice_began = time.monotonic()
-                    more = day is None and now - began > INDEX_BATCH_S
+                    more = not to_end and now - began > INDEX_BATCH_S
                     if more:
                         break
             file.flush(seq)

@@ -13734,6 +13734,21 @@ def test_the_status_shows_how_much_is_on_disk(running):
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
+def test_what_arrived_after_the_clock_was_two_days_ahead_is_found(monitor):
+    begin = cm.now_ms() - 5 * DAY_MS
+    for word, days in (("ahead", 2), ("corrected", 0), ("later", 1)):  # and a start between them
+        store = cm.Journal(monitor.home + "/events")
+        store.open()
+        at = begin + days * DAY_MS
+        store.append([ee.build_event(payload("UserPromptSubmit", prompt=word), at, "testbox")], at)
+        store.close()
+    monitor.serve()
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "ready", what="the index")
+    for word in ("ahead", "corrected", "later"):
+        assert len(monitor.get(f"/api/search?q={word}")["results"]) == 1, word
+    assert monitor.get("/api/stats?from=0")["totals"]["prompts"] == 3
+
+
 def test_numbers_go_on_after_every_event_was_too_old(monitor):
     retention_fill(monitor.home, (50, 60))
     monitor.serve()
