@@ -2803,7 +2803,7 @@ class Publisher:
             if now >= self._next_attempt and (self._batch or self._read_batch()):
                 self._publish()
                 last_event = now
-                if not self._failures:
+                if not self._failures and self._state["state"] == self._written.get("state"):
                     continue
             self._write_state()
             if self._batch:

@@ -9479,6 +9479,8 @@ def test_a_backlog_leaves_over_a_slow_link(make: Any) -> None:
         machine.spool(f"small-{number}", text="words " * 1000)
     machine.spool("large", **{f"text{number}": "words " * 10_000 for number in range(4)})  # 12 s
     machine.say("last")
+    eventually(lambda: machine.publisher().get("state") == "publishing", 60, "what it does")
+    assert machine.spooled(), "it is said only at the end"
     machine.publishes_all()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
     assert list(dict.fromkeys(markers)) == [*(f"small-{number}" for number in range(35)), "large", "last"]
