@@ -9421,7 +9421,7 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
 
 
 class SlowLink:
-    """A way to a Redis on which the bytes to it (or, with `down`, from it) pass at 40 kB a second."""
+    """A way to a Redis on which the bytes to it (or, with `down`, from it) pass at 20 kB a second."""
 
     def __init__(self, server: RedisServer, down: bool = False) -> None:
         self.server, self.down = server, down
@@ -9442,7 +9442,7 @@ class SlowLink:
     def _pass(self, source: socket.socket, target: socket.socket, is_slow: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2048):
-                time.sleep(len(data) / 40_000 * is_slow)
+                time.sleep(len(data) / 20_000 * is_slow)
                 target.sendall(data)
         for sock in (source, target):
             with contextlib.suppress(OSError):
@@ -9456,7 +9456,7 @@ def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
     server, redis = make(RedisServer), pytest.importorskip("redis")
     with contextlib.closing(redis.Redis(port=server.port)) as client:
         pipeline = client.pipeline(transaction=False)
-        for number in range(150):  # 100 s of the link
+        for number in range(75):  # 100 s of the link
             about = {"id": f"id-{number}", "sessionId": "far", "machineId": "far", "eventType": "user_prompt"}
             event = {
                 **about,
@@ -9475,15 +9475,15 @@ def test_a_backlog_leaves_over_a_slow_link(make: Any) -> None:
     server = make(RedisServer)
     link = make(SlowLink, server)
     machine = make(RedisMachine, config=server.settings(port=link.port))
-    for number in range(35):  # 10 s of the link
+    for number in range(15):  # 9 s of the link
         machine.spool(f"small-{number}", text="words " * 1000)
-    machine.spool("large", **{f"text{number}": "words " * 10_000 for number in range(4)})  # 12 s
+    machine.spool("large", **{f"text{number}": "words " * 10_000 for number in range(2)})  # 12 s
     machine.say("last")
     eventually(lambda: machine.publisher().get("state") == "publishing", 60, "what it does")
     assert machine.spooled(), "it is said only at the end"
     machine.publishes_all()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
-    assert list(dict.fromkeys(markers)) == [*(f"small-{number}" for number in range(35)), "large", "last"]
+    assert list(dict.fromkeys(markers)) == [*(f"small-{number}" for number in range(15)), "large", "last"]
 
 
 def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypatch):
