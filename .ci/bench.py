@@ -393,10 +393,8 @@ def timed_hook(
 
     def timed(command: list[str]) -> float:
         before_each()
-        call = HOOK_INPUT.replace(
-            b'"toolu_', b'"toolu_%d' % time.monotonic_ns()
-        )  # the same call again is no event
-        return timed_process(command, call, monitor.environment)
+        other = b'"toolu_%d' % time.monotonic_ns()  # the same call again is no event
+        return timed_process(command, HOOK_INPUT.replace(b'"toolu_', other), monitor.environment)
 
     rounds = [(timed(command), timed(BARE_INTERPRETER)) for _ in range(WARM_UP_PAIRS + pairs)]
     return paired(rounds[WARM_UP_PAIRS:])
@@ -588,15 +586,12 @@ def bench_http(sizes: Sizes) -> Iterator[Measured]:
         origin = {"Origin": f"http://127.0.0.1:{monitor.port}"}
         for method, path, given in (("GET", "/api/status", None), ("POST", "/api/hooks", body)):
             _, headers, answer = monitor.request(path, method, given, origin)
-            with (
-                socket.create_server(("127.0.0.1", 0), backlog=16) as listener,
-                tests.serving(serve_bare_http, listener, headers, answer),
-            ):
-                rate = functools.partial(
-                    request_rate, method=method, path=path, body=given, headers=origin, seconds=sizes.round_s
-                )
-                bare_port = listener.getsockname()[1]
-                yield paired([(rate(monitor.port), rate(bare_port)) for _ in range(sizes.rounds)])
+            bare = socket.create_server(("127.0.0.1", 0), backlog=16)
+            with bare, tests.serving(serve_bare_http, bare, headers, answer):
+                ports = (monitor.port, bare.getsockname()[1])
+                asked = (method, path, given, origin, sizes.round_s)
+                rounds = [[request_rate(port, *asked) for port in ports] for _ in range(sizes.rounds)]
+                yield paired([(ours, bare_rate) for ours, bare_rate in rounds])
 
 
 def serve_bare_http(listener: socket.socket, headers: dict[str, str], answer: bytes) -> None:
@@ -649,13 +644,8 @@ def bench_index(sizes: Sizes) -> Iterator[Measured]:
     def rate(program: str) -> float:
         with new_monitor() as monitor:
             about, command = monitor.home + "/monitor.run.json", [sys.executable, "-c", program]
-            process = subprocess.Popen(
-                command,
-                cwd=setup.ROOT,
-                env=monitor.environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.STDOUT,
-            )
+            options: Any = {"cwd": setup.ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, env=monitor.environment, **options)
             try:
                 tests.eventually(lambda: os.path.exists(about), what="the monitor")
                 return rate_stream(monitor.socket_path, lines, 600)
@@ -684,6 +674,7 @@ def marked_payload(output_lines: int = 20) -> dict[str, Any]:
 
 
 Sender = Callable[[int], object]  # has the server send so many events
+FramesOf = Callable[[int], bytes]  # returns the frames of so many events
 
 
 class Audience:
@@ -781,9 +772,7 @@ def framed_events(count: int) -> bytes:
     return b"".join([struct.pack("!BBH", 0x81, 126, len(message)) + message for message in messages])
 
 
-def serve_bare_broadcast(
-    listener: socket.socket, orders: socket.socket, frames_of: Callable[[int], bytes]
-) -> None:
+def serve_bare_broadcast(listener: socket.socket, orders: socket.socket, frames_of: FramesOf) -> None:
     """Send one frame to every client for each byte on `orders`, in one `selectors` loop.
 
     The frames of one turn, which `frames_of(count)` makes, go to each client in one send.
@@ -874,12 +863,11 @@ def bench_broadcast(sizes: Sizes) -> Iterator[Measured]:
                 servers.append(audience_of(count, serve_bare_broadcast, framed_events))
             audiences = [stack.enter_context(server) for server in servers]
             for in_flight in (1, 32):
-                rounds = [
-                    [audience.measure(send, in_flight, sizes.round_s) for audience, send in audiences]
-                    for _ in range(sizes.rounds)
-                ]
-                rates = [[rate for rate, _ in measured] for measured in rounds]
-                tails = [[percentile(delays, 99) * 1000 for _, delays in measured] for measured in rounds]
+                rates, tails = [], []
+                for _ in range(sizes.rounds):
+                    measured = [it.measure(send, in_flight, sizes.round_s) for it, send in audiences]
+                    rates.append([rate for rate, _ in measured])
+                    tails.append([percentile(delays, 99) * 1000 for _, delays in measured])
                 yield paired([(ours, bare) for ours, bare, *_ in rates])
                 yield paired([(ours, bare) for ours, bare, *_ in tails])
                 if count == 1:
@@ -986,7 +974,7 @@ def bench_latency(sizes: Sizes) -> Iterator[Measured]:
             client = machine.websocket("rows")
             machine.say("warms up the caches, starts the publisher")
             client.events(1)
-            hooks_ms = latencies_ms(machine, client, HOOKS_PER_S, sizes.latency_s, command)
+            hooks_ms = latencies_ms(machine, client, HOOKS_PER_S, sizes.latency_s, *command)
             bare_ms = statistics.median(timed_process(BARE_INTERPRETER, b"", {}) for _ in range(20))
             spread = (hooks_ms[0] / bare_ms, percentile(hooks_ms, 99) / bare_ms)
             yield Measured(percentile(hooks_ms, 50), bare_ms, spread=spread)
@@ -999,17 +987,13 @@ def bench_latency(sizes: Sizes) -> Iterator[Measured]:
 
 
 def latencies_ms(
-    machine: tests.RedisMachine,
-    client: tests.TestClient,
-    rate: int,
-    seconds: int,
-    hook: list[str] | None = None,
+    machine: tests.RedisMachine, client: tests.TestClient, rate: int, seconds: int, *hook: str
 ) -> list[float]:
     """Return, sorted, the milliseconds that events sent at a rate took to the client."""
     count = rate * seconds
     taken: list[float] = []
     result, sender = multiprocessing.Pipe(duplex=False)
-    with tests.serving(send_at_rate, machine, rate, count, hook, sender):
+    with tests.serving(send_at_rate, machine, rate, count, list(hook), sender):
         while len(taken) < count:
             message = client.connection.recv(timeout=30)
             now_ns = time.time_ns()
@@ -1022,9 +1006,7 @@ def latencies_ms(
     return sorted(taken)
 
 
-def send_at_rate(
-    machine: tests.RedisMachine, rate: int, count: int, hook: list[str] | None, result: Any
-) -> None:
+def send_at_rate(machine: tests.RedisMachine, rate: int, count: int, hook: list[str], result: Any) -> None:
     """Send events at a steady rate, by hook processes or the hook's code; a call's id is its start time."""
     os.environ.update(machine.environment)
     ee.ACKNOWLEDGEMENT_DEADLINE_S = 5.0
@@ -1033,7 +1015,7 @@ def send_at_rate(
         time.sleep(max(0.0, begin + number / rate - time.monotonic()))
         call = tests.payload("PreToolUse", tool_name="Bash", tool_use_id=str(time.time_ns()))
         given = json.dumps({**call, "tool_input": {"command": "ls"}}).encode()
-        if hook is not None:
+        if hook:
             spawn(hook, given + b"\n", machine.environment)
         elif machine.config["mode"] == "local":
             refused = ee.send(machine.home, machine.socket_path, ee.wrap(given, environment))
@@ -1115,10 +1097,8 @@ def bench_growth(sizes: Sizes) -> Iterator[Measured]:
     """Measure what one event, session or client costs at three sizes; a ratio of 1 is linear growth."""
     with started_on_history(1, 2) as empty:
         empty_mb = empty.memory_mb
-    for counts, histories in (
-        (GROWTH_EVENTS, [(100, count) for count in GROWTH_EVENTS]),
-        (GROWTH_SESSIONS, [(count, count * 30) for count in GROWTH_SESSIONS]),
-    ):
+    of_events, of_sessions = [(100, it) for it in GROWTH_EVENTS], [(it, it * 30) for it in GROWTH_SESSIONS]
+    for counts, histories in ((GROWTH_EVENTS, of_events), (GROWTH_SESSIONS, of_sessions)):
         with contextlib.ExitStack() as stack:
             started = [stack.enter_context(started_on_history(*history)) for history in histories]
             ingest_us = ingest_in_turn([each.monitor for each in started], sizes)
@@ -1243,9 +1223,8 @@ class LargeEvents:
         letters = "abcdefghijklmnopqrstuvwxyz"
         self.words = ["".join(self.rng.choices(letters, k=self.rng.randint(3, 10))) for _ in range(40_000)]
         weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(len(self.words))))
-        self.phrases = [
-            " ".join(self.rng.choices(self.words, cum_weights=weights, k=26)) for _ in range(20_000)
-        ]
+        chosen = (self.rng.choices(self.words, cum_weights=weights, k=26) for _ in range(20_000))
+        self.phrases = list(map(" ".join, chosen))
         self.common, self.middling, self.rare = self.words[1], self.words[400], "heliotropium"
 
     def text(self, phrases: int) -> str:
@@ -1375,24 +1354,16 @@ def transcript_lines(turn: int, call: int) -> str:
     """Return what the client writes for one call: an answer's text, the call itself, its result."""
     common = {"isSidechain": False, "cwd": "/home/ada/shop", "sessionId": "s1", "version": "2.1.332"}
     usage = {"input_tokens": 4, "cache_creation_input_tokens": 300, "cache_read_input_tokens": 20_000 + call}
-    message = {"id": f"msg_{turn}_{call}", "role": "assistant", "model": tests.USAGE_MODEL}
+    usage["output_tokens"] = 100
+    message = {"id": f"msg_{turn}_{call}", "role": "assistant", "model": tests.USAGE_MODEL, "usage": usage}
     tool = {"type": "tool_use", "id": f"toolu_{turn}_{call}", "name": "Read", "input": {"file_path": "a.py"}}
     result = {"type": "tool_result", "tool_use_id": tool["id"], "content": "a line of code\n" * 60}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat()[:23] + "Z"
     about = {**common, "timestamp": now, "requestId": f"req_{turn}_{call}"}
-    usage["output_tokens"] = 100
-    entries = [
-        {**about, "type": kind, "message": {**said, "content": [block]}}
-        for kind, said, block in (
-            (
-                "assistant",
-                {**message, "usage": usage},
-                {"type": "text", "text": f"File {call} of {turn}. " * 6},
-            ),
-            ("assistant", {**message, "usage": usage}, tool),
-            ("user", {"role": "user"}, result),
-        )
-    ]
+    text = {"type": "text", "text": f"File {call} of {turn}. " * 6}
+    said: list[tuple[str, Any, Any]] = [("assistant", message, text), ("assistant", message, tool)]
+    said.append(("user", {"role": "user"}, result))
+    entries = [{**about, "type": kind, "message": {**by, "content": [it]}} for kind, by, it in said]
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
@@ -1448,10 +1419,8 @@ def bench_redact(_sizes: Sizes) -> Iterator[Measured]:
     alarms = ee.redact_text(code).count("[redacted:") - code.count("[redacted:")
     yield Measured(alarms / len(code) * 1e6)
     recorded = [line.decode() for name in tests.recording_names() for line in tests.recorded_lines(name)]
-    for text in (
-        code[:4_000_000] + " ".join(tests.hook_hints()) + code[4_000_000:8_000_000],
-        "\n".join(recorded * 3),
-    ):
+    with_hints = code[:4_000_000] + " ".join(tests.hook_hints()) + code[4_000_000:8_000_000]
+    for text in (with_hints, "\n".join(recorded * 3)):
         yield Measured(statistics.median(redaction_mb_per_s(text) for _ in range(5)))
 
 
