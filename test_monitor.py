@@ -132,10 +132,9 @@ def story_parts(name: str) -> dict[str, list[str]]:
     """Return the parts of a file of .ci/stories, whose notation is at its head: title → lines."""
     _, *parts = re.split(r"^=== (.*)\n", install_text(os.path.join(ROOT, ".ci/stories", name)), flags=re.M)
     signs = {0x2400 + code: code for code in range(33)}
-    texts = [
-        re.sub("⟨(.*?)×(\\d+)⟩", lambda it: it[1] * int(it[2]), part).split("\n") for part in parts[1::2]
-    ]
-    return {title: [it.translate(signs) for it in text if it] for title, text in zip(parts[::2], texts)}
+    texts = [re.sub("⟨(.*?)×(\\d+)⟩", lambda it: it[1] * int(it[2]), part) for part in parts[1::2]]
+    lines = ([it.translate(signs) for it in text.split("\n") if it] for text in texts)
+    return dict(zip(parts[::2], lines))
 
 
 def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
@@ -146,7 +145,6 @@ def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
 
 
 def recording_names() -> list[str]:
-    """List the recorded sessions."""
     return sorted(os.path.basename(path)[: -len(".jsonl")] for path in glob.glob(RECORDED + "/*.jsonl"))
 
 
@@ -157,7 +155,6 @@ def recorded_lines(name: str) -> list[bytes]:
 
 
 def recorded(name: str) -> list[dict[str, Any]]:
-    """Return a recording's payloads, parsed."""
     return [json.loads(line) for line in recorded_lines(name)]
 
 
@@ -239,9 +236,7 @@ class RunningMonitor:
             "CONTEXTUATE_MACHINE_ID": "testbox",
         }
 
-    def command(
-        self, *arguments: str, check: bool = True, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, check: bool = True, **options: Any) -> Any:
         """Run one command of the command line: the program as a module, so that it is compiled only once."""
         program = [self.program]
         if self.program == os.path.join(ROOT, "contextuate_monitor.py") and "cwd" not in options:
@@ -255,12 +250,13 @@ class RunningMonitor:
         return done
 
     def start(self) -> RunningMonitor:
-        """Start it in the background, as a user does."""
         self.command("start", "--no-open")
         return self.know()
 
-    def serve(self) -> RunningMonitor:
+    def serve(self, **config: Any) -> RunningMonitor:
         """Start what `start` starts, by `fork_server`: half a second less for each test."""
+        if config:
+            self.write_config(config)
         read_end, write_end = os.pipe()
         socket.send_fds(fork_server(), [json.dumps(self.environment).encode()], [write_end])
         os.close(write_end)
@@ -280,12 +276,10 @@ class RunningMonitor:
     url = property(lambda self: f"http://127.0.0.1:{self.port}/")
 
     def kill(self) -> None:
-        """End it with SIGKILL and wait until it is gone."""
         os.kill(self.pid, signal.SIGKILL)
         eventually(lambda: not alive(self.pid), what="the monitor's end")
 
     def stop(self) -> None:
-        """Stop it as a user does."""
         self.command("stop")
 
     def request(
@@ -299,7 +293,6 @@ class RunningMonitor:
             return response.status, found, response.read()
 
     def get(self, path: str) -> Any:
-        """GET JSON."""
         status, _, body = self.request(path)
         assert status == 200, (path, status, body)
         return json.loads(body)
@@ -310,7 +303,6 @@ class RunningMonitor:
         return self.sessions_so_far()
 
     def sessions_so_far(self) -> dict[str, dict[str, Any]]:
-        """Return the sessions that have been read by now."""
         return {session["sessionId"]: session for session in self.get("/api/sessions?hidden=1")["sessions"]}
 
     def stored_events(self) -> list[dict[str, Any]]:
@@ -344,7 +336,6 @@ class RunningMonitor:
         return client
 
     def connect(self) -> socket.socket:
-        """Connect to the Unix socket."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(15)
         sock.connect(self.socket_path)
@@ -357,11 +348,13 @@ class RunningMonitor:
             received = sock.makefile("rb").read(len(events))
             assert received == ee.ACKNOWLEDGEMENT * len(events), "the monitor closed the connection"
 
-    def installed_command(self) -> str:
+    def client_settings(self) -> dict[str, Any]:
+        return dict(json.loads(install_text(self.claude_home + "/settings.json")))
+
+    def installed_command(self, *options: str) -> str:
         """Install the hook and return the command that Claude Code would run."""
-        self.command("install")
-        settings = json.loads(install_text(self.claude_home + "/settings.json"))
-        return str(settings["hooks"]["PreToolUse"][0]["hooks"][0]["command"])
+        in_process(self, "install", *options)
+        return str(self.client_settings()["hooks"]["PreToolUse"][0]["hooks"][0]["command"])
 
 
 class TestClient:
@@ -396,12 +389,10 @@ class TestClient:
             self.others.append(message)
 
     def ask(self, answer: str, **message: Any) -> dict[str, Any]:
-        """Send one message and return the answer of one kind."""
         self.send(**message)
         return self.next(answer)
 
     def events(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
-        """Return the next `count` events."""
         return [self.next("event", timeout_s)["event"] for _ in range(count)]
 
     def close(self) -> None:
@@ -417,14 +408,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def run_hook(
-    command: str, payload: bytes, environment: dict[str, str], timeout_s: float = 30
-) -> subprocess.CompletedProcess[bytes]:
+def run_hook(command: str, payload: bytes, environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
     """Run the hook as Claude Code does: through /bin/sh, in a session of its own."""
-    return subprocess.run(
-        ["/bin/sh", "-c", command], input=payload, env=environment, capture_output=True, timeout=timeout_s,
-        check=False, start_new_session=True,
-    )  # fmt: skip
+    options: Any = {"capture_output": True, "timeout": 30, "start_new_session": True}
+    return subprocess.run(["/bin/sh", "-c", command], input=payload, env=environment, **options)
 
 
 def new_home() -> str:
@@ -434,6 +421,8 @@ def new_home() -> str:
 
 def clean_up(monitor: RunningMonitor) -> None:
     """End the monitor if it runs, and remove its directory."""
+    for client in monitor.clients:
+        client.close()
     pid = cm.lock_holder(monitor.home + "/monitor.pid")
     if pid is not None:
         os.kill(pid, signal.SIGCONT)
@@ -527,7 +516,6 @@ def in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> Ite
 
 
 def said_in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> str:
-    """Run a command in a container; return its output."""
     with in_container(monitor, *command, flags=flags) as process:
         return str(process.communicate(timeout=60)[0])
 
@@ -609,7 +597,6 @@ class HookAlone:
         return hook_spooled(self.home)
 
     def socket_tried(self) -> str:
-        """Run the hook; return the socket that it took from its configuration."""
         return re.search(r"socket (\S+)", self())[1]
 
     @contextlib.contextmanager
@@ -1040,9 +1027,8 @@ def test_a_monitor_that_answers_again_ends_the_pause_of_the_hooks(monitor):
     monitor.start()
     ee.write_atomically(path, b"...")
     os.utime(path, (0, 0))
-    say = functools.partial(
-        hook_call, monitor.installed_command(), payload("Stop", "again"), monitor.environment
-    )
+    command = monitor.installed_command()
+    say = functools.partial(hook_call, command, payload("Stop", "again"), monitor.environment)
     eventually(lambda: say() == "" and not os.path.exists(path))
     eventually(lambda: "again" in monitor.sessions())
 
@@ -1217,10 +1203,8 @@ def test_a_doubtful_key_is_warned_about(tmp_path, key, value, mode, warning):
 def test_what_the_config_does_not_say_has_its_default(tmp_path, content, others):
     if content is not None:
         (tmp_path / "c.json").write_bytes(content)
-    assert ee.load_config(str(tmp_path / "c.json"), cm.KEYS)[0] == {
-        **ee.load_config("", cm.KEYS)[0],
-        **others,
-    }
+    expected = {**ee.load_config("", cm.KEYS)[0], **others}
+    assert ee.load_config(str(tmp_path / "c.json"), cm.KEYS)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -1461,7 +1445,6 @@ hook_anything = st.one_of(
 
 
 def hook_all_values(value: Any) -> list[str]:
-    """List the JSON text of a value and of everything in it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
@@ -1522,10 +1505,8 @@ def test_a_value_of_any_length_and_depth_is_kept(length, depth):
 
 
 def test_what_is_not_one_object_is_malformed_and_nothing_worse():
-    lines = b'|x|[1]|"text"|5|null|{"a":|{}{}|{} x|{}\xc2\xa0'.split(
-        b"|"
-    )  # the last: a space, but none of JSON's
-    for line in (*lines, b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
+    lines = b'|x|[1]|"text"|5|null|{"a":|{}{}|{} x|{}\xc2\xa0'  # the last: a space, but none of JSON's
+    for line in (*lines.split(b"|"), b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
         with pytest.raises(ee.MalformedEvent):
             ee.parse_event_line(line)
         assert not ee.is_json_object(line)
@@ -1680,7 +1661,6 @@ def hook_corpus() -> list[tuple[str, str, str]]:
 
 
 def hook_missed() -> list[tuple[str, str]]:
-    """List (kind, text) of the corpus that still show eight letters of their secret."""
     return [(kind, text) for kind, secret, text in hook_corpus() if hook_traces(secret, ee.redact_text(text))]
 
 
@@ -1690,7 +1670,6 @@ def test_a_secret_is_found_in_whatever_surrounds_it():
 
 
 def hook_protected(given_payload: dict[str, Any], privacy: ee.Privacy | None = None) -> dict[str, Any]:
-    """Return the protected event of a payload."""
     return protected(ee.build_event(json.loads(json.dumps(given_payload)), 5, "m"), privacy or ee.Privacy())
 
 
@@ -1794,7 +1773,6 @@ HOOK_REPEATED = (
 
 
 def redaction_seconds(unit: str, size: int) -> float:
-    """Return the processor's time for a text of a unit over and over."""
     begin = time.process_time()
     ee.redact_text((unit * (size // len(unit) + 1))[:size])
     return time.process_time() - begin
@@ -1832,9 +1810,8 @@ def test_a_token_that_grep_has_coloured_is_redacted_whole():
     assert "[redacted:github:" in shown and token[4:12] not in shown and shown.endswith(" and text")
 
 
-HOOK_ESCAPES = st.sampled_from(
-    ["\n", " ", *r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"), "\x1b[0m", "\x1b[01;31m\x1b[K"]
-)
+HOOK_ESCAPES = st.sampled_from(r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"))
+HOOK_ESCAPES |= st.sampled_from(["\n", " ", "\x1b[0m", "\x1b[01;31m\x1b[K"])
 hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, max_size=4).map("".join)
 hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
@@ -1978,8 +1955,7 @@ def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     token = hook_token("gh" + "p_", 36)
     lines = [f'{{"hook_event_name": "Stop", "prompt": "{HOOK_PROSE} {token}', '{"a": "' + "x" * 4080 + " " + token,
              f'{{"x": "{HOOK_PROSE} {"y" * 170} {token}' + "z" * (17 << 20)]  # fmt: skip
-    monitor.write_config({"privacy": {"level": level}})
-    monitor.start()
+    monitor.serve(privacy={"level": level})
     for line in lines:
         with monitor.connect() as sock:
             sock.sendall(line.encode() + b"\n")
@@ -1997,9 +1973,8 @@ SECRET_PARTS = st.lists(
     | st.sampled_from([secret for _, secret, _ in HOOK_SECRETS] + HOOK_HARMLESS),
     max_size=5,
 ).map("".join)
-NESTED = st.recursive(
-    SECRET_PARTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SECRET_PARTS, inner, max_size=3)
-)
+dicts_of = lambda inner: st.dictionaries(SECRET_PARTS, inner, max_size=3)  # noqa: E731
+NESTED = st.recursive(SECRET_PARTS, lambda inner: st.lists(inner, max_size=3) | dicts_of(inner))
 
 
 @settings(max_examples=200)
@@ -2030,7 +2005,6 @@ for number in range(int(sys.argv[4])):
 
 
 def spool_line(event_id: str, session: str = "s1") -> bytes:
-    """Return one wrapped payload as the hook writes it."""
     wrapped = {"id": event_id, "timestamp": NOW_MS, "hook": payload("Stop", session)}
     return json.dumps(wrapped).encode() + b"\n"
 
@@ -2224,7 +2198,6 @@ def store_event(number: int, session: str, size: int = 0) -> dict[str, Any]:
 
 
 def journal_opened(root: Any) -> cm.Journal:
-    """Open a journal as a monitor does at its start."""
     journal = cm.Journal(str(root))
     journal.open()
     return journal
@@ -2232,7 +2205,6 @@ def journal_opened(root: Any) -> cm.Journal:
 
 @pytest.fixture
 def journal(tmp_path: Any) -> Iterator[cm.Journal]:
-    """A journal of its own, in `tmp_path`."""
     opened = journal_opened(tmp_path)
     yield opened
     opened.close()
@@ -2613,7 +2585,6 @@ def test_a_monitor_starts_and_counts_on_after_odd_events_and_edited_lines(runnin
     assert len(running.get("/api/sessions/s/events?limit=1000")["events"]) > 7
     client = running.websocket(None)
     assert client.ask("subscribed", type="subscribe", since=0)["missed"] > 7
-    client.close()
     assert "imported" in in_process(running, "import", running.home + "/events").stdout
 
 
@@ -2639,11 +2610,9 @@ def test_the_index_reads_a_page_of_older_events_without_other_files(tmp_path: An
         event = ee.build_event({"hook_event_name": "Stop", "session_id": f"s{number}"}, cm.now_ms(), "m")
         history.add([entry for entry in journal.append([event], cm.now_ms()) if entry])
     eventually(lambda: history.status()["lagEvents"] == 0 and history.status()["state"] == "ready")
-    opened: list[str] = []
-    read = cm.JournalFile.__init__
-    monkeypatch.setattr(
-        cm.JournalFile, "__init__", lambda it, path, about: (opened.append(path), read(it, path, about))[1]
-    )
+    opened, read = [], cm.JournalFile.__init__
+    noted = lambda it, path, about: (opened.append(path), read(it, path, about))[1]  # noqa: E731
+    monkeypatch.setattr(cm.JournalFile, "__init__", noted)
     assert [cm.line_seq(line) for line in history.newest(3, None, 20)] == [19, 18, 17]
     assert len(opened) == 3
     history.stop()
@@ -2707,13 +2676,11 @@ install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), s
 
 
 def install_handlers_in(value: dict[str, Any], entry: dict[str, Any]) -> list[str]:
-    """Name the event of every handler that equals `entry`."""
     hooks = value.get("hooks", {}).items()
     return [name for name, groups in hooks for group in groups for it in group["hooks"] if it == entry]
 
 
 def install_of(command: str, **group: Any) -> dict[str, Any]:
-    """Return settings with a command as the only hook, one of Stop."""
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
@@ -2758,13 +2725,8 @@ def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ou
     assert cm.merge_hooks(with_arguments, "", []) == with_arguments
 
 
-INSTALL_OLD = {
-    "type": "command",
-    "command": "python3 -I -S /old/hooks/emit_event.py",
-    "timeout": 5,
-    "note": 1,
-}
 INSTALL_OTHER, INSTALL_NEW = {"type": "command", "command": "make"}, {**INSTALL_HANDLER, "note": 1}
+INSTALL_OLD = {**INSTALL_NEW, "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5}
 # Hooks before → hooks with ours for the same events
 INSTALL_MERGED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"Stop": []}, {"Stop": [{"hooks": [INSTALL_HANDLER]}]}),
@@ -2829,10 +2791,8 @@ def test_a_client_gets_only_event_names_it_knows():
     ],
 )
 def test_the_client_is_asked_for_its_version(tmp_path, monkeypatch, place, script, version):
-    program = tmp_path / place / "claude"
-    program.parent.mkdir(parents=True)
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
+    (tmp_path / place).mkdir(parents=True)
+    ee.write_atomically(f"{tmp_path}/{place}/claude", f"#!/bin/sh\n{script}\n".encode(), 0o755)
     if "sleep" in script:
         monkeypatch.setattr(cm, "CLAUDE_VERSION_TIMEOUT_S", 0.2)
     for name, value in {"PATH": f"{tmp_path}/bin", "HOME": str(tmp_path), "KEPT": "yes"}.items():
@@ -2985,9 +2945,8 @@ INSTALL_OTHER_PYTHON = {"command": "/opt/python3 -I -S /home/me/.contextuate/hoo
 )
 def test_a_second_registration_is_found(client_files, event, handler, is_twice):
     second = {"hooks": {event: [{"hooks": [{"type": "command", **handler}]}]}}
-    names, paths = cm.registered_twice(
-        client_files({"user/settings.json": INSTALL_OURS, INSTALL_LOCAL: second})
-    )
+    files = client_files({"user/settings.json": INSTALL_OURS, INSTALL_LOCAL: second})
+    names, paths = cm.registered_twice(files)
     assert names == ["Stop"] * is_twice
     expected = ["settings.json", "settings.local.json"] if is_twice else []
     assert sorted(map(os.path.basename, paths)) == sorted(expected)
@@ -3073,7 +3032,6 @@ def test_the_installed_copy_can_install_itself_but_no_part_of_it(tmp_path, monke
 
 @pytest.fixture
 def settings_file(tmp_path: Any) -> Any:
-    """Give the place of a project's settings."""
     (tmp_path / "project/.claude").mkdir(parents=True)
     return tmp_path / "project/.claude/settings.json"
 
@@ -3184,9 +3142,8 @@ def test_a_link_to_settings_is_followed_its_mode_kept_the_backup_private(tmp_pat
     backup = cm.write_settings(str(link), cm.render_settings({**value, "é": 1}, text), text)
     assert link.is_symlink() and os.listdir(target.parent) == ["claude.json"]
     assert target.read_bytes().rstrip(b"\n").endswith('{\n  "é": 1\n}'.encode())
-    assert hook_mode_of(target) == (0o600 if content is None else mode) and (backup is None) == (
-        content is None
-    )
+    assert hook_mode_of(target) == (0o600 if content is None else mode)
+    assert (backup is None) == (content is None)
     if backup:
         assert re.fullmatch(re.escape(str(link)) + r"\.contextuate-backup-\d{8}-\d{6}-\d{9}", backup)
         assert install_text(backup).encode() == content and hook_mode_of(backup) == 0o600
@@ -3290,7 +3247,6 @@ def test_install_refuses_broken_settings_in_one_line(monitor):
 # What a running monitor sends is read from raw sockets or by that author's client.
 # ---------------------------------------------------------------------------
 
-PROTOCOL_MASK = b"\x37\xfa\x21\x3d"
 PROTOCOL_KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3, as its answer below
 PROTOCOL_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
@@ -3301,13 +3257,11 @@ def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True, mask: bo
     return frame.serialize(mask=mask)
 
 
-def protocol_raw_frame(
-    first: int, payload: bytes = b"", length_bytes: int = 0, mask: bytes = PROTOCOL_MASK
-) -> bytes:
+def protocol_raw_frame(first: int, content: bytes = b"", extra: int = 0, mask: bytes = b"7\xfa!=") -> bytes:
     """Build a frame by hand, valid or not: any first byte, the length in 0, 2 or 8 extra bytes, perhaps no mask."""
-    code = {0: len(payload), 2: 126, 8: 127}[length_bytes]
-    length = len(payload).to_bytes(length_bytes, "big") if length_bytes else b""
-    masked = bytes(byte ^ key for byte, key in zip(payload, itertools.cycle(mask))) if mask else payload
+    code = {0: len(content), 2: 126, 8: 127}[extra]
+    length = len(content).to_bytes(extra, "big") if extra else b""
+    masked = bytes(byte ^ key for byte, key in zip(content, itertools.cycle(mask))) if mask else content
     return bytes([first, code | 0x80 * bool(mask)]) + length + mask + masked
 
 
@@ -3341,9 +3295,8 @@ def spoken(speaking: RunningMonitor) -> Iterator[RunningMonitor]:
         speaking.clients.pop().close()
 
 
-protocol_messages = st.one_of(
-    st.text(max_size=200), st.binary(max_size=400), st.builds(bytes, st.integers(65530, 65540))
-)
+protocol_messages = st.text(max_size=200) | st.binary(max_size=400)
+protocol_messages |= st.builds(bytes, st.integers(65530, 65540))
 protocol_controls = st.lists(st.tuples(st.sampled_from([9, 10]), st.binary(max_size=125)), max_size=2)
 protocol_cuts = st.lists(st.tuples(st.integers(0, 1 << 20), protocol_controls), max_size=4)
 
@@ -3439,9 +3392,7 @@ HTTP_ROWS = story_parts("http.txt")
 def protocol_rows(kind: str) -> Any:
     """Give a test each row of one kind with its status."""
     parts = [(int(title.split()[1]), HTTP_ROWS[title]) for title in HTTP_ROWS if title.startswith(kind)]
-    return pytest.mark.parametrize(
-        ("status", "row"), [(status, row) for status, rows in parts for row in rows]
-    )
+    return pytest.mark.parametrize(("status", "row"), [(status, it) for status, rows in parts for it in rows])
 
 
 def protocol_head(*changes: Any, line: str = "GET / HTTP/1.1") -> bytes:
@@ -3531,7 +3482,6 @@ class ProtocolPeer:
         return frames
 
     def say(self, **message: Any) -> None:
-        """Send one message in one frame."""
         self.send(protocol_frame(1, json.dumps(message).encode()))
 
     def next(self, kind: str) -> bytes:
@@ -3548,7 +3498,6 @@ class ProtocolPeer:
 
 
 def protocol_close_code(frames: list[tuple[int, bytes]]) -> int:
-    """Return the code of the close frame that ends a list of frames."""
     opcode, content = frames[-1]
     assert opcode == 8, frames[-1]
     (code,) = struct.unpack("!H", content[:2])
@@ -3663,7 +3612,6 @@ def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(spoken):
 
 
 def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[str, Any]]:
-    """Post one message as the page might; return status and reply."""
     body = json.dumps(message).encode()
     status, _, answer = monitor.request("/api/message", "POST", body, protocol_origin(monitor))
     return status, json.loads(answer)
@@ -3712,11 +3660,9 @@ def test_what_was_missed_comes_in_order_before_what_is_live(running):
         (last - 12, ["a", "live"], range(last - 11, last - 6)),
         (last - 12, ["b", "live"], range(last - 6, last + 1)),
     )
-    opened = [
-        (running.websocket(view, since=since, sessionIds=sessions), view, since, missed)
-        for view in ("full", "rows")
-        for since, sessions, missed in rows
-    ]
+    opened = []
+    for view, (since, sessions, missed) in itertools.product(("full", "rows"), rows):
+        opened.append((running.websocket(view, since=since, sessionIds=sessions), view, since, missed))
     running.emit(*protocol_events("live", 1))
     for client, view, since, missed in opened:
         answer = {name: client.subscribed[name] for name in ("seq", "missed", "resync")}
@@ -3861,10 +3807,8 @@ def test_what_a_user_did_survives_a_restart_from_the_files_alone(running):
     client.send(type="delete_session", sessionId="keep-4")
     client.next("session_deleted")
     before = running.sessions()
-    assert (
-        not journal_plain_lines(running.home + "/events", "keep-4")
-        and running.request("/api/sessions/keep-4")[0] == 404
-    )
+    assert not journal_plain_lines(running.home + "/events", "keep-4")
+    assert running.request("/api/sessions/keep-4")[0] == 404
     assert (before["keep-0"]["label"], before["keep-0"]["labelSource"]) == ("By hand é", "user")
     assert before["keep-1"]["isPinned"] and before["keep-2"]["hidden"]
     assert before["keep-3"]["parentSessionId"] == "keep-0" and "keep-4" not in before
@@ -3916,8 +3860,7 @@ def test_the_status_is_sent_on_subscribing_and_when_it_changes(running):
 
 def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
     """It gets 8 MB of answers then though a queue holds 64 KB: a client that reads is not closed for that."""
-    monitor.write_config({"limits": {"clientQueueBytes": 65536}, "privacy": {"redact": False}})
-    monitor.serve()
+    monitor.serve(limits={"clientQueueBytes": 65536}, privacy={"redact": False})
     slow = ProtocolPeer(monitor.ws_port, receive_bytes=4096)
     slow.say(type="subscribe", view="full")
     slow.next("subscribed")
@@ -4008,8 +3951,7 @@ def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkey
 
 @pytest.mark.parametrize(("which", "path"), [("port", "/ws"), ("port", ""), ("ws_port", "")])
 def test_a_connection_too_many_gets_503_on_both_ports(monitor, which, path):
-    monitor.write_config({"limits": {"connections": 3}})
-    port = getattr(monitor.serve(), which)
+    port = getattr(monitor.serve(limits={"connections": 3}), which)
     with contextlib.ExitStack() as held:
         for _ in range(3):
             plain = functools.partial(socket.create_connection, ("127.0.0.1", port), 15)
@@ -4037,7 +3979,6 @@ def test_a_connection_is_refused_and_not_counted_where_no_thread_starts(monkeypa
 
 
 def protocol_has_room(monitor: RunningMonitor) -> bool:
-    """True if both ports have room for one more connection."""
     try:
         monitor.websocket(None).close()
         return monitor.request("/health")[0] == 200
@@ -4049,18 +3990,15 @@ def protocol_has_room(monitor: RunningMonitor) -> bool:
 
 
 def protocol_origin(monitor: RunningMonitor) -> dict[str, str]:
-    """Return the page's Origin header."""
     return {"Origin": f"http://127.0.0.1:{monitor.port}"}
 
 
 def protocol_get(host: str | None, *more: str, path: str = "/health", method: str = "GET") -> bytes:
-    """Return the bytes of an HTTP request with this Host."""
     lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else []), *more]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def protocol_upgrade(host: str | None, *more: str, path: str = "/") -> bytes:
-    """Return the bytes of a handshake with this Host."""
     host_line = "-Host" if host is None else f"Host: {host}"
     return protocol_head(host_line, *("+" + line for line in more), line=f"GET {path} HTTP/1.1") + b"\r\n\r\n"
 
@@ -4216,15 +4154,13 @@ def test_a_refused_page_names_the_line_that_allows_its_host(monitor: RunningMoni
     line = re.search(r"write (.*) into ~/.contextuate/monitor.config.json and run `restart`", body.decode())
     assert line and json.loads(line[1]) == {"server": {"allowedHosts": ["box.local"]}}
     monitor.stop()
-    monitor.write_config(json.loads(line[1]))
-    monitor.serve()
+    monitor.serve(**json.loads(line[1]))
     request = protocol_get("Box.local:8000", "Origin: https://box.local:8000", path="/")
     assert protocol_exchange(monitor.port, request)[0] == 200
 
 
 def test_upgrades_cost_no_thread_and_half_a_one_holds_up_nothing(monitor: RunningMonitor) -> None:
-    monitor.write_config({"limits": {"connections": 2000}})
-    monitor.serve()
+    monitor.serve(limits={"connections": 2000})
     monitor.websocket().close()
 
     def cost() -> tuple[int, int]:
@@ -4489,9 +4425,8 @@ def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) 
 
 
 def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
-    running.write_config({"limits": {"clientQueueBytes": 200_000}})
     running.stop()
-    client = running.serve().websocket("rows", changes=True)
+    client = running.serve(limits={"clientQueueBytes": 200_000}).websocket("rows", changes=True)
     command = {"command": "make " + "x" * 150}
     for number in range(60):  # more than sockets and queue take: nothing is read meanwhile
         call = payload("PreToolUse", tool_name="Bash", tool_input=command)
@@ -4504,7 +4439,6 @@ def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningM
         if sent["type"] == "session_update" and sent["session"]["sessionId"] == "asks":
             assert sent["session"]["state"] == "waiting"
     assert 0 < rows < rows + sent["events"] == 12_001
-    client.close()
 
 
 def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
@@ -4528,13 +4462,10 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
     assert set(changes) == {"sessionId", "lastEventTime", "counts", "activity", "openCalls", "openCallCount"}
     assert {**first, **changes} == whole
     listed = page.ask("sessions", type="get_sessions")["sessions"]  # may be newer than the last update
-    assert (
-        listed == [running.get("/api/sessions/s1")] == [*running.sessions().values()]
-        and listed[0]["openCalls"]
-    )
+    assert listed == [running.get("/api/sessions/s1")] == [*running.sessions().values()]
+    assert listed[0]["openCalls"]
     changes, whole = updates(payload("Stop"))
     assert changes == whole
-    page.close(), other.close()
 
 
 # ---------------------------------------------------------------------------
@@ -4544,10 +4475,7 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
 # ---------------------------------------------------------------------------
 
 SESSION_MACHINE = "box"
-
-SESSION_STORIES = install_text(
-    os.path.join(ROOT, ".ci/stories/sessions.txt")
-)  # their notation is at its head
+SESSION_STORIES = install_text(ROOT + "/.ci/stories/sessions.txt")  # their notation is at its head
 SESSION_VERBS = dict(re.findall(r"^(\w+) = (.*)", SESSION_STORIES, re.M))
 # Lines of the real client's transcripts, the fields that matter.
 SESSION_LINES = {
@@ -4568,7 +4496,6 @@ SESSION_LINES = {
 
 
 def session_line(name: str, time_ms: int, **more: Any) -> bytes:
-    """Return one of SESSION_LINES as it is in a file."""
     moment = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.timezone.utc)
     stamp = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return ee.encode_json({**SESSION_LINES[name], "isSidechain": False, "timestamp": stamp, **more}) + b"\n"
@@ -4642,12 +4569,8 @@ class SessionStory:
             elif verb == "shows":
                 self.time += 1000
                 at = self.marked + 500 if late else self.time
-                shown = {
-                    "eventType": "client_status",
-                    "hookType": "",
-                    "pid": self.pid,
-                    "data": {"status": rest},
-                }
+                shown = {"eventType": "client_status", "hookType": "", "data": {"status": rest}}
+                shown["pid"] = self.pid
                 if rest in SESSION_LINES:
                     (shown,) = evidence(rest, agent_id=agent)
                 self.apply({**shown, "sessionId": session, "id": f"e{self.count + 1}", "timestamp": at})
@@ -4669,7 +4592,6 @@ class SessionStory:
         return session
 
     def fields(self, verb: str, rest: str) -> dict[str, Any]:
-        """Return the hook of a step and the fields of its payload."""
         fields: dict[str, Any]
         if verb == "hook":
             hook, *pairs = shlex.split(rest)
@@ -4680,9 +4602,8 @@ class SessionStory:
             fields = dict(zip(names, rest.split(" ", max(len(names) - 1, 0))))
             target = fields.pop("target", "")
             if "tool_name" in fields:
-                fields["tool_input"] = (
-                    {SESSION_INPUTS.get(fields["tool_name"], "text"): target} if target else {}
-                )
+                name = SESSION_INPUTS.get(fields["tool_name"], "text")
+                fields["tool_input"] = {name: target} if target else {}
         if use_id := fields.get("tool_use_id"):
             known = {name: fields[name] for name in ("tool_name", "tool_input") if name in fields}
             fields = {**self.calls.setdefault(use_id, known), **fields}
@@ -4762,7 +4683,6 @@ def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
 
 
 def session_value(text: str) -> Any:
-    """Return a value as JSON has it, else as a string."""
     with contextlib.suppress(ValueError):
         return json.loads(text)
     return text
@@ -4891,7 +4811,6 @@ def session_events(name: str) -> list[dict[str, Any]]:
 
 
 def session_replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every session after these events, in order of their start."""
     book = cm.Sessions(own_machine=SESSION_MACHINE)
     for event in events:
         book.apply(event)
@@ -4899,7 +4818,6 @@ def session_replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def session_steps(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Replay a recording; yield each event and its session after it."""
     book = cm.Sessions(own_machine=SESSION_MACHINE)
     for event in session_events(name):
         yield event, book.to_json(book.apply(event))
@@ -5097,7 +5015,6 @@ def session_numbered(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def session_in_order(arrived: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the events as they would have arrived without any delay."""
     return session_numbered([{**event, "received": event["timestamp"]} for event in arrived])
 
 
@@ -5671,9 +5588,8 @@ def test_a_watched_session_counts_what_one_that_is_read_at_its_end_does(tmp_path
     reader, events = ee.UsageReader(f"{tmp_path}/home"), {}
     for files, used in USAGE_LAYOUTS[rule]:
         (first, *_), session = usage_named(files)
-        event = events.setdefault(
-            session, {**usage_event(f"{tmp_path}/{first}.jsonl", session), "states": {}}
-        )
+        watched = {**usage_event(f"{tmp_path}/{first}.jsonl", session), "states": {}}
+        event = events.setdefault(session, watched)
         found = reader.events(event, is_end=False)
         usage_written(tmp_path, files)
         found += reader.events(event, is_end=False) + reader.events(event)
@@ -5696,9 +5612,8 @@ def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
     reader.close()
     assert not os.path.exists(f"{tmp_path}/home/emit.log")
     if len(USAGE_LAYOUTS[rule]) == 1 and files.startswith("s1: ") and "->" not in files:
-        ((_, events, _),) = cm.import_batches(
-            cm.import_sources([str(tmp_path)], []), USAGE_MACHINE, lambda _: False, []
-        )
+        sources = cm.import_sources([str(tmp_path)], [])
+        ((_, events, _),) = cm.import_batches(sources, USAGE_MACHINE, lambda _: False, [])
         usages = [event["data"]["usage"] for event in events if event["eventType"] == "usage"]
         assert usage_words(usages[-1]) == used, "an import counts by the same rules"
 
@@ -5796,7 +5711,6 @@ def test_odd_numbers_of_tokens_count_as_none(transcript, value):
 
 
 def usage_given_away(path: str) -> None:
-    """Copy a transcript to a path, as another user's file."""
     shutil.copy(usage_transcript("simple"), path)
     os.chown(path, 12345, -1)
 
@@ -5930,9 +5844,7 @@ def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path):
 @pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
 def test_a_damaged_database_of_counted_messages_is_rebuilt(tmp_path, damage):
     path, database = usage_transcript("simple"), tmp_path / "usage.db"
-    assert usage_read(__file__ + "/home", path) is None, (
-        "where nothing can be written it costs the usage only"
-    )
+    assert usage_read(__file__ + "/home", path) is None, "nothing can be written: it costs the usage only"
     reader = ee.UsageReader(str(tmp_path))
     assert usage_output(usage_read(reader, path)) == 210
     reader.close()
@@ -6009,10 +5921,8 @@ def test_a_look_that_fails_neither_loses_nor_repeats_what_others_read(tmp_path):
     def look(is_end: bool, number: int = 0) -> list[int]:
         found = []
         for name, (session, _) in places.items():
-            write_files(
-                tmp_path,
-                {f"{name}.jsonl": usage_entries(f"{name}{number} 1/{number}", session)} if number else {},
-            )
+            if number:
+                write_files(tmp_path, {f"{name}.jsonl": usage_entries(f"{name}{number} 1/{number}", session)})
             found += [it["data"] for it in reader.events(events[name], is_end) if it["eventType"] == "usage"]
         return [usage_output(it["usage"]) for it in found]
 
@@ -6056,18 +5966,14 @@ def test_looks_kills_and_failures_in_any_order_lose_and_double_nothing(seed):
             raise OSError("no space left")
 
         for step in range(40):
-            session, act = (
-                chance.choice("abc"),
-                chance.choice("write write write look look end kill fail".split()),
-            )
+            session = chance.choice("abc")
+            act = chance.choice("write write write look look end kill fail".split())
             path = f"{home}/{session}.jsonl"
             events.setdefault(session, {**usage_event(path, session), "states": {}})
             is_doubled |= act in ("kill", "fail")
             if act == "write":
-                below = chance.choice(
-                    ("", f"{session}/subagents/agent-x", f"{session}/subagents/workflows/w/agent-y")
-                )
-                path = f"{home}/{below}.jsonl" if below else path
+                below = chance.choice(("", "/subagents/agent-x", "/subagents/workflows/w/agent-y"))
+                path = f"{home}/{session}{below}.jsonl"
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(usage_entries(f"m{session}{step} 1/{step + 1}", session))
@@ -6102,7 +6008,6 @@ def words_of(events: Iterable[dict[str, Any]]) -> str:
 
 
 def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
-    """Return a message for usage_entries."""
     blocks = [{"type": "thinking", "thinking": "hm"}, *({"type": "text", "text": it} for it in texts)]
     about = {"id": f"m{number}", "model": model, "usage": {}, "content": blocks}
     spaced = json.dumps(about, separators=(",", ":"))
@@ -6159,9 +6064,7 @@ def test_the_words_of_a_transcript_are_its_texts(first):
 
 @pytest.mark.parametrize("level", ["full", "metadata"])
 def test_words_come_while_a_session_works_redacted_and_searchable(level, monitor, tmp_path):
-    machine = monitor
-    machine.write_config({"privacy": {"level": level}})
-    machine.start()
+    machine = monitor.serve(privacy={"level": level})
     transcript, secret = Transcript(str(tmp_path)), hook_token("ghp_", 36)
     machine.emit(payload("UserPromptSubmit", prompt="go", transcript_path=transcript.path))
     for number, text in enumerate(("the first finding", f"it is {secret}", "the last")):
@@ -6197,9 +6100,8 @@ def usage_is_held(home: str) -> bool:
     """True if for a second a reader keeps what it has counted from being final: it is not delivered yet."""
     until = time.monotonic() + 1
     while os.path.exists(home + "/usage.db"):
-        with contextlib.closing(
-            sqlite3.connect(home + "/usage.db", timeout=0, isolation_level=None)
-        ) as database:
+        database = sqlite3.connect(home + "/usage.db", timeout=0, isolation_level=None)
+        with contextlib.closing(database):
             try:
                 database.execute("BEGIN IMMEDIATE")
                 return False
@@ -6399,10 +6301,8 @@ def test_no_agent_id_leads_to_another_file(tmp_path, agent):
 @pytest.mark.parametrize("name", ["session_id", "sessionId"])
 def test_a_fork_is_linked_to_the_session_whose_messages_it_copied(tmp_path, name):
     said = ("m1", "first"), ("m2", "origin"), ("m3", "fork")  # the origin is a fork, too
-    lines = [
-        json.dumps({**json.loads(usage_line(key, 1)), "sessionId": "fork", name: session})
-        for key, session in said
-    ]
+    parsed = ((json.loads(usage_line(key, 1)), session) for key, session in said)
+    lines = [json.dumps({**line, "sessionId": "fork", name: session}) for line, session in parsed]
     path = tmp_path / "fork.jsonl"
     path.write_text("\n".join(lines) + "\n")
     fork = usage_event(str(path), "fork")
@@ -6500,8 +6400,7 @@ def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(line):
 
 def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_installed, monitor):
     prices = {"opus-5-5": {"input": 40, "output": 200}}
-    monitor.write_config({"prices": prices, "privacy": {"level": "metadata"}})
-    monitor.serve()
+    monitor.serve(prices=prices, privacy={"level": "metadata"})
     started, stop = (
         next(each for each in usage_copied(name, monitor.home) if each["hook_event_name"] == hook)
         for name, hook in (("nested", "SubagentStart"), ("subagent", "Stop"))
@@ -6512,8 +6411,7 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
         lines = file.read().splitlines(keepends=True)
     outputs = [0]
     for part in (lines[:5], lines):
-        with open(path, "wb") as file:
-            file.write(b"".join(part))
+        pathlib.Path(path).write_bytes(b"".join(part))
         hook_call(hook_installed.command, stop, monitor.environment)
 
         def grown() -> Any:
@@ -6528,9 +6426,8 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
     assert sessions[session]["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
     note, *stored = monitor.stored_events()
     assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
-    assert not any(
-        "usage" in it["data"] for it in stored if it["eventType"] != "usage"
-    )  # read by another thread
+    others = [it for it in stored if it["eventType"] != "usage"]
+    assert not any("usage" in it["data"] for it in others), "it is read by another thread"
     ends = [place for place, event in enumerate(stored) if event["eventType"] == "turn_end"]
     totals_after = [stored[place + 1]["data"]["usage"] for place in ends]
     assert [usage_output(usage) for usage in totals_after] == outputs[1:]
@@ -6664,10 +6561,7 @@ def loading_reference(root: str) -> cm.Sessions:
 
 def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return sessions by their ids, comparable whatever the order of their children."""
-    return {
-        shown["sessionId"]: {**shown, "childSessionIds": sorted(shown["childSessionIds"])}
-        for shown in sessions
-    }
+    return {it["sessionId"]: {**it, "childSessionIds": sorted(it["childSessionIds"])} for it in sessions}
 
 
 @contextlib.contextmanager
@@ -6885,7 +6779,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
     calls = sum(event["hookType"] == "PreToolUse" for event in exported)
     eventually(lambda: len(printed("search", "--type", "PreToolUse", "--json", "--limit", "500")) == calls)
     in_process(old_monitor, "install")
-    hooks = json.loads(install_text(folder + "/.claude/settings.json"))["hooks"]
+    hooks = old_monitor.client_settings()["hooks"]
     assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
 
 
@@ -6938,9 +6832,7 @@ def watcher(tmp_path, monkeypatch):
     return ee.RegistryWatcher("box")
 
 
-def replayed(
-    name: str, directory: Any, watcher: Any, delay_ms: Any, lines: Iterable[str] = ()
-) -> list[tuple[Any, ...]]:
+def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any, lines: Iterable[str] = ()) -> list[Any]:
     """Replay a recording; return (ms, (screen, status), state on the page) whenever one of them changed.
 
     `lines`: what the transcript gets by Esc (SESSION_LINES); it is then read instead of the registry.
@@ -6951,10 +6843,8 @@ def replayed(
     contents = [(t, it["content"]) for t, it in files if it["content"]]
     base = max(it["statusUpdatedAt"] - t for t, it in contents if "statusUpdatedAt" in it)
     exited = next((row["t"] for row in rows if row.get("screen") == "EXITED"), math.inf)
-    arrivals = [
-        (row["t"] + (delay_ms() if "hook" in row else 0), number, row)
-        for number, row in enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
-    ]
+    numbered = enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
+    arrivals = [(row["t"] + (delay_ms() if "hook" in row else 0), number, row) for number, row in numbered]
     sessions, seen, screen, status, next_poll = cm.Sessions(own_machine="box"), [], "IDLE", "", 0.0
 
     def take(event: dict[str, Any], at: float) -> None:
@@ -7030,7 +6920,6 @@ def test_without_a_registry_the_transcript_shows_what_the_screen_did(name, lines
 
 
 def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
-    """Poll at the given times; return (status, previous, time) of the events."""
     events = [event for at in times_ms for event in watcher.poll(at)]
     return [(it["data"].get("status"), it["data"].get("previous"), it["timestamp"]) for it in events]
 
@@ -7142,7 +7031,6 @@ def test_esc_while_the_monitor_is_away_is_read_at_its_next_start(monitor, tmp_pa
 
 
 def own_start_time(pid: int) -> str:
-    """Return when a process started, as the client writes it."""
     with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
         return file.read().rpartition(")")[2].split()[19]
 
@@ -7381,8 +7269,7 @@ def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, chang
     path = tmp_path / "hooks.json"
     path.write_text(cm.plan_install(str(tmp_path), "codex").new_text)
     assert [it.words for it in doctor._program("codex")] == [f"12 events of codex in {path}"]
-    (tmp_path / "codex").write_text(CODEX.replace("CHANGE", change))
-    (tmp_path / "codex").chmod(0o700)
+    ee.write_atomically(f"{tmp_path}/codex", CODEX.replace("CHANGE", change).encode(), 0o700)
     monkeypatch.setattr(cm, "_in_time", functools.partial(ee.within, 2 if "sleep" in change else 60))
     (finding,) = doctor._program("codex")
     assert finding.level == level and words.format(path) in finding.words
@@ -7410,9 +7297,7 @@ class NoticeServer:
     A manner is a status, "429 SECONDS" with Retry-After, "301 ADDRESS", or "slow", which never ends its answer.
     """
 
-    def __init__(
-        self, manners: dict[str, list[str]] | None = None, tls: RedisCertificates | None = None
-    ) -> None:
+    def __init__(self, manners: dict[str, list[str]] | None = None, tls: Any = None) -> None:
         self.received: list[tuple[float, str, dict[str, str], str]] = []  # (time.time(), path, headers, body)
         self.manners, self.ended = manners or {}, threading.Event()
         outer = self
@@ -7671,7 +7556,6 @@ def test_a_message_is_tried_three_times_while_other_targets_are_served(make, mon
 
 
 def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
-    """Return the hooks of a session that asks for a permission."""
     call = {"tool_name": "Bash", "tool_input": {"command": command}}
     asks = payload("PermissionRequest", session, **call)
     return [payload("UserPromptSubmit", session, prompt=f"Work on {session}"),
@@ -7682,8 +7566,8 @@ def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(make, monitor
     server = make(NoticeServer, {"/topic": ["429 1", "200"], "/dead": ["500"]})
     secret = f"{server.url}/topic"
     dead, target = ({"url": it, "afterSeconds": 1} for it in (f"{server.url}/dead", secret))
-    monitor.write_config({"notify": [dead, {**target, "content": True}]})
-    monitor.serve().emit(*itertools.chain(*(notice_asks(f"s{number}") for number in range(60))))
+    monitor.serve(notify=[dead, {**target, "content": True}])
+    monitor.emit(*itertools.chain(*(notice_asks(f"s{number}") for number in range(60))))
     eventually(lambda: len(server.titles()) > 20, 30, "the first messages")
     monitor.stop()
     monitor.serve()
@@ -7746,11 +7630,9 @@ for line in sys.stdin.buffer:
 
 
 @contextlib.contextmanager
-def hooks_in_a_row(
-    environment: dict[str, str], deadline_s: float = ee.ACKNOWLEDGEMENT_DEADLINE_S
-) -> Iterator[Any]:
+def hooks_in_a_row(environment: dict[str, str], deadline_s: float | None = None) -> Iterator[Any]:
     """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
-    command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT, str(deadline_s)]
+    command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT, str(deadline_s or ee.ACKNOWLEDGEMENT_DEADLINE_S)]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as hooks:
@@ -7772,7 +7654,6 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
         for one in sent:
             assert "has stored" in call(one)
     shown, stored = client.events(len(sent)), running.stored_events()
-    client.close()
     assert shown == stored and len({event["id"] for event in stored}) == len(sent)
     for event, original in zip(stored, sent):  # what a payload becomes is tested in its room
         made = ee.build_event(original, event["timestamp"], "testbox")
@@ -7964,7 +7845,6 @@ def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> N
 
 
 def processes_of(home: str, argument: bytes) -> list[int]:
-    """List the processes with an argument that belong to a home."""
     found, variable = [], f"CONTEXTUATE_HOME={home}".encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         about = f"/proc/{pid}/"
@@ -7977,8 +7857,7 @@ def processes_of(home: str, argument: bytes) -> list[int]:
 
 def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n')
-    python.chmod(0o700)
+    ee.write_atomically(str(python), b'#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n', 0o700)
     monkeypatch.setattr(cm.sys, "executable", str(python))
     monkeypatch.setattr(cm, "START_DEADLINE_S", 0.5)
     settings = cm.Settings(monitor.home, "", "", {})
@@ -8026,9 +7905,8 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
 def test_a_lost_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str, damage: Any) -> None:
     path = f"{running.home}/{name}"
     damage(path)
-    eventually(
-        lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
-    )
+    back = (running.socket_path, path if name else path + "/monitor.pid")
+    eventually(lambda: all(map(os.path.exists, back)))
     running.emit(payload("Stop"))
     assert cm.lock_holder(running.home + "/monitor.pid") is not None
     running.write_config({})
@@ -8055,8 +7933,7 @@ def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(running, cl
         sessions = eventually(lambda: "gone" in (it := running.sessions()) and it)
         assert [sessions[name]["state"] for name in (session_id, "gone")] == ["working"] * 2
         assert sessions[session_id]["pid"] == client.pid
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(usage_entries("a 3/4", session_id))
+        pathlib.Path(path).write_text(usage_entries("a 3/4", session_id))
         client.kill()
         client.wait()
         session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
@@ -8211,8 +8088,7 @@ def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     before = status()["pid"]
     monitor.command("restart", "--no-open")
     assert status()["pid"] != before
-    with open(monitor.home + "/monitor.config.json", "w", encoding="utf-8") as file:
-        file.write('{"mode": "cloud"}')  # a broken configuration
+    pathlib.Path(monitor.home + "/monitor.config.json").write_text('{"mode": "cloud"}')  # a broken one
     stopped = in_process(monitor, "stop")
     assert "stopped" in stopped.stdout and "mode: expected" in stopped.stderr
     assert "not running" in in_process(monitor, "stop").stdout
@@ -8363,9 +8239,7 @@ def test_go_says_what_to_do_where_it_cannot_bring_a_terminal_to_the_front(runnin
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is missing")
-def test_go_makes_the_tmux_window_of_a_session_the_current_one(
-    running: RunningMonitor, tmp_path: Any
-) -> None:
+def test_go_makes_the_tmux_window_of_a_session_the_current_one(running, tmp_path):
     def tmux(*words: str) -> str:
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -8541,8 +8415,8 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
 def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
     pid = next(pid for pid in range(300, 30_000) if not os.path.exists(f"/proc/{pid}"))
     hook = f"export CLAUDE_PID={pid}; {{ {monitor.installed_command()}; }} < payload; exec sleep 60"
-    with open(monitor.home + "/payload", "w", encoding="utf-8") as file:
-        json.dump(payload("UserPromptSubmit", "boxed", prompt="go"), file)
+    prompt = json.dumps(payload("UserPromptSubmit", "boxed", prompt="go"))
+    pathlib.Path(monitor.home + "/payload").write_text(prompt)
     monitor.serve()
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", hook]
     with subprocess.Popen(command, cwd=monitor.home, env=monitor.environment) as box:
@@ -8599,8 +8473,8 @@ def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
     headers = {"Authorization": "Bearer " + cm.read_token(shared.home + "/token")}
     headers["Content-Type"] = "application/json"
     assert shared.request("/api/stop", "POST", body, headers)[0] == 409
-    with open(monitor.home + "/monitor.run.json", "w", encoding="utf-8") as file:
-        json.dump({**monitor.about, "port": shared.port}, file)  # as seen from another network
+    about = {**monitor.about, "port": shared.port}  # as seen from another network
+    ee.write_atomically(monitor.home + "/monitor.run.json", json.dumps(about).encode())
     assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
     eventually(lambda: not alive(monitor.pid))
     assert alive(shared.pid)
@@ -8664,10 +8538,8 @@ def test_machines_are_forgotten_after_the_retention() -> None:
 SERVICE_WORLD = """mount -t tmpfs none /run; mkdir -p /run/systemd/system /run/user/0; export XDG_RUNTIME_DIR=/run/user/0
 /usr/lib/systemd/systemd --user >"$HOME/systemd.log" 2>&1 & until systemctl --user show-environment >/dev/null 2>&1
 do sleep 0.1; done; sh -c "$1"; status=$?; kill $!; wait; exit $status"""
-needs_systemd = pytest.mark.skipif(
-    os.geteuid() != 0 or not UNSHARE or not os.path.exists("/usr/lib/systemd/systemd"),
-    reason="systemd is missing",
-)
+has_systemd = os.geteuid() == 0 and UNSHARE and os.path.exists("/usr/lib/systemd/systemd")
+needs_systemd = pytest.mark.skipif(not has_systemd, reason="systemd is missing")
 
 
 @needs_systemd
@@ -8676,9 +8548,8 @@ def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMoni
     environment = {**monitor.environment, "HOME": monitor.home, "P": program}
     options = "--mount --pid --fork --kill-child --mount-proc sh -c".split()
     world = [str(UNSHARE), *options, SERVICE_WORLD, "sh"]
-    waits = (
-        "until $P status --short | grep -q idle; do sleep 0.1; done; cat $CONTEXTUATE_HOME/monitor.pid;echo;"
-    )
+    pid = "$CONTEXTUATE_HOME/monitor.pid"
+    waits = f"until $P status --short | grep -q idle; do sleep 0.1; done; cat {pid}; echo;"
     script = (f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
               "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
@@ -8727,7 +8598,6 @@ def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
 
 
 def examine(monitor: RunningMonitor) -> tuple[int, dict[str, list[dict[str, str]]]]:
-    """Run `doctor --json`; return its exit status and the findings by the name of their check."""
     done = in_process(monitor, "doctor", "--json")
     answer = json.loads(done.stdout)
     findings: dict[str, list[dict[str, str]]] = {}
@@ -9013,8 +8883,7 @@ class RedisServer:
                 "port 0", f"tls-port {self.port}", "tls-auth-clients no", f"tls-cert-file {folder}/server.crt",
                 f"tls-key-file {folder}/server.key", f"tls-ca-cert-file {folder}/ca.crt",
             ]  # fmt: skip
-        with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
-            file.write("\n".join((*common, *lines)) + "\n")
+        pathlib.Path(self.directory, "redis.conf").write_text("\n".join((*common, *lines)) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -9061,7 +8930,6 @@ class RedisServer:
         self.cli("PUBLISH", REDIS_CHANNEL, given=message)
 
     def streamed(self) -> list[str]:
-        """Return every event in the stream, as text, oldest first."""
         said = self.cli("--json", "XRANGE", REDIS_STREAM, "-", "+")
         return [dict(zip(fields[::2], fields[1::2]))["event"] for _, fields in json.loads(said)]
 
@@ -9091,17 +8959,12 @@ class RedisMachine(RunningMonitor):
     def environment(self) -> dict[str, str]:
         return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
 
-    @functools.cached_property
-    def hook(self) -> str:
-        in_process(self, "install")
-        hooks = json.loads(install_text(self.claude_home + "/settings.json"))["hooks"]
-        return str(hooks["PreToolUse"][0]["hooks"][0]["command"])
+    hook = functools.cached_property(RunningMonitor.installed_command)
 
     def stop(self) -> None:
         assert in_process(self, "stop").returncode == 0
 
     def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
-        """Run one real hook with an event that `marker` tells from others; it must end in order."""
         hook_call(self.hook, payload("PreToolUse", session, tool_use_id=marker, **fields), self.environment)
 
     def spool(self, marker: str, session: str = "s1", **fields: Any) -> None:
@@ -9307,9 +9170,8 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     streamed = [{**json.loads(line), "seq": 0, "received": 0} for line in team.server.streamed()]
     assert {event["id"]: event for event in streamed if event["sessionId"] == flow.session} == kept[0]
     for machine in team.emitters:
-        eventually(
-            lambda it=machine: (said := it.publisher())["published"] >= 40 and said["subscribers"] == 2
-        )
+        said = lambda it=machine: it.publisher()  # noqa: E731
+        eventually(lambda said=said: said()["published"] >= 40 and said()["subscribers"] == 2)
         eventually(lambda machine=machine: len(machine.publishers()) == 1)
         more = {"CONTEXTUATE_DEBUG": "wait"}
         said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, **more)
@@ -9499,9 +9361,8 @@ def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypat
     loop = cm.EventLoop()
     thread = threading.Thread(target=loop.run)
     thread.start()
-    link = cm.RedisLink(
-        loop, cm.Settings(home, str(path), "box", ee.load_config(str(path), cm.KEYS)[0]), take, bool
-    )
+    here = cm.Settings(home, str(path), "box", ee.load_config(str(path), cm.KEYS)[0])
+    link = cm.RedisLink(loop, here, take, bool)
     try:
         eventually(lambda: server.clients("pubsub"), what="the subscription")
         lines = [json.dumps({"id": f"{it}", "machineId": it}) for it in ("stream", "channel", "later")]
@@ -9710,16 +9571,12 @@ def redis_servers() -> Iterator[Any]:
 
         def configure(name: str, keys: dict[str, Any]) -> tuple[RedisServer, dict[str, Any]]:
             server = servers[name]
-            words = {
-                "STRANGE": strange.directory,
-                "CERTIFICATES": ours.directory,
-                "SOCKET": server.socket_path,
-            }
-            words |= {"PORT": str(server.port), "PASSWORD": REDIS_PASSWORD, "WRONG": REDIS_WRONG_PASSWORD}
+            words = {"STRANGE": strange.directory, "CERTIFICATES": ours.directory, "PORT": str(server.port)}
+            words |= {"SOCKET": server.socket_path, "PASSWORD": REDIS_PASSWORD, "WRONG": REDIS_WRONG_PASSWORD}
             text = json.dumps(server.settings(**keys))
-            return server, json.loads(
-                functools.reduce(lambda it, pair: it.replace(*pair), words.items(), text)
-            )
+            for word, meaning in words.items():
+                text = text.replace(word, meaning)
+            return server, json.loads(text)
 
         yield configure
 
@@ -9873,9 +9730,8 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
         machine.know()
 
     ask = functools.partial(client.ask, "status", type="reconnect_redis")
-    for number, come_back in enumerate(
-        (ask, functools.partial(os.kill, machine.pid, signal.SIGHUP), restart)
-    ):
+    hang_up = functools.partial(os.kill, machine.pid, signal.SIGHUP)
+    for number, come_back in enumerate((ask, hang_up, restart)):
         server.stop()
         about = machine.wait_until("given_up")
         assert (about["maxRetries"], about["attempt"]) == (2, 2) and about["reason"]
@@ -9979,7 +9835,6 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.gets(1)
     client = machine.websocket()
     client.ask("session_deleted", type="delete_session", sessionId="private")
-    client.close()
     machine.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(machine.home + "/redis-position.json")  # then all of the stream is read again
@@ -9992,24 +9847,23 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     without = machine.home + "/python-without"
-    with open(without, "w", encoding="utf-8") as file:
-        file.write(f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n')
-    os.chmod(without, 0o700)
+    ee.write_atomically(without, f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n'.encode(), 0o700)
 
-    def says_why() -> bool:
-        return "redis-py is missing" in str(machine.publisher().get("reason"))
+    def publishes(marker: str) -> bool:
+        return marker in str(server.streamed())
+
+    def says_why_or_publishes(marker: str) -> bool:
+        return "redis-py is missing" in str(machine.publisher().get("reason")) or publishes(marker)
 
     for marker, python in (("first", without), ("second", "/nowhere/python")):
         hook = machine.hook
         ee.write_atomically(machine.home + "/hooks/publisher-python", python.encode() + b"\n")
         hook_call(hook, payload("PreToolUse", tool_use_id=marker), machine.environment)
-        eventually(
-            lambda marker=marker: says_why() or marker in str(server.streamed()), 60, f"{marker}: {python}"
-        )
+        eventually(functools.partial(says_why_or_publishes, marker), 60, f"{marker}: {python}")
         if python == without:
             assert not server.streamed()
         assert cm.record_publisher_python(machine.home)
-        eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
+        eventually(functools.partial(publishes, marker), 60, "by itself")
         eventually(lambda: not hook_spooled(machine.home), what="an empty spool")  # else it is sent twice
         machine.end_publisher()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
@@ -10170,7 +10024,7 @@ def test_two_machines_of_one_account_share_its_limits(make: Any) -> None:
     five, seven = (int(time.time()) + hours * 3600 for hours in (3, 60))
     for machine, percent in zip(machines, (41, 42.5)):
         in_process(machine, "install", "--status-line")
-        command = json.loads(install_text(machine.claude_home + "/settings.json"))["statusLine"]["command"]
+        command = machine.client_settings()["statusLine"]["command"]
         machine.say("start", machine.machine_id)
         line = status_line(machine.machine_id, five=(percent, five), seven=(7, seven))
         shown = status_line_call(command, line, machine.environment)
@@ -10409,11 +10263,9 @@ def precious(tmp_path: Any) -> Iterator[str]:
     assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o644
 
 
-# What ends a start by itself is tried alone.
-SAFE_LINKED = (
-    [name for name in SAFE_FILES if name not in ("monitor.pid", "token")],
-    *("monitor.pid", "token", "spool", "events"),
-)
+# These end a start by themselves.
+SAFE_ALONE = ("monitor.pid", "token", "spool", "events")
+SAFE_LINKED = ([name for name in SAFE_FILES if name not in SAFE_ALONE], *SAFE_ALONE)
 
 
 @pytest.mark.parametrize("names", SAFE_LINKED, ids=lambda names: names if isinstance(names, str) else "files")
@@ -10794,8 +10646,7 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
     no_events = {"events": 0}
     monitor.serve()
     sure = safe_told(monitor, range(9))
-    with open(transcript, "w", encoding="utf-8") as file:
-        file.write('{"type":"assistant","message":{"id":"a","model":"m","usage":{"output_tokens":5}}}\n')
+    ee.write_atomically(transcript, usage_line("a", 5))
     hook_call(command, {**payload("Stop"), "transcript_path": transcript}, monitor.environment)
     for number, (kind, garbage) in enumerate(SAFE_GARBAGE.items()):
         before = counts()
@@ -10803,8 +10654,7 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         for name in SAFE_KEPT:
             path = f"{monitor.home}/{name}"
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(garbage)
+            pathlib.Path(path).write_bytes(garbage)
         monitor.serve()
         after = counts()
         # An object in the spool is an event of an unknown session, which arrives at any moment.
@@ -10815,9 +10665,7 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         lines = [json.loads(line) for line in monitor.request("/api/export")[2].splitlines()]
         stored = {event["data"].get("message") for event in lines if event["sessionId"] in ("s0", "s1", "s2")}
         assert {str(it) for it in sure} <= stored, kind
-        eventually(
-            lambda: monitor.get("/api/status")["index"]["state"] == "ready", what=f"an index after {kind}"
-        )
+        index_ready(monitor)
         assert in_process(monitor, "status").returncode == in_process(monitor, "sessions").returncode == 0
         assert in_process(monitor, "doctor").returncode in (0, 1)
 
@@ -10909,9 +10757,7 @@ def by_page(expression: str) -> Any:
     banner = r"\n// Parsers: .*?\n(// -----+\n.*?)// -----+\n// Render: "
     section = re.search(banner, install_text(os.path.join(ROOT, "index.html")), re.DOTALL)
     script = f"'use strict';\n{section[1]}\nconsole.log(JSON.stringify({expression}))"
-    done = subprocess.run(
-        ["node", "-"], input=script, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     return json.loads(done.stdout)
 
@@ -10934,9 +10780,8 @@ class EditHistory:
 
     def lines(self, number: int) -> str:
         self.made += number
-        return "".join(
-            f"{n} {self.rng.choice(['one', 'two'])}\n" for n in range(self.made - number, self.made)
-        )
+        numbers = range(self.made - number, self.made)
+        return "".join(f"{n} {self.rng.choice(['one', 'two'])}\n" for n in numbers)
 
     def step(self) -> None:
         path = self.rng.choice([*self.root.glob("*.txt"), self.root / f"new{self.made}.txt"])
@@ -10975,9 +10820,7 @@ class EditHistory:
 def test_the_changes_of_a_session_are_those_of_git_and_so_is_its_patch(tmp_path: pathlib.Path) -> None:
     def git(where: pathlib.Path, *words: str, given: str = "") -> str:
         about = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
-        done = subprocess.run(
-            ["git", *about, *words], cwd=where, input=given, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", *about, *words], cwd=where, input=given, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -11051,9 +10894,7 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
     With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
-    steps = (
-        re.fullmatch(r"(?:(\d+)x )?(.*)", it, re.DOTALL).groups() for it in re.split(r"; +", story.strip())
-    )
+    steps = (re.fullmatch(r"(?s)(?:(\d+)x )?(.*)", it).groups() for it in re.split(r"; +", story.strip()))
     each = (it.replace("#", str(n)) if times else it for times, it in steps for n in range(int(times or 1)))
     for step in each:
         second, who, agent, verb, words, took, said = STORY_STEP.fullmatch(step).groups()
@@ -11123,7 +10964,6 @@ class BrowserTab:
         self.page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
 
     def load(self, link: str = "") -> BrowserTab:
-        """Load the page at a link, from nothing."""
         self.page.goto("about:blank")
         self.page.goto(self.monitor.url.replace("127.0.0.1", "localhost") + link)
         return self
@@ -11136,7 +10976,6 @@ class BrowserTab:
             self.page.keyboard.press(key)
 
     def until(self, condition: str, timeout_s: float = 15) -> None:
-        """Wait until an expression is true in the page."""
         eventually(lambda: self.page.evaluate(condition), timeout_s, condition)
 
     def rows(self, words: str = "", status: str = "") -> list[dict[str, Any]]:
@@ -11168,24 +11007,19 @@ class BrowserTab:
         eventually(lambda: self.text("drawer") and "Loading" not in self.text("drawer"), what="details")
 
     def link(self) -> str:
-        """Return the part of the address that says what is shown."""
         return str(self.page.evaluate("location.hash"))
 
     def rail(self) -> list[tuple[str, str]]:
-        """Return the sessions of the rail, from the top: id and state."""
         return list(map(tuple, self.page.evaluate("look.rail()")))
 
     def counts(self) -> dict[str, int]:
-        """Return the counters in the top bar that are not 0; -1 where one says "?"."""
         return dict(self.page.evaluate("look.counts()"))
 
     def choose(self, session: str, words: str) -> None:
-        """Choose an entry of a session's menu."""
         self.page.click(f"[data-session-id={session}]", button="right")
         self.page.click(f"[data-testid=menu] >> text={words}")
 
     def store(self, expression: str) -> Any:
-        """Look something up in what the page keeps."""
         return self.page.evaluate(f"(({{ store }}) => {expression})(contextuate)")
 
     def hears(self, **status: Any) -> None:
@@ -11583,9 +11417,8 @@ def test_a_conversation_longer_than_what_a_page_keeps_has_no_hole(monitor, tmp_p
     monitor.program = str(tmp_path / "contextuate_monitor.py")
     monitor.start().emit(*(payload("UserPromptSubmit", prompt=f"prompt {number}") for number in range(6200)))
     tab = open_tab(monitor, "#s=s1&show=conversation")
-    tab.until(
-        "contextuate.store.rows.length >= 3000 && ![...contextuate.store.pages.values()].some((it) => it.loading)"
-    )
+    tab.until("contextuate.store.rows.length >= 3000")
+    tab.until("![...contextuate.store.pages.values()].some((it) => it.loading)")
     seqs = tab.store("store.rows.map((row) => row.seq)")
     assert seqs == list(range(seqs[0], 6201)) and len(seqs) >= 3000
 
@@ -11801,8 +11634,8 @@ def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
 def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
-    monitor.write_config({"server": {"auth": "token"}})
-    port, token = monitor.serve().port, monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
+    port = monitor.serve(server={"auth": "token"}).port
+    token = monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
     cut = f" /{prefix}".encode() if prefix else b" /"
     with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, port, cut, b" /"):
         monitor.about["port"] = listener.getsockname()[1]
@@ -11822,9 +11655,8 @@ def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMon
         with serving(forward, listener, running.port, *hosts):
             running.about["port"] = port
             tab = open_tab(running)
-            tab.shows(
-                "banner", "Access denied: requests from other sites are refused; a proxy must pass the Host"
-            )
+            denied = "Access denied: requests from other sites are refused; a proxy must pass the Host"
+            tab.shows("banner", denied)
             tab.said.clear()  # what the browser says of the refusals
 
 
@@ -12086,8 +11918,8 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     tab.emit("@later prompt later <b>work</b>")
     for part in ("#events", "#sessions"):
         tab.until(shows.format(part, "later <b>work</b>"))
-    with open(folder + "/index.html", "w", encoding="utf-8") as file:
-        file.write("<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>")
+    page = b"<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>"
+    ee.write_atomically(folder + "/index.html", page)
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
@@ -12191,10 +12023,8 @@ class Asking:
     monitor: RunningMonitor
 
     def __post_init__(self) -> None:
-        in_process(self.monitor, "install", "--answers")
-        hooks = json.loads(install_text(self.monitor.claude_home + "/settings.json"))["hooks"]
         # The client's version is not known here, so its own hook is derived from one that every version has.
-        self.command = str(hooks["PreToolUse"][0]["hooks"][0]["command"]).replace(" || ", " --answer || ", 1)
+        self.command = self.monitor.installed_command("--answers").replace(" || ", " --answer || ", 1)
         self.client = subprocess.Popen(["sleep", "600"])
 
     def hook(self, asked: dict[str, Any], command: str = "") -> subprocess.Popen[bytes]:
@@ -12254,7 +12084,6 @@ class Asking:
         return self.on_terminal("answers", "pair").split()[0]
 
     def pair(self) -> str:
-        """Pair; return the cookie."""
         status, headers, _ = self.post("/pair", {"code": self.code()})
         assert status == 200 and "HttpOnly; SameSite=Strict" in headers["set-cookie"]
         return headers["set-cookie"].partition(";")[0]
@@ -12266,6 +12095,7 @@ class Asking:
         page = TestClient(websockets.sync.client.connect(
             f"ws://127.0.0.1:{port}/ws", sock=sock, additional_headers={"Cookie": cookie}, compression=None,
         ))  # fmt: skip
+        self.monitor.clients.append(page)
         page.hello = page.next("hello")
         page.ask("subscribed", type="subscribe", view="full")
         page.send(type="set_visible", visible=True)
@@ -12347,7 +12177,6 @@ def test_a_hook_prints_nothing_for_what_is_no_answer(hook_alone, monitor, what):
 
 
 def answer_status(asking: Any, *statuses: str) -> None:
-    """Let the client's registry report these statuses."""
     for status in statuses:
         about = {"machineId": "testbox", "timestamp": ee.now_ms() + 5, "pid": asking.client.pid}
         asking.monitor.emit({
@@ -12522,7 +12351,7 @@ ANSWER_WORDS = [
 
 
 def test_the_command_shows_what_is_asked_and_answers_it(asking):
-    page = asking.page(asking.pair())  # for the form, which waits only for a page
+    asking.page(asking.pair())  # for the form, which waits only for a page
     asking.ask(session="s")
     assert "no answer" in asking.on_terminal("answer", "s", "perhaps")
     for number, (kind, words, decision, shown) in enumerate(ANSWER_WORDS):
@@ -12534,13 +12363,10 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
         assert printed == decision or chosen == {"Colour?": "Green", "Which?": ["Blue", "Green"]}, said
     assert "asks nothing" in asking.on_terminal("answer", "s0")
     asking.ask("Bash", "odd", tool_input={"command": "make\nalways 1: less"})
-    assert "\n    always 1: less" in asking.on_terminal("answer", "odd"), (
-        "a command cannot pose as a line of ours"
-    )
+    assert "\n    always 1: less" in asking.on_terminal("answer", "odd"), "no command poses as a line of ours"
     odd = {"question": "Which?", "options": [{"label": "Red\x1b[31m"}]}
     asking.ask("AskUserQuestion", "red", tool_input={"questions": [odd]})
     assert "Answered: Red\ufffd[31m" in asking.on_terminal("answer", "red", "choose", "1")
-    page.close()
 
 
 @pytest.mark.parametrize("agent", ["codex", "qwen"])
@@ -12557,19 +12383,16 @@ def test_permissions_of_other_programs_are_answered_while_a_page_looks(asking, m
     hook = hooks_after("install", "--answers")["PermissionRequest"]
     assert hook["command"].count(f'emit_event.py" --answer {agent} ||') == 2 and hook["timeout"] == 30
     assert "questions can be answered on the page" in in_process(asking.monitor, "doctor").stdout
-    asked = next(
-        it for it in agent_payloads(f"{agent}/perm-yes") if it["hook_event_name"] == "PermissionRequest"
-    )
+    payloads = agent_payloads(f"{agent}/perm-yes")
+    asked = next(it for it in payloads if it["hook_event_name"] == "PermissionRequest")
     unseen = asking.hook(asked, hook["command"])
     assert unseen.communicate(timeout=10)[0] == b"", "no paired page looks: the dialog comes at once"
     page = asking.page(asking.pair())
-    for answer, decision in (
-        ({"do": "allow"}, {"behavior": "allow"}),
-        ({"do": "deny", "message": "use make"}, {"behavior": "deny", "message": "use make"}),
-    ):
+    for behavior, more in (("allow", {}), ("deny", {"message": "use make"})):
         waiting, event_id = asking.asks(asked, hook["command"])
+        answer = {"do": behavior, **more}
         assert asking.answer(page, event_id, answer, asked["session_id"]) == "delivered"
-        printed = {"hookEventName": "PermissionRequest", "decision": decision}
+        printed = {"hookEventName": "PermissionRequest", "decision": {"behavior": behavior, **more}}
         assert json.loads(waiting.communicate(timeout=20)[0]) == {"hookSpecificOutput": printed}
     question = {**asked, "tool_name": {"codex": "request_user_input", "qwen": "ask_user_question"}[agent]}
     assert asking.hook(question, hook["command"]).communicate(timeout=10)[0] == b""
@@ -12585,19 +12408,17 @@ def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch)
     options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
     for arguments in ((), ("--answers",), ("--answers",), ()):
         assert in_process(monitor, "install", *arguments).returncode == 0
-        hooks = json.loads(install_text(monitor.claude_home + "/settings.json"))["hooks"]
+        hooks = monitor.client_settings()["hooks"]
         entries = {name: groups[0]["hooks"] for name, groups in hooks.items()}
         assert all(len(entry) == 1 for entry in entries.values())
         answering = [name for name, entry in entries.items() if "--answer" in entry[0]["command"]]
         assert (len(answering), entries["Elicitation"][0]["timeout"]) == options[arguments]
         assert set(answering) <= set(ee.ANSWERED_HOOKS)
     monkeypatch.setattr(cm, "claude_version", lambda: None)
-    assert (
-        "are added, and the page cannot answer; put it on"
-        in in_process(monitor, "install", "--answers").stderr
-    )
+    said = in_process(monitor, "install", "--answers").stderr
+    assert "are added, and the page cannot answer; put it on" in said
     in_process(monitor, "uninstall")
-    assert "hooks" not in json.loads(install_text(monitor.claude_home + "/settings.json"))
+    assert "hooks" not in monitor.client_settings()
 
 
 def test_answers_through_redis_are_signed_fresh_and_wanted():
@@ -12663,9 +12484,8 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     tab.press("A")
     assert asking.decision(first)["updatedPermissions"]
     tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
-    tab.row_with(
-        "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
-    )
+    both = "allow Bash(make:*) in this session; switch to the mode acceptEdits in this session"
+    tab.row_with(f"Always allowed: {both}, from Chrome")
     for kind, session, act, decision in (
         ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"),
          {"behavior": "allow", "updatedInput": ANSWER_ASKED["ExitPlanMode"]["tool_input"]}),
@@ -12703,9 +12523,7 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     asking.ask("Bash", "s7")
     tab.load("#s=s7")
     tab.page.wait_for_selector("[data-act=a]")
-    boxes = tab.page.evaluate(
-        "[...document.querySelectorAll('#ask .push')].map((it) => it.getBoundingClientRect().toJSON())"
-    )
+    boxes = tab.page.evaluate("look.seen('#ask .push').map((it) => it.getBoundingClientRect().toJSON())")
     seen = [box for box in boxes if box["width"]]
     assert seen and all(it["height"] >= 40 and it["left"] >= 0 and it["right"] <= 360 for it in seen)
     tab.page.click("[data-act=d]")
@@ -12786,7 +12604,6 @@ class IndexCase:
         return self
 
     def ready(self) -> IndexCase:
-        """Start the index, and wait until it is complete."""
         self.start()
         eventually(self.is_complete, what="a complete index")
         return self
@@ -13161,8 +12978,8 @@ def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) 
         kept = file.readlines()[1:]
     ee.write_atomically(changed + "/s0.jsonl", b"".join(kept))
     by_hand = ee.encode_json(ee.build_event(index_prompt(999, "word by hand", "s9"), NOW_MS, "m"))
-    with open(changed + "/s9.jsonl", "wb") as file:
-        file.write(cm.numbered_line(8, NOW_MS, by_hand) + b"\n{ this is no event\n")
+    by_hand = cm.numbered_line(8, NOW_MS, by_hand)
+    ee.write_atomically(changed + "/s9.jsonl", by_hand + b"\n{ this is no event\n")
     indexed.history.rescan()
     indexed.ready()
     expected = sorted(event["id"] for event in indexed.events())
@@ -13532,7 +13349,6 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     client.ask("session_deleted", type="delete_session", sessionId="a")
     eventually(lambda: found_in(running.get("/api/search?q=quokka")) == ["b"])
     eventually(lambda: running.get("/api/stats")["totals"]["sessions"] == 1)
-    client.close()
 
 
 WRONG_QUESTIONS = """
@@ -13629,8 +13445,7 @@ def test_the_search_command_prints_what_the_monitor_finds(running):
 
 
 def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor) -> None:
-    monitor.write_config({"persistence": {"enabled": False}})
-    monitor.serve().emit(*hooks("prompt quokka one; prompt quokka two"))
+    monitor.serve(persistence={"enabled": False}).emit(*hooks("prompt quokka one; prompt quokka two"))
     first = monitor.get("/api/search?q=quokka&limit=1")
     rest = monitor.get(f"/api/search?q=quokka&limit=1&cursor={first['next']}")
     assert [page["results"][0]["data"]["text"] for page in (first, rest)] == ["quokka two", "quokka one"]
@@ -13665,14 +13480,8 @@ def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
     ingest = cm.Ingest(here, journal, lambda event: None)
     for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
         data = {"message": "same", **({name: value} if name else {})}
-        about = {
-            "id": str(number),
-            "sessionId": "s",
-            "machineId": "box",
-            "pid": 9,
-            "timestamp": NOW_MS + int(at),
-        }
-        event = {**about, "hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data}
+        about = {"id": str(number), "sessionId": "s", "machineId": "box", "pid": 9, "data": data}
+        event = {**about, "timestamp": NOW_MS + int(at), "hookType": hook, "eventType": ee.EVENT_TYPES[hook]}
         ingest.take([ee.encode_json(event)])
     ingest.close()
     assert "".join(cm.line_id(line) for line in journal.lines()) == kept
@@ -13701,16 +13510,14 @@ def retention_fill(home: str, ages: Iterable[int], size: int = 100, sessions: in
 
 
 def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor):
-    monitor.write_config({"retention": {"days": 1000}})
     days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
     note = f"{monitor.home}/events/{days[40]}/note.txt"
     ee.write_atomically(note, b"mine")
-    monitor.serve()
+    monitor.serve(retention={"days": 1000})
     protocol_post(monitor, type="toggle_pin", sessionId="s1-8")
     highest = monitor.get("/api/status")["seq"]
     monitor.kill()
-    monitor.write_config({"retention": {"days": 5}})
-    monitor.serve()
+    monitor.serve(retention={"days": 5})
     eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8, 40)})
     assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
@@ -13782,8 +13589,7 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
     assert going(2) == [days[3], days[2], days[1]] == going(0)
     assert going(4, "s0-3.jsonl") == [days[2]]
     assert going(99, keep_days=1) == [days[3], days[2]]
-    with open(home + "/quarantine.log", "wb") as file:
-        file.write(b"x" * (3 << 20))
+    ee.write_atomically(home + "/quarantine.log", b"x" * (3 << 20))
     assert going(5) == [days[3], days[2], days[1]]
     plan = cm.plan_retention(home, now, None, 5 << 20, frozenset())
     assert plan.total == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
@@ -13813,8 +13619,7 @@ def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
 
 
 def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
-    monitor.write_config({"retention": {"days": 10}})
-    monitor.serve()
+    monitor.serve(retention={"days": 10})
     assert "nothing is too old" in in_process(monitor, "prune").stdout
     days = retention_fill(monitor.home, (0, 3, 20, 30))
     plan = in_process(monitor, "prune", "--dry-run").stdout
@@ -13906,7 +13711,6 @@ class ClockStory:
             self.memory.compare(self.store.seq)
 
     def kept(self, limit: int | None = None) -> str:
-        """Return the sessions that retention keeps now."""
         plan = cm.plan_retention(self.home, self.wall_ms, 30, limit, frozenset(), self.memory.steps)
         left = {file.path for file in self.store.files()} - {file.path for file in plan.files}
         return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
@@ -13940,8 +13744,7 @@ def test_a_spool_of_a_machine_without_a_clock_is_kept(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> None:
-    monitor.write_config({"retention": {"maxMegabytes": 16}})
-    monitor.serve()
+    monitor.serve(retention={"maxMegabytes": 16})
     in_process(monitor, "prune")
     assert "maxMegabytes" not in monitor.command("status").stdout
     monitor.emit(*(payload("UserPromptSubmit", f"s{number}", prompt="x " * 450_000) for number in range(20)))
@@ -14011,7 +13814,6 @@ def import_entries(name: str) -> Iterator[dict[str, Any]]:
 
 
 def import_hooks(name: str, start_ms: int) -> list[dict[str, Any]]:
-    """Return a recorded session's payloads as hooks send them from `start_ms` on."""
     return [timed(hook, start_ms + number) for number, hook in enumerate(recorded(name))]
 
 
@@ -14177,10 +13979,8 @@ def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
     write_files(tmp_path, {f"x/{IMPORT_A}.jsonl": f"->p/{IMPORT_A}.jsonl", "y": "->p"})  # read once
     os.utime(tmp_path / "p" / f"{IMPORT_A}.jsonl", (1, 1))
     sessions = imported(tmp_path, IMPORT_A if "stored" in rule else "")
-    found = {
-        session_id: (session["counts"]["prompts"], session["tokenUsage"]["totalInput"], session["label"])
-        for session_id, session in sessions.items()
-    }
+    shown_of = lambda it: (it["counts"]["prompts"], it["tokenUsage"]["totalInput"], it["label"])  # noqa: E731
+    found = {session_id: shown_of(session) for session_id, session in sessions.items()}
     assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
 
 
@@ -14282,8 +14082,7 @@ def test_import_says_what_to_do_when_the_monitor_takes_no_more(
 
 
 def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, tmp_path: Any) -> None:
-    monitor.write_config({"sessions": {"endedHours": 87_600}})  # its sessions are silent since 2026-11-24
-    running = monitor.serve()
+    running = monitor.serve(sessions={"endedHours": 87_600})  # its sessions are silent since 2026-11-24
     # As its daemon keeps a session with a subagent, and one that a person has hidden: while a Task runs all events of its
     # session have an id that it makes up.
     shutil.copytree(ROOT + "/.ci/stories/node-monitor", tmp_path, dirs_exist_ok=True)
@@ -14305,7 +14104,6 @@ def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, 
     # What a person does here counts from then on.
     client = running.websocket("rows")
     client.ask("session_update", type="rename_session", sessionId="0123456789abcdef", label="Mine")
-    client.close()
     path = tmp_path / "sessions/0123456789abcdef/meta.json"
     path.write_text(path.read_text().replace("The plan", "Their plan"))
     again = in_process(running, "import", str(tmp_path))
@@ -14487,18 +14285,12 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 # ---------------------------------------------------------------------------
 
 
-DOCUMENTS = {
-    os.path.relpath(path, ROOT): install_text(path)
-    for path in (f"{ROOT}/README.md", *glob.glob(f"{glob.escape(ROOT)}/.docs/*.md"))
-}
-
-
+DOCUMENT_NAMES = ("README.md", *(f".docs/{it}" for it in os.listdir(ROOT + "/.docs") if it.endswith(".md")))
+DOCUMENTS = {name: install_text(f"{ROOT}/{name}") for name in DOCUMENT_NAMES}
 PROTOCOL_MD = DOCUMENTS[".docs/protocol.md"]
-DOC_BLOCKS = [
-    (path, language, text)
-    for path, document in DOCUMENTS.items()
-    for language, text in re.findall(r"^```(\w*)\n(.*?)^```", document, re.S | re.M)
-]
+DOC_BLOCKS = []  # (path, language, text)
+for doc_path, document in DOCUMENTS.items():
+    DOC_BLOCKS += [(doc_path, *it) for it in re.findall(r"(?sm)^```(\w*)\n(.*?)^```", document)]
 # Of shell commands:
 DOC_LINES = [(path, it) for path, kind, text in DOC_BLOCKS if kind == "sh" for it in text.splitlines()]
 
@@ -14538,7 +14330,6 @@ def test_messages_in_the_troubleshooting_tables_are_those_of_the_program() -> No
 
 
 def doc_shape(value: Any) -> Any:
-    """Return the names in a JSON value; of a list those of its first element."""
     if isinstance(value, dict):
         return {name: doc_shape(inner) for name, inner in value.items()}
     return [doc_shape(value[0])] if isinstance(value, list) and value else None
@@ -14653,7 +14444,6 @@ def test_the_websocket_conversation_in_the_documents_is_a_real_one(running: Runn
         for event in answer.get("events", ()):
             message["events"].remove({"seq": event["seq"]})
         assert answer == {**message, **({"events": answer["events"]} if "events" in answer else {})}
-    client.close()
 
 
 @pytest.mark.slow
@@ -14664,8 +14454,7 @@ def test_a_new_user_gets_through_the_commands_of_the_readme():
     os.mkdir(f"{home}/.contextuate", 0o700)
     for name in ("contextuate_monitor.py", "emit_event.py", "index.html"):
         shutil.copy2(os.path.join(ROOT, name), files)
-    ee.write_atomically(python, f'#!/bin/sh\nexec "{PYTHON}" "$@"\n'.encode())
-    os.chmod(python, 0o700)
+    ee.write_atomically(python, f'#!/bin/sh\nexec "{PYTHON}" "$@"\n'.encode(), 0o700)
     made = RunningMonitor(f"{home}/.contextuate")
     kept = {name: it for name, it in os.environ.items() if not name.startswith(("CLAUDE", "CONTEXTUATE"))}
     environment = {**kept, "HOME": home, "PATH": f"{home}:{os.environ['PATH']}"}
