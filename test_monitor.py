@@ -137,6 +137,24 @@ def story_parts(name: str) -> dict[str, list[str]]:
     return dict(zip(parts[::2], lines))
 
 
+def story_value(text: str) -> Any:
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    return text
+
+
+def story_cases(name: str, part: str) -> dict[str, list[Any]]:
+    """Return the rows `TITLE: VALUE → VALUE …` of a part of a story file; a value is JSON, or else the text itself."""
+    rows = (line.partition(": ") for line in story_parts(name)[part])
+    return {title: list(map(story_value, values.split(" → "))) for title, _, values in rows}
+
+
+def story_table(name: str, part: str, arguments: str) -> Any:
+    """Give a test the cases of a part of a story file as its arguments."""
+    cases = story_cases(name, part)
+    return pytest.mark.parametrize(arguments, cases.values(), ids=cases)
+
+
 def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
     """Protect an event; its JSON, which comes along, must be what anybody would make of it."""
     event, encoded = ee.protect(event, privacy)
@@ -685,53 +703,14 @@ def test_the_hook_waits_two_seconds_for_the_rest_of_an_object(hook_alone):
         assert time.monotonic() - begin > 0.3, "it gave up too early"
 
 
-# What the shell does first, in the home; the socket that the hook then tries, as far as it can say; events spooled.
-HOOK_SURROUNDINGS = {
-    "HOME is not set": ("unset HOME", "own", 1),
-    "HOME is empty": ("HOME=", "own", 1),
-    "environment is empty": ('exec env -i CONTEXTUATE_HOME="$PWD" /bin/sh -c "$HOOK"', "", 1),
-    "home is missing": ("CONTEXTUATE_HOME=$PWD/a/b", "default", 1),
-    "home is below a file": ("touch file; CONTEXTUATE_HOME=$PWD/file/below", "default", 0),
-    "home cannot be made": ("CONTEXTUATE_HOME=/proc/none", "default", 0),
-    "home is a link to itself": ("ln -s circle circle; CONTEXTUATE_HOME=$PWD/circle", "default", 0),
-    "home has a long name": ("CONTEXTUATE_HOME=$PWD/" + "x" * 300, "default", 0),
-    "home is read-only": ("mkdir -m 500 shut; CONTEXTUATE_HOME=$PWD/shut", "default", not os.geteuid()),
-    "config is a directory": ("CONTEXTUATE_CONFIG=$PWD", "default", 1),
-    "config is missing": ("CONTEXTUATE_CONFIG=$PWD/none.json", "default", 1),
-    "config is unreadable": ("echo {} >c; chmod 0 c; CONTEXTUATE_CONFIG=$PWD/c", "default", 1),
-    **{
-        f"config is {text}": (f"printf '{text}' >monitor.config.json", "default", 1)
-        for text in ("{", "[]", '{"mode": "none"}', '{"socketPath": 5}', r"\377\376", '{"redis": 1}')
-    },
-    "config is wrong for the monitor only": ("sed -i 's/^{/{\"retention\": 5, /' monitor.config.json", "own", 1),
-    "cache is a directory": ("mkdir hook.cache", "own", 1),
-    "cache is garbage": (r"printf '\n\n\n\377\377' >hook.cache", "own", 1),
-    "cache is of another config": (r"printf '0 0 0 0\nlocal\n/x\n' >hook.cache", "own", 1),
-    "cache is cut short": (
-        'echo {} | eval "$HOOK" 2>/dev/null; rm -r spool; '
-        'key=$(head -n 1 hook.cache); printf "$key\\nlocal\\n" >hook.cache', "own", 1,
-    ),
-    "machine has an odd name": (f"CONTEXTUATE_MACHINE_ID='a\"b\\\n\x01\udcff{'y' * 1000}'", "own", 1),
-    "parent has an odd name": ("CONTEXTUATE_PARENT_SESSION='\udcff\n'", "own", 1),
-    "debug is no number": ("CONTEXTUATE_DEBUG=\udcff", "own", 1),
-    "pid is too long": ("CLAUDE_PID=99999999999999999999", "own", 1),
-    "Python is configured": ("PYTHONPATH=/none PYTHONSTARTUP=/none PYTHONINSPECT=1 LC_ALL=zz", "own", 1),
-    "directory is gone": ("mkdir gone; cd gone; rmdir ../gone", "own", 1),
-    "stdin is closed": ("exec <&-", "", 0),
-    "stdout is closed": ("exec >&-", "own", 1),
-    "stderr is closed": ("exec 2>&-", "", 1),
-    "stderr is full": ("exec 2>/dev/full", "", 1),
-    "everything is closed": ("exec <&- >&- 2>&-", "", 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("shell", "tried", "kept"), HOOK_SURROUNDINGS.values(), ids=HOOK_SURROUNDINGS.keys())
+@story_table("hook.txt", "surroundings", "shell, tried, kept")
 def test_a_hook_exits_0_in_any_surroundings(hook_installed, hook_alone, monitor, shell, tried, kept):
     notes = hook_alone({"hook_event_name": "Stop", "session_id": "s"}, shell)
     sockets = {"own": monitor.socket_path, "default": hook_installed.default_socket}
-    assert not tried or f"mode local, socket {sockets[tried]}\n" in notes
+    assert tried == "-" or f"mode local, socket {sockets[tried]}\n" in notes
     spools = glob.glob(monitor.home + "/**/spool", recursive=True)
     lines = [line for spool in spools for line in hook_spooled(spool, ".")]
+    kept = not os.geteuid() if kept == "for root" else kept
     assert [line["hook"]["session_id"] for line in lines] == ["s"] * kept
     for line in lines:
         assert ee.build_event(line, 1, "m")["hookType"] == "Stop"
@@ -1302,105 +1281,22 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
             assert (event["machineId"], event.get("pid")) == origin
 
 
-HOOK_NODE_EVENT = {
-    "id": "0198c7a1-0000-7000-8000-000000000001", "timestamp": 1_795_500_000_123, "sessionId": "00ff00ff00ff00ff",
-    "machineId": "laptop", "workingDirectory": "/w", "hookType": "PostToolUse", "eventType": "tool_result",
-    "parentSessionId": "aa00aa00aa00aa00", "data": {"toolName": "Bash", "tool_output": {"stdout": "a"}, "agentId": "x1"},
-}  # fmt: skip
 NODE = {"timestamp": NOW_MS, "machineId": "mac", "workingDirectory": "/w"}
 NODE_STOP = {"eventType": "session_end", "hookType": "Stop", "sessionId": "0123456789abcdef"}
-NODE_START = {
-    "eventType": "subagent_start", "hookType": "SubagentStart", "sessionId": "a1b2c3d4", "parentSessionId": "p1",
-}  # fmt: skip
 NODE_SUMS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation5m": 7, "cacheCreation1h": 2}
-NODE_COUNTS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation": 9, "cacheCreation1h": 2}
-# What the Node.js emitter sends → fields of our event
-NODE_EVENTS = {
-    "its sums are tokens of the session": (
-        {**NODE_STOP, "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
-        {"usage": {"models": {"claude-opus-4-5": NODE_COUNTS}, "agents": {}}},
-    ),
-    "sums of odd types cost nothing": (
-        {**NODE_STOP, "data": {"model": 5, "sessionTokenUsage": {"input": "many", "cacheCreation5m": None}}},
-        {"usage": {"models": {"unknown": {**dict.fromkeys(ee.COUNT_NAMES), "input": "many", "cacheCreation": 0}},
-                   "agents": {}}},
-    ),
-    "a subagent is an agent of its session": (
-        {**NODE_START, "data": {"subagent": {"type": "explore"}}},
-        {"sessionId": "p1", "agentId": "a1b2c3d4", "agentType": "explore", "parentSessionId": None},
-    ),
-    "a session below another stays a session": (
-        {**NODE_START, "hookType": "Stop", "data": {"subagent": {"type": "explore"}}},
-        {"sessionId": "a1b2c3d4", "agentId": None, "parentSessionId": "p1"},
-    ),
-    "an odd parent is content": (
-        {**NODE_START, "parentSessionId": 5, "data": {"subagent": {"type": 7}}},
-        {"sessionId": "unknown", "agentId": "a1b2c3d4", "agentType": 7},
-    ),
-}  # fmt: skip
-# What comes, and fields of the event or of its data; None: it is not there.
-HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+HOOK_STOPPED = {
+    "hookType": "Stop",
+    "eventType": "turn_end",
+    "sessionId": "s1",
+    "workingDirectory": "/home/dev/shop",
+}
+HOOK_BUILT: dict[str, Any] = {
+    **story_cases("hook.txt", "events"),
     **{f"hook {hook}": (payload(hook), {"hookType": hook, "eventType": kind}) for hook, kind in HOOK_EVENT_TYPES.items()},
     **{
-        rule: ({"hook_event_name": "Elicitation", **given_payload}, {"agentType": None, "data": data})
-        for rule, given_payload, data in (
-            ("a prompt is a message", {"prompt": "p"}, {"message": "p"}),
-            ("two messages", {"prompt": "p", "message": "m"}, {"message": "p", "message_": "m"}),
-            ("two outputs", {"tool_response": 1, "tool_output": 2}, {"toolOutput": 1, "tool_output": 2}),
-            ("a name of ours", {"tool_name": "a", "toolName": "b"}, {"toolName": "a", "toolName_": "b"}),
-            ("the main thread's type is no subagent's", {"agent_type": "x"}, {"agent_type": "x"}),
-        )
-    },
-    "an event of the Node emitter": (
-        HOOK_NODE_EVENT,
-        {**HOOK_NODE_EVENT, "data": {"toolName": "Bash", "toolOutput": {"stdout": "a"}, "agentId": "x1"}},
-    ),
-    **{f"of the Node emitter: {rule}": ({**NODE, **given}, wanted) for rule, (given, wanted) in NODE_EVENTS.items()},
-    "an event with two outputs": (
-        {"eventType": "x", "data": {"tool_output": 1, "toolOutput": 2}}, {"data": {"tool_output": 1, "toolOutput": 2}}
-    ),
-    "the numbers of a store go, the rest stays": (
-        {"eventType": "x", "seq": 9, "received": 9, "future": [1]}, {"seq": None, "received": None, "future": [1]}
-    ),
-    **{
-        f"beside a payload: {name} {value}": (
-            hook_wrapped(payload("Stop"), **{name: value}),
-            {"hookType": "Stop", "eventType": "turn_end", "sessionId": "s1", "workingDirectory": "/home/dev/shop"},
-        )
+        f"beside a payload: {name} {value}": (hook_wrapped(payload("Stop"), **{name: value}), HOOK_STOPPED)
         for name in ("seq", "received", "hookType", "data", "sessionId", "workingDirectory", "agentId")
         for value in (5, "x", {"a": 1})
-    },
-    **{
-        f"in either spelling: {rule}": (
-            {"sessionId": "v", **given_payload}, {"sessionId": "v", "eventType": kind, "data": data, **fields}
-        )
-        for rule, given_payload, kind, data, fields in (
-            ("VS Code's agent", {"hookEventName": "PreToolUse", "tool_name": "run", "tool_use_id": "t1"}, "tool_call",
-             {"toolName": "run", "toolUseId": "t1"}, {"hookType": "PreToolUse"}),
-            ("all fields", {"hookEventName": "PostToolUse", "toolName": "x", "toolResponse": "r", "agentId": "a",
-              "agentType": "t", "transcriptPath": "/t", "durationMs": 5, "isInterrupt": True, "promptId": "p"},
-             "tool_result", {"toolName": "x", "toolOutput": "r", "transcriptPath": "/t", "durationMs": 5,
-              "is_interrupt": True, "prompt_id": "p"}, {"agentId": "a", "agentType": "t"}),
-            ("a stop", {"hookEventName": "Stop", "lastAssistantMessage": "done", "backgroundTasks": []}, "turn_end",
-             {"assistantResponse": "done", "background_tasks": []}, {}),
-            ("Copilot", {"hook_event_name": "Notification", "notification_type": "permission_prompt"}, "notification",
-             {"notificationType": "permission_prompt"}, {}),
-            ("Claude Code's id counts", {"session_id": "s", "hookEventName": "Stop"}, "turn_end", {"sessionId": "v"},
-             {"sessionId": "s"}),
-            ("Claude Code's hook counts", {"hook_event_name": "Stop", "hookEventName": "PreToolUse"}, "turn_end",
-             {"hookEventName": "PreToolUse"}, {}),
-            ("an id that does not fit is content", {"sessionId": 7, "hookEventName": "Stop"}, "turn_end",
-             {"session_id": 7}, {"sessionId": "unknown"}),
-        )
-    },
-    "an event with a payload's field stays an event": (
-        {"eventType": "tool_call", "sessionId": "s", "hookEventName": "Stop"},
-        {"eventType": "tool_call", "hookType": "", "sessionId": "s", "hookEventName": "Stop"},
-    ),
-    "a timestamp beyond floats": ({"eventType": "x", "timestamp": float("inf")}, {"timestamp": 5}),
-    **{
-        f"any object: {given}": (given, {"sessionId": "unknown", "eventType": "message", "timestamp": 5, "data": given})
-        for given in ({"test": "message"}, {}, {"id": "x", "timestamp": 1, "data": {"a": 1}}, {"eventType": 5}, {"hook": 1})
     },
 }  # fmt: skip
 
@@ -1518,22 +1414,10 @@ def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
 
 
-# Where it came from, what it says → its key ("own": this machine's)
-MACHINE_KEYS = {
-    "local, of this name": (False, {"machineId": "box"}, "own"),
-    "local, without a name": (False, {}, "own"),
-    "local, host renamed since the start": (False, {"machineId": "box.new"}, "own"),
-    "local, of another name": (False, {"machineId": "other"}, None),
-    "local, with a key": (False, {"machineId": "box", "machineKey": "k/5"}, "k/5"),
-    "remote, of this name": (True, {"machineId": "box"}, None),
-    "remote, with a key": (True, {"machineId": "box", "machineKey": "k"}, "k"),
-    "a key of a wrong type": (False, {"machineId": "other", "machineKey": 5}, None),
-}
-
-
-@pytest.mark.parametrize("case", MACHINE_KEYS)
-def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(tmp_path, monkeypatch, case):
-    remote, fields, key = MACHINE_KEYS[case]
+@story_table("hook.txt", "machine keys", "remote, fields, key")
+def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(
+    tmp_path, monkeypatch, remote, fields, key
+):
     monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
     here = cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
     line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
@@ -1888,42 +1772,9 @@ def test_secrets_before_the_cut_pull_no_half_secret_into_view():
 
 
 HOOK_PROSE, HOOK_WORDS = "content-of-a-person", "words of a person"
-# What comes, and what of its `data` leaves.
-HOOK_METADATA: dict[str, tuple[dict[str, Any], Any]] = {
-    "a call": (
-        payload(
-            "PostToolUse", tool_name="Bash", tool_use_id="t1", duration_ms=5, tool_input={"command": HOOK_PROSE},
-            model="claude-x", permission_mode="default", tool_calls=[HOOK_PROSE], tool_response=HOOK_PROSE,
-            **dict.fromkeys("message prompt error last_assistant_message future title session_title".split(), HOOK_PROSE),
-        ),
-        {"toolName": "Bash", "toolUseId": "t1", "durationMs": 5, "model": "claude-x", "permissionMode": "default"},
-    ),
-    "the reason of an end": (payload("SessionEnd", reason="other"), {"reason": "other"}),
-    "the prose of a refusal": (payload("PermissionDenied", reason=HOOK_PROSE), {}),
-    "a field of another program": ({"eventType": "message", "text": HOOK_PROSE}, {}),
-    "any object": ({"test": HOOK_PROSE}, {}),
-    "a field beside a payload": (hook_wrapped({"hook_event_name": "Stop"}, beside={"text": HOOK_PROSE}), {}),
-    **{
-        f"data of another program: {data}": ({"eventType": "message", "data": data}, left)
-        for data, left in (
-            (HOOK_PROSE, {}),
-            ({"text": HOOK_PROSE}, {}),
-            ({"usage": {"models": {"m-1": {"input": 5, "note": "a-word"}}, "model": "m-1", HOOK_WORDS: 1}},
-             {"usage": {"models": {"m-1": {"input": 5}}, "model": "m-1"}}),
-            ({"usage": HOOK_WORDS}, {}),
-            ({"agentMeta": {"agentType": "Explore", "spawnDepth": 1, "description": HOOK_WORDS}},
-             {"agentMeta": {"agentType": "Explore", "spawnDepth": 1}}),
-            ({"truncated": {"toolOutput.stdout": 5, HOOK_WORDS: 7, "x": HOOK_WORDS}}, {"truncated": {"toolOutput.stdout": 5}}),
-            ({"model": {"name": HOOK_WORDS}}, {}),
-            ({"source": [HOOK_WORDS]}, {}),
-            ({"trigger": "manual"}, {"trigger": "manual"}),
-            ({"trigger": HOOK_WORDS * 20}, {}),
-        )
-    },
-}  # fmt: skip
 
 
-@pytest.mark.parametrize(("given_object", "data"), HOOK_METADATA.values(), ids=HOOK_METADATA.keys())
+@story_table("hook.txt", "metadata", "given_object, data")
 def test_at_the_level_of_metadata_no_content_leaves(given_object, data):
     event = hook_protected(given_object, ee.Privacy(metadata_only=True))
     built, text = ee.build_event(given_object, 5, "m"), json.dumps(event)
@@ -4596,7 +4447,7 @@ class SessionStory:
         if verb == "hook":
             hook, *pairs = shlex.split(rest)
             named = (pair.partition("=") for pair in pairs)
-            fields = {name: session_value(text) for name, _, text in named}
+            fields = {name: story_value(text) for name, _, text in named}
         else:
             hook, *names = SESSION_VERBS[verb].split(" ")
             fields = dict(zip(names, rest.split(" ", max(len(names) - 1, 0))))
@@ -4680,12 +4531,6 @@ class SessionStory:
 
 def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
     book.check_processes(0, lambda pid, _: pid in event["running"], event["timestamp"], event["is_sure"])
-
-
-def session_value(text: str) -> Any:
-    with contextlib.suppress(ValueError):
-        return json.loads(text)
-    return text
 
 
 def session_story(**fields: Any) -> SessionStory:
