@@ -138,21 +138,28 @@ def story_parts(name: str) -> dict[str, list[str]]:
 
 
 def story_value(text: str) -> Any:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text
 
 
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def story_cases(name: str, part: str) -> dict[str, list[Any]]:
     """Return the rows `TITLE: VALUE → VALUE …` of a part of a story file; a value is JSON, or else the text itself."""
-    rows = (line.partition(": ") for line in story_parts(name)[part])
-    return {title: list(map(story_value, values.split(" → "))) for title, _, values in rows}
+    rows = [line.partition(": ") for line in story_parts(name)[part]]
+    cases = {title: list(map(story_value, values.split(" → "))) for title, _, values in rows}
+    assert len(cases) == len(rows), "each title once"
+    return cases
 
 
 def story_table(name: str, part: str, arguments: str) -> Any:
-    """Give a test the cases of a part of a story file as its arguments."""
-    cases = story_cases(name, part)
-    return pytest.mark.parametrize(arguments, cases.values(), ids=cases)
+    """Give a test the cases of a part of a story file, with their titles where it has an argument more."""
+    cases, count = story_cases(name, part), arguments.count(",") + 1
+    rows = [[title, *values][-count:] for title, values in cases.items()]
+    return pytest.mark.parametrize(arguments, rows, ids=cases)
 
 
 def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
@@ -1147,64 +1154,27 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     assert {name for name in values if name != key and values[name] != cm.KEYS[name].default} == set()
 
 
-HOOK_OPEN = "holds a password that others can read; run: chmod 600 {path}"
-HOOK_NO_TLS = "redis.tls: is false, so the certificate files are not used"
-# A key, its value, the file's mode, and what its warning says; None where there must be none.
-HOOK_CONFIG_WARNINGS = [
-    ("server.prot", 1, 0o600, "server.prot: unknown key, ignored"),
-    ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
-    *((f"redis.{key}File", "/x.pem", 0o600, HOOK_NO_TLS) for key in ("ca", "cert", "key")),
-    ("redis.password", "p", 0o644, HOOK_OPEN),
-    ("notify", [{"url": "https://ntfy.example/t"}], 0o644, HOOK_OPEN),
-    ("redis.url", "redis://u:p@h", 0o644, HOOK_OPEN),
-    ("redis.password", "p", 0o600, None),
-    ("server.port", 1, 0o644, None),
-]
-
-
-@pytest.mark.parametrize(("key", "value", "mode", "warning"), HOOK_CONFIG_WARNINGS)
+@story_table("config.txt", "warnings", "key, value, mode, warning")
 def test_a_doubtful_key_is_warned_about(tmp_path, key, value, mode, warning):
     path = tmp_path / "c.json"
-    values, warnings = hook_load(path, key, value, mode)
+    values, warnings = hook_load(path, key, value, int(str(mode), 8))
     assert warnings == ([f"{path}: {warning.format(path=path)}"] if warning else [])
     known = {key: value} if key in cm.KEYS else {}
     assert values == {**ee.load_config("", cm.KEYS)[0], **known}
 
 
-@pytest.mark.parametrize(
-    ("content", "others"),
-    [
-        *((content, {}) for content in (None, b"", b" \n", b"{}", b"// nothing\n{}", b"\xef\xbb\xbf{}")),
-        (b'{"mode": "redis"}', {"mode": "redis", "limits.fieldBytes": 64 << 10}),
-        (b'{"mode": "redis", "limits": {"fieldBytes": 2048}}', {"mode": "redis", "limits.fieldBytes": 2048}),
-    ],
-)
+@story_table("config.txt", "defaults", "content, others")
 def test_what_the_config_does_not_say_has_its_default(tmp_path, content, others):
     if content is not None:
-        (tmp_path / "c.json").write_bytes(content)
+        (tmp_path / "c.json").write_bytes(as_text(content).encode("latin-1"))
     expected = {**ee.load_config("", cm.KEYS)[0], **others}
     assert ee.load_config(str(tmp_path / "c.json"), cm.KEYS)[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (b'{"server": {"port": "x"}}', "server.port: expected an integer"),
-        (b'{"persistence": {"type": "sqlite"}}', "persistence.type: expected"),
-        (b'{"a": 1 "b"}', "line 1 column"),
-        (b"{\n// c\n/* d\n*/ x}", "line 4 column"),
-        (b'{"a": /* 1}', "line 1 column"),
-        (b'{"a": 1,, }', "not valid JSON"),
-        (b"[1]", "one JSON object"),
-        (b"\xff\xfe", "cannot be read"),
-        (b'{"a":' + b"[" * 100_000, "not valid JSON"),
-        (b'{"server": {"port": 5000, "wsPort": 5000}}', "server.wsPort: expected a port other than"),
-        *((b'{"server": {"host": "%s", "auth": "off"}}' % host, "server.auth") for host in (b"0.0.0.0", b"::", b"192.0.2.1")),
-    ],
-)  # fmt: skip
+@story_table("config.txt", "refused", "config, message")
 def test_start_refuses_a_config_that_cannot_be_used(tmp_path, monkeypatch, capsys, config, message):
     path = tmp_path / "monitor.config.json"
-    path.write_bytes(config)
+    path.write_bytes(as_text(config).encode("latin-1"))
     monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
     assert cm.main(["start", "--no-open"]) == 2
     said = capsys.readouterr()
@@ -2628,19 +2598,7 @@ def test_a_client_gets_only_event_names_it_knows():
     assert not {"MessageDisplay", "WorktreeCreate", "FileChanged"} & set(cm.event_names((9, 0, 0)))
 
 
-@pytest.mark.parametrize(
-    ("place", "script", "version"),
-    [
-        ("bin", "echo '2.1.330 (Claude Code)'", (2, 1, 330)),
-        ("bin", "printf 'claude 1.0.128'", (1, 0, 128)),
-        ("bin", "echo 2.1", None),
-        ("bin", "echo 2.1.3; exit 1", None),
-        ("bin", '[ "$1" = --version ] && [ "$KEPT" = yes ] && echo 3.0.0', (3, 0, 0)),
-        ("bin", "exec /bin/sleep 60", None),
-        (".claude/local", "echo '2.1.200 (Claude Code)'", (2, 1, 200)),  # where its installers put it
-        ("elsewhere", "echo '2.1.200 (Claude Code)'", None),
-    ],
-)
+@story_table("tables.txt", "versions", "place, script, version")
 def test_the_client_is_asked_for_its_version(tmp_path, monkeypatch, place, script, version):
     (tmp_path / place).mkdir(parents=True)
     ee.write_atomically(f"{tmp_path}/{place}/claude", f"#!/bin/sh\n{script}\n".encode(), 0o755)
@@ -2648,7 +2606,7 @@ def test_the_client_is_asked_for_its_version(tmp_path, monkeypatch, place, scrip
         monkeypatch.setattr(cm, "CLAUDE_VERSION_TIMEOUT_S", 0.2)
     for name, value in {"PATH": f"{tmp_path}/bin", "HOME": str(tmp_path), "KEPT": "yes"}.items():
         monkeypatch.setenv(name, value)
-    assert cm.claude_version() == version
+    assert cm.claude_version() == (tuple(version) if version else None)
 
 
 def test_claude_config_dir_replaces_the_home_directory(tmp_path, monkeypatch):
@@ -2680,20 +2638,7 @@ def test_the_shell_runs_exactly_the_named_files(tmp_path, odd):
     assert done.stdout.decode() == f"1 1 {ascii([str(script)])}\n"
 
 
-@pytest.mark.parametrize(
-    ("gone", "python", "home"),  # which of them then run, with all of standard input
-    [
-        ("", "python", "home"),
-        ("python", "python3", "home"),
-        ("python is no program", "python3", "home"),
-        ("python fails before it reads", "python3", "home"),
-        ("home is mounted elsewhere", "python3", "elsewhere"),
-        ("python, home is mounted elsewhere", "python3", "elsewhere"),
-        ("python, python3", "", ""),
-        ("home", "", ""),
-        ("script fails", "", ""),
-    ],
-)
+@story_table("tables.txt", "pythons", "gone, python, home")
 def test_the_command_finds_another_python_and_never_blocks(tmp_path, monkeypatch, gone, python, home):
     places = {name: tmp_path / name for name in ("home", "elsewhere")}
     programs = {name: tmp_path / folder / name for folder, name in (("old", "python"), ("bin", "python3"))}
@@ -2732,71 +2677,35 @@ def client_files(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAUDE_CONFIG_DIR", f"{tmp_path}/user")
 
     def write(files: dict[str, Any]) -> list[Any]:
-        texts = {name: it if isinstance(it, str) else json.dumps(it) for name, it in files.items()}
-        write_files(tmp_path, texts)
+        write_files(tmp_path, {name: as_text(it) for name, it in files.items()})
         return cm.client_files(f"{tmp_path}/project")
 
     return write
 
 
 INSTALL_OURS = install_of("python3 -I -S /home/me/.contextuate/hooks/emit_event.py")
-INSTALL_LOCAL = "project/.claude/settings.local.json"
-INSTALL_OFF, INSTALL_MANAGED = {"disableAllHooks": True}, {"allowManagedHooksOnly": True}
+INSTALL_FILES = {
+    "user": "user/settings.json", "project": "project/.claude/settings.json",
+    "local": "project/.claude/settings.local.json", "managed": "managed/managed-settings.json",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("files", "runs", "words"),
-    [
-        ({"user": INSTALL_OURS}, True, ""),
-        ({"project": INSTALL_OURS}, True, ""),
-        ({INSTALL_LOCAL: INSTALL_OURS}, True, ""),
-        ({"managed": INSTALL_OURS}, True, ""),
-        ({"managed/managed-settings.d/10-hooks.json": INSTALL_OURS}, True, ""),
-        ({"user": {**INSTALL_OURS, **INSTALL_OFF}}, False, "user/settings.json has disableAllHooks"),
-        ({"user": INSTALL_OURS, "project": INSTALL_OFF}, False, "project/.claude/settings.json has disableAllHooks"),
-        ({"user": INSTALL_OURS, INSTALL_LOCAL: INSTALL_OFF}, False, "settings.local.json has disableAllHooks"),
-        ({"user": {**INSTALL_OURS, **INSTALL_OFF}, "project": {"disableAllHooks": False}}, True, ""),
-        ({"user": {**INSTALL_OURS, "disableAllHooks": "yes"}}, True, ""),
-        ({"user": {**INSTALL_OURS, **INSTALL_MANAGED}}, True, ""),  # only an organisation can say so
-        ({"user": INSTALL_OURS, "managed": INSTALL_MANAGED}, False, "managed-settings.json has allowManagedHooksOnly"),
-        ({"user": INSTALL_OURS, "managed/managed-settings.d/1.json": {**INSTALL_MANAGED, **INSTALL_OFF}}, False,
-         "managed-settings.d/1.json has disableAllHooks"),
-        ({"managed": {**INSTALL_OURS, **INSTALL_MANAGED}}, True, "allowManagedHooksOnly"),
-        ({"managed": INSTALL_OURS, "user": INSTALL_OFF}, True, "disableAllHooks"),
-        ({"managed": {**INSTALL_OURS, **INSTALL_OFF}}, False, "disableAllHooks"),
-        ({"user": INSTALL_OURS, "project": "{"}, True, ""),
-        ({"user": json.dumps(INSTALL_OURS) + "}"}, False, ""),
-        ({"user": {**INSTALL_OURS, "hooks": []}}, False, ""),
-    ],
-)  # fmt: skip
+@story_table("tables.txt", "settings", "files, runs, words")
 def test_every_settings_file_that_counts_is_known(client_files, files, runs, words):
-    paths = {"user": "user/settings.json", "project": "project/.claude/settings.json",
-             "managed": "managed/managed-settings.json"}  # fmt: skip
-    running, off = cm.files_that_run(client_files({paths.get(name, name): it for name, it in files.items()}))
+    texts = ((INSTALL_FILES.get(name, name), as_text(it)) for name, it in files.items())
+    ours = json.dumps(INSTALL_OURS)[1:-1]
+    running, off = cm.files_that_run(
+        client_files({path: it.replace('"OURS": 1', ours) for path, it in texts})
+    )
     assert any(cm.our_hooks(file.settings) for file in running) == runs
     assert words in off if words else off == ""
 
 
-INSTALL_SAME = INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0]
-INSTALL_OTHER_PYTHON = {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}
-
-
-@pytest.mark.parametrize(
-    ("event", "handler", "is_twice"),
-    [
-        ("Stop", INSTALL_SAME, False),  # the client runs the same command once
-        ("Stop", INSTALL_OTHER_PYTHON, True),
-        ("SessionEnd", INSTALL_OTHER_PYTHON, False),
-        ("Stop", {"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
-        ("Stop", {"command": "node /x/emit-event.js"}, True),
-        ("Stop", {"type": "http", "url": "http://localhost:3847/api/hooks"}, True),
-        ("Stop", {"command": "make"}, False),
-        ("Stop", {"type": "prompt", "prompt": "see emit_event.py"}, False),
-    ],
-)
+@story_table("tables.txt", "second", "event, handler, is_twice")
 def test_a_second_registration_is_found(client_files, event, handler, is_twice):
+    handler = INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0] if handler == "OURS" else handler
     second = {"hooks": {event: [{"hooks": [{"type": "command", **handler}]}]}}
-    files = client_files({"user/settings.json": INSTALL_OURS, INSTALL_LOCAL: second})
+    files = client_files({INSTALL_FILES["user"]: INSTALL_OURS, INSTALL_FILES["local"]: second})
     names, paths = cm.registered_twice(files)
     assert names == ["Stop"] * is_twice
     expected = ["settings.json", "settings.local.json"] if is_twice else []
@@ -2899,24 +2808,9 @@ def install_write(plan: Any) -> str | None:
     return cm.write_settings(plan.path, plan.new_text, plan.old_text)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b'{\n  "a": 1,\n  b\n}', "line 3 column 3"),
-        (b'{\n// "a": 1\n}', "line 2 column 1"),
-        (b"[]", "one JSON object"),
-        (b'{\n"a": "\xff"}', "can't decode byte 0xff in position 8"),
-        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
-        (b'{"hooks": []}', "hooks.*:"),
-        (b'{"hooks": null}', "hooks.*:"),
-        (b'{"hooks": {"Stop": {}}}', "hooks.Stop:"),
-        (b'{"hooks": {"odd name": 1}}', "hooks.odd name:"),
-        (b'{"hooks": {"Stop": [{"hooks": []}, "x"]}}', "hooks.Stop:"),
-        (b'{"hooks": {"Stop": [{"matcher": "x"}]}}', "hooks.Stop:"),
-        (b'{"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}', "hooks.Stop:"),
-    ],
-)
+@story_table("tables.txt", "unreadable", "content, words")
 def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, content, words):
+    content = as_text(content).encode("latin-1")
     settings_file.write_bytes(content)
     for plan in (install_plan, uninstall_plan):
         with pytest.raises(cm.CommandError, match=re.escape(words)) as caught:
@@ -4976,25 +4870,8 @@ def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
     assert cm.event_row(other)["data"]["text"] == '{"test": "message"}'
 
 
-# Our namespace, events as NAME KEY PID/NAMESPACE, what runs (and our pid of it in a container) → the state
-MACHINE_STORIES = {
-    "a renamed host's client is gone": (0, "a own 7/0, b own 7/0", {}, "ended"),
-    "a renamed host's client runs": (0, "a own 7/0, b own 7/0", {7: 7}, "working"),
-    "another machine has our name": (0, "box other 7/0", {}, "working"),
-    "another machine has our name and no key": (0, "box - 7/0", {}, "working"),
-    "an older event of ours has no key": (0, "old - 7/0", {}, "ended"),
-    "a container's client that was never seen": (0, "c own/9 7/9", {}, "working"),
-    "a container's client that runs": (0, "c own/9 7/9", {(7, 9): 70, 70: 70}, "working"),
-    "a container's client that was found and is gone": (0, "c own/9 7/9", {(7, 9): 70}, "ended"),
-    "one that was seen before a restart and is gone": (0, "c own/9 7/9 seen", {}, "ended"),
-    "one that is not to be seen from another container": (8, "c own/9 7/9 seen", {}, "working"),
-    "another host's container, a namespace of that number": (0, "c k/9 7/9", {(7, 9): 70}, "working"),
-}
-
-
-@pytest.mark.parametrize("story", MACHINE_STORIES.values(), ids=MACHINE_STORIES)
-def test_only_a_process_that_this_machine_can_see_is_believed_to_be_gone(story):
-    namespace, events, here, state = story
+@story_table("tables.txt", "processes", "namespace, events, here, state")
+def test_only_a_process_that_this_machine_can_see_is_believed_to_be_gone(namespace, events, here, state):
     book = cm.Sessions(own_machine=f"own/{namespace}" if namespace else "own", own_name="old")
     for number, words in enumerate(events.split(", ")):
         name, key, process, *seen = words.split()
@@ -5004,7 +4881,8 @@ def test_only_a_process_that_this_machine_can_see_is_believed_to_be_gone(story):
         event = hook_wrapped(payload("UserPromptSubmit", prompt="x"), **about, id=f"e{number}")
         session = book.apply(ee.build_event(event, NOW_MS, "box"))
         session.processes[pid, its_namespace] = NOW_MS if seen else 0  # by a monitor before a restart
-    book.check_processes(namespace, lambda pid, _: pid in here, NOW_MS + 1, True, lambda it: here.get(it, 0))
+    found = lambda it: here.get("{}/{}".format(*it), 0)  # noqa: E731
+    book.check_processes(namespace, lambda pid, _: str(pid) in here, NOW_MS + 1, True, found)
     assert (session.state, session.machine_id) == (state, name)
 
 
@@ -5202,16 +5080,7 @@ def test_machines_with_the_same_resets_are_one_account() -> None:
     assert [it["machines"] for it in case.sessions.limits(NOW_MS + 20 * DAY_MS)] == [["k4"]]
 
 
-# Model, tokens of the last request → percent, size of what a session without a status line shows
-@pytest.mark.parametrize(
-    ("model", "used", "percent", "size"),
-    [
-        ("claude-opus-5-5", 250_000, 25, 1_000_000), ("claude-sonnet-4-5", 100_000, 50, 200_000),
-        ("claude-sonnet-4-5[1m]", 100_000, 10, 1_000_000), ("claude-haiku-4-5-20251001", 300_000, 30, 1_000_000),
-        ("claude-opus-4-6", 199_000, 100, 200_000), ("claude-opus-4-8", 199_000, 20, 1_000_000),
-        ("strange", 5, None, None), ("claude-opus-5-5", 0, None, None), ("claude-opus-5-5", "7", None, None),
-    ],
-)  # fmt: skip
+@story_table("tables.txt", "contexts", "model, used, percent, size")
 def test_without_a_status_line_the_context_is_estimated(model, used, percent, size):
     case = GaugeCase()
     case.hook("SessionStart")
@@ -7351,16 +7220,7 @@ def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_pa
         assert ("Bash" in whole) is content
 
 
-@pytest.mark.parametrize(
-    ("manner", "words", "pause_s"),
-    [
-        ("204", "answered 204", None), ("500", "answered 500", 0), ("429 7", "answered 429", 7),
-        ("503 soon", "answered 503", 0), ("404", "answered 404", None), ("403", "answered 403", None),
-        ("301 /other", "answered 301; redirects are not followed", None), ("slow", "no whole answer", 0),
-        ("refused", "Connection refused", 0), ("wrong certificate", "issuer certificate", 0),
-        ("right certificate", "answered 200", None), ("gone.invalid", "", 0),
-    ],
-)  # fmt: skip
+@story_table("tables.txt", "servers", "manner, words, pause_s")
 def test_every_failure_of_a_server_has_its_outcome(make, monkeypatch, manner, words, pause_s):
     monkeypatch.setattr(cm, "NOTICE_DEADLINE_S", 0.5 if manner == "slow" else 10.0)
     certificates = make(RedisCertificates) if "certificate" in manner else None
@@ -7879,24 +7739,8 @@ def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -
     assert refused.returncode == 1 and "ac-4711, ac-4711-4711; give more of the id" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("status", "command", "words"),
-    [
-        (2, "no-such-command", "--help"),
-        (2, "search --from yesterday x", "a time such as 2026-11-24"),
-        (2, "export --to 24.11.2026", "a time such as 2026-11-24"),
-        (2, "demo --live soon", "invalid int value: 'soon'"),
-        (2, "start --port 4711 --ws-port 4711", "command line: server.wsPort"),
-        (2, "start --config /no/such.json", "/no/such.json: no such file; omit --config to use the defaults"),
-        (1, "export --output /nonexistent/x", "/nonexistent/x: No such file or directory"),
-        (1, "export --output /tmp", "/tmp: Is a directory"),
-        *(
-            (1, command, "the monitor is not running; start it with: python3 contextuate_monitor.py start")
-            for command in ("sessions", "search x", "prune", "tail", "demo", "import", "export --state idle")
-        ),
-    ],
-)
-def test_a_command_that_cannot_run_says_why_in_one_line(monitor, status, command, words):
+@story_table("tables.txt", "commands", "command, status, words")
+def test_a_command_that_cannot_run_says_why_in_one_line(monitor, command, status, words):
     refused = in_process(monitor, *command.split())
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (status, "", 1)
     assert refused.stderr.startswith("contextuate: error: ") and words in refused.stderr
@@ -13226,18 +13070,7 @@ def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
     assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "zone", "first", "last"),  # `first` to `last` in UTC
-    [
-        ("2026-10-24", "2026-10-24", "Europe/Berlin", "2026-10-23T22:00", "2026-10-24T22:00"),
-        ("2026-10-25", "2026-10-25", "Europe/Berlin", "2026-10-24T22:00", "2026-10-25T23:00"),  # 25 hours
-        ("2026-10-24", "2026-10-26", "UTC", "2026-10-24T00:00", "2026-10-26T00:00"),
-        ("2026-10-24T10:00", "2026-10-24 10:30", "America/New_York", "2026-10-24T14:00", "2026-10-24T14:30"),
-        (None, "2026-10-24", "UTC", "1970-01-01T00:00", "2026-10-24T00:00"),
-        ("2026-12-31", "2026-12-31", "UTC", "2026-12-31T00:00", "2027-01-01T00:00"),
-        ("2026-10-24T10:00", "2026-10-24T10:00", "UTC", "2026-10-24T10:00", "2026-10-24T10:00"),
-    ],
-)
+@story_table("tables.txt", "ranges", "start, end, zone, first, last")
 def test_a_range_ends_before_its_last_day_unless_it_is_the_first(start, end, zone, first, last):
     assert cm.time_range(start, end, cm.time_zone(zone)) == (utc_ms(first), utc_ms(last))
 
@@ -13829,20 +13662,10 @@ def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
     assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "<command-name>/model</command-name>", "<command-message>x</command-message>", "<local-command-stdout>x",
-        "<local-command-caveat>x", "<bash-input>ls</bash-input>", "<bash-stdout>x", "<task-notification>\n<task-id>",
-        "[Request interrupted by user for tool use]", [{"type": "text", "text": "[Request interrupted by user]"}],
-        "Caveat: The messages below were generated by the user while running local commands.",
-        ("isMeta", "x"), ("isCompactSummary", "This session is being continued"), ("isSidechain", "Find all tests"),
-    ],
-)  # fmt: skip
-def test_what_no_person_typed_is_no_imported_prompt(tmp_path, content):
-    flag, words = content if isinstance(content, tuple) else ("x", content)
+@story_table("tables.txt", "typed", "flag, content")
+def test_what_no_person_typed_is_no_imported_prompt(tmp_path, flag, content):
     first, rest = usage_entries("user ; user fix <b>it</b>; m1 1/2", IMPORT_A).split("\n", 1)
-    entry = {**json.loads(first), flag: True, "message": {"role": "user", "content": words}}
+    entry = {**json.loads(first), flag: True, "message": {"role": "user", "content": content}}
     write_files(tmp_path, {f"{IMPORT_A}.jsonl": f"{json.dumps(entry)}\n{rest}"})
     session = imported(tmp_path)[IMPORT_A]
     assert (session["counts"]["prompts"], session["label"]) == (1, "fix <b>it</b>")
@@ -13869,16 +13692,7 @@ def test_import_says_how_calls_and_turns_ended(tmp_path, name, kind, counts):
     assert (counted["toolErrors"], counted["interrupted"]) == counts
 
 
-@pytest.mark.parametrize(
-    ("titles", "label"),
-    [
-        ("custom-title customTitle Mine; ai-title aiTitle Its", "Mine"),
-        ("custom-title customTitle Old; custom-title customTitle New", "New"),
-        ("ai-title aiTitle Its; summary summary Sum", "Its"),
-        ("summary summary Sum", "Sum"),
-        ("custom-title customTitle  ; custom-title customTitle null", "question"),
-    ],
-)
+@story_table("tables.txt", "titles", "titles, label")
 def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, label):
     about, lines = {"sessionId": IMPORT_A, "leafUuid": "u-0-user"}, [{"type": ["odd"]}]
     for kind, field, text in (title.split(" ", 2) for title in titles.split("; ")):
