@@ -158,7 +158,7 @@ def story_cases(name: str, part: str) -> dict[str, list[Any]]:
 def story_table(name: str, part: str, arguments: str) -> Any:
     """Give a test the cases of a part of a story file, with their titles where it has an argument more."""
     cases, count = story_cases(name, part), arguments.count(",") + 1
-    rows = [[title, *values][-count:] for title, values in cases.items()]
+    rows = [values[0] if count == 1 else [title, *values][-count:] for title, values in cases.items()]
     return pytest.mark.parametrize(arguments, rows, ids=cases)
 
 
@@ -952,16 +952,7 @@ def test_a_hook_sends_nothing_to_another_users_socket(hook_alone, monitor):
             assert connection.recv(1) == b""
 
 
-HOOK_CONFIG_CHANGES = {
-    "another time": "touch -t 200001010000 monitor.config.json",
-    "another file of this time and size": "cp -p monitor.config.json new; mv new monitor.config.json",
-    "another size at this time": "cp -p monitor.config.json old; echo >>monitor.config.json;"
-    " touch -r old monitor.config.json",
-    "removed": "rm monitor.config.json",
-}
-
-
-@pytest.mark.parametrize("change", HOOK_CONFIG_CHANGES.values(), ids=HOOK_CONFIG_CHANGES.keys())
+@story_table("hook.txt", "config changes", "change")
 def test_a_hook_uses_derived_settings_while_the_config_is_the_same(hook_alone, monitor, change):
     cache, marked = monitor.home + "/hook.cache", monitor.home + "/x.sock"
     assert hook_alone.socket_tried() == monitor.socket_path and hook_mode_of(cache) == 0o600
@@ -1456,33 +1447,13 @@ def hook_secrets() -> list[tuple[str, str, str]]:
     plain = [*hook_tokens(), *keys]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
-    login, hex64 = base64.b64encode(b"user:" + word.encode()).decode(), hook_token("", 64, HOOK_HEX)
-    around = [
-        ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
-        ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
-        ("telegram", hook_token("", 33), "https://api.telegram.org/bot123456789:" + "AA{}/getMe"),
-        ("telegram", hook_token("", 33), "TELEGRAM=123456789:" + "AA{}"),
-        ("teams", hook_token("", 50), "https://a.webhook.office.com/" + "webhookb2/{} "),
-        ("mailchimp", hook_token("", 32, HOOK_HEX) + "-us12", "key {} "),
-        ("terraform", hook_token("", 14) + ".atlas" + "v1." + hook_token("", 67), "key {} "),
-        ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
-        ("signature", hex64, "https://s3.example/b?X-Amz-Expires=9&X-Amz-Signature={}&x=1"),
-        ("url-password", "p@ss" + word, "mysql://root:{}@db:3306/shop"),
-        ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
-        ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
-        ("cookie", f"sid={word}", "Cookie:{}"),
-        ("jwt", plain[-1][1], "None\x1b[0m{}\x1b[1mx"),
-        ("assignment", "12345678", "password: {}\n"),
-        ("assignment", "12345678", '"password": {},'),
-        ("assignment", "12345678", "PASSWORD={} "),
-        ("assignment", "correct horse; battery", 'DB_PASSWORD="{}"'),
-        ("assignment", 'a\\"' + word, '{"password": "{}"}'),
-        ("assignment", login, '{"auths": {"h": {"auth": "{}"}}}'),
-        ("assignment", login, "_auth={}"),
-        ("assignment", "/" + hook_token("", 39), "aws_secret_access_key = {}\n"),
-        ("command-line", f"session={word}", "curl -b '{}' https://h"),
-        ("private-key", base64.b64encode(hook_key_block().encode()).decode(), "  tls.key: {}\n"),
-    ]
+    texts = {"word": word, "login": base64.b64encode(b"user:" + word.encode()).decode(), "jwt": plain[-1][1]}
+    texts["block"] = base64.b64encode(hook_key_block().encode()).decode()
+    around = []
+    for kind, secret, text in (row.replace("~", "").split(" → ") for row in REDACTION["in texts"]):
+        secret = re.sub(r"<(\d+)>", lambda it: hook_token("", int(it[1])), secret)
+        secret = re.sub(r"<(\d+) hex>", lambda it: hook_token("", int(it[1]), HOOK_HEX), secret)
+        around.append((kind, re.sub(r"<(\w+)>", lambda it: texts[it[1]], secret), text))
     # a value that begins like a type
     around += [("assignment", head + word, "api_key: {}\n") for head in ("f29d", "u8x", "sha256x", "x25519a")]
     kinds = ("authorization", "url-password", "command-line", "assignment")
@@ -1856,18 +1827,7 @@ def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
     assert len(segments) > 10 and ee.spool_segments(directory) == []
 
 
-# Appends as time:segment ("!": 4 MiB), `take` for the drainer; the segments left; the events dropped.
-SPOOL_STORIES = {
-    "a full segment ends": ("0ms!:A 5ms:B 6ms:B", "AB", 0),
-    "a segment of a day ends": ("0ms:A 86399s:A 86401s:B", "AB", 0),
-    "a clock set back goes on with the newest": ("1h:A 0ms:A -1d:A 0ms!:A 0ms:B", "AB", 0),
-    "what is taken is not begun a second time": ("0ms:A take 0ms:B 0ms:B take 0ms:C", "ABC", 0),
-    "what is older than seven days goes": ("0ms:A 1ms:A 6d:B 8d:C", "BC", 2),
-    "what is being delivered stays at any age": ("0ms:A take 1ms:B 9d:C", "AC", 1),
-}
-
-
-@pytest.mark.parametrize(("story", "left", "dropped"), SPOOL_STORIES.values(), ids=SPOOL_STORIES.keys())
+@story_table("hook.txt", "segments", "story, left, dropped")
 def test_the_spool_has_segments_in_order_of_time(tmp_path, monkeypatch, story, left, dropped):
     directory, names = str(tmp_path / "spool"), {}  # path without suffix → letter
     for step in story.split():
@@ -2448,24 +2408,7 @@ INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
 INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
 INSTALL_ODD_NAMES = r"""a b|a"b|a$HOME b|a`id`b|a\b|a\|a'b|$(exit 3)|é|a;b|!x|*?[x]{a,b} ~#&()<>""".split("|")
 INSTALL_ODD_NAMES += ["\u2028", "a\nb"]
-INSTALL_OTHERS_COMMANDS = """node /opt/x/emit-event.js
-python3 /home/me/project/hooks/emit_event.py
-python3 -I /home/me/.contextuate/hooks/emit_event.py
-python3 -S -I /srv/hooks/emit_event.py
-python3 -I -S /srv/other/emit_event.py
-python3 -I -S /srv/hooks/emit_event.py.bak
-python3 -I -S /srv/hooks/my_emit_event.py || :
-python3 -I -S /srv/hooks/emit_event.py && make
-make; python3 -I -S /srv/hooks/emit_event.py || :
-echo 'python3 -I -S /srv/hooks/emit_event.py || :'
-echo "open
-|| :
-:
-python3 -I -S /srv/hooks/emit_event.py || make
-python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /x/other.py || :
-make || python3 -I -S /srv/hooks/emit_event.py || :
-python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /srv/hooks/emit_event.py && make
-""".split("\n")
+INSTALL_OTHERS_COMMANDS = ["", *story_parts("tables.txt")["others' commands"]]
 INSTALL_OUR_COMMANDS = [
     INSTALL_COMMAND,
     "python3 -I -S /x/hooks/emit_event.py",
@@ -2548,23 +2491,13 @@ def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ou
 
 INSTALL_OTHER, INSTALL_NEW = {"type": "command", "command": "make"}, {**INSTALL_HANDLER, "note": 1}
 INSTALL_OLD = {**INSTALL_NEW, "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5}
-# Hooks before → hooks with ours for the same events
-INSTALL_MERGED: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"Stop": []}, {"Stop": [{"hooks": [INSTALL_HANDLER]}]}),
-    # A matcher stays where it takes every event; another would keep most events from us.
-    *(({"Stop": [{"matcher": it, "hooks": [INSTALL_OLD]}]}, {"Stop": [{"matcher": it, "hooks": [INSTALL_NEW]}]})
-      for it in ("", "*", ".*")),
-    ({"Stop": [{"matcher": "Bash", "hooks": [INSTALL_OLD]}]}, {"Stop": [{"hooks": [INSTALL_HANDLER]}]}),
-    ({"Stop": [{"matcher": "Bash", "hooks": [INSTALL_OLD, INSTALL_OTHER]}]},
-     {"Stop": [{"matcher": "Bash", "hooks": [INSTALL_OTHER]}, {"hooks": [INSTALL_HANDLER]}]}),
-    ({"Stop": [{"hooks": [INSTALL_OTHER, INSTALL_OLD]}, {"matcher": "x", "hooks": [INSTALL_OTHER]},
-               {"hooks": [INSTALL_HANDLER]}]},
-     {"Stop": [{"hooks": [INSTALL_OTHER, INSTALL_NEW]}, {"matcher": "x", "hooks": [INSTALL_OTHER]}]}),
-]  # fmt: skip
+INSTALL_ENTRIES = {"OURS": INSTALL_HANDLER, "OLD": INSTALL_OLD, "NEW": INSTALL_NEW, "OTHER": INSTALL_OTHER}
 
 
-@pytest.mark.parametrize(("before", "after"), INSTALL_MERGED)
+@story_table("tables.txt", "merged", "before, after")
 def test_install_updates_an_old_entry_and_removes_doubles_and_old_names(before, after):
+    for group in (*before["Stop"], *after["Stop"]):
+        group["hooks"] = [INSTALL_ENTRIES.get(name, name) for name in group["hooks"]]
     for more in ({}, {"FileChanged": [{"hooks": [INSTALL_OLD]}]}):
         assert cm.merge_hooks({"hooks": {**more, **before}}, INSTALL_COMMAND, ["Stop"]) == {"hooks": after}
 
@@ -3299,47 +3232,18 @@ def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(spoken, name)
         assert peer.frame() is None
 
 
-PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
-    # types, fields that are right, the field at fault (or words of the error), values (None: the field is missing)
-    ("search", {"query": 7}, "q", [None]),
-    ("search", {}, "limit", [-1]),
-    ("subscribe", {}, "view", ["half", 1]),
-    ("subscribe", {}, "sessionIds", ["bad", [1]]),
-    ("subscribe", {}, "since", [-1, "3", 1.5, True]),
-    ("unsubscribe", {}, "sessionIds", [None]),
-    ("get_events", {}, "sessionId", [None, 4]),
-    ("get_events", {"sessionId": "bad"}, "limit", ["5"]),
-    ("get_events", {"sessionId": "bad"}, "before", [[]]),
-    ("get_all_recent_events", {}, "limit", [-2]),
-    ("get_event_detail", {"sessionId": "bad"}, "eventId", [None, {}]),
-    ("rename_session", {"label": "x"}, "sessionId", ["unknown-id", None]),
-    ("rename_session", {"sessionId": "bad"}, "label", [None, 5]),
-    *(
-        (kind, {}, "sessionId", ["unknown-id", None])
-        for kind in ("toggle_pin", "hide_session", "unhide_session", "delete_session", "set_parent")
-    ),
-    ("set_parent", {"sessionId": "bad"}, "parentSessionId", ["unknown-id", ["bad"]]),
-    *(
-        ("set_parent", {"sessionId": "bad", "parentSessionId": child}, "below itself", [None])
-        for child in ("bad", "bad-child", "bad-grandchild")
-    ),
-    ("reconnect_redis", {}, "Redis", [None]),
-    ("no such thing", {}, "no such thing", [None]),
-    ("", {}, "type", [None, 5, ["subscribe"]]),
-]
-
-
 def test_a_bad_message_gets_an_error_that_names_the_fault(spoken):
     spoken.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
     for child, parent in (("bad-child", "bad"), ("bad-grandchild", "bad-child")):
         assert protocol_post(spoken, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
     seq, client = spoken.get("/api/status")["seq"], spoken.websocket(None)
-    for kind, fields, word, values in PROTOCOL_BAD_FIELDS:
+    for row in HTTP_ROWS["messages"]:
+        kind, fields, word, values = map(story_value, row.split(" → "))
         for value in values:
-            message = {**({"type": kind} if kind else {}), **fields, "requestId": 7}
+            message = {**({"type": kind} if kind != "-" else {}), **fields, "requestId": 7}
             message.update({} if value is None else {word: value})
             error = client.ask("error", **message)
-            assert (error["request"], error["requestId"]) == (kind or None, 7)
+            assert (error["request"], error["requestId"]) == (kind if kind != "-" else None, 7)
             assert word in error["message"], message
             status, reply = protocol_post(spoken, **message)
             assert status == 400 and (word in reply["error"] or "for a WebSocket" in reply["error"]), message
@@ -3760,28 +3664,13 @@ def protocol_check_headers(headers: Any) -> None:
     assert "Python" not in headers.get("server", "")
 
 
-# Path → what its answer says among others
-PROTOCOL_ROUTES: dict[str, dict[str, Any]] = {
-    "/health": {"status": "ok", "version": cm.__version__},
-    "/api/status": {"mode": "local", "machineId": "testbox"},
-    "/api/config": {"mode": "local", "machineId": "testbox"},
-    "/api/sessions": {"loading": None},
-    "/api/sessions?hidden=1": {"loading": None},
-    "/api/sessions/routes": {"sessionId": "routes", "label": "routes 0"},
-    "/api/sessions/routes/events?limit=1": {"more": True},
-    "/api/sessions/routes/events?limit=1000": {"more": False},
-    "/api/events?limit=1": {"more": True},
-    "/api/search?q=routes": {},
-    "/api/stats": {},
-}
-
-
-@pytest.mark.parametrize("path", PROTOCOL_ROUTES)
-def test_every_route_answers_json_and_gives_no_secret(spoken, path):
+@story_table("http.txt", "routes", "path, expected")
+def test_every_route_answers_json_and_gives_no_secret(spoken, path, expected):
     spoken.emit(*protocol_events("routes", 2))
     status, headers, body = spoken.request(path)
     answer = json.loads(body)
-    assert status == 200 and answer.items() >= PROTOCOL_ROUTES[path].items()
+    expected = {name: cm.__version__ if value == "VERSION" else value for name, value in expected.items()}
+    assert status == 200 and answer.items() >= expected.items()
     protocol_check_headers(headers)
     assert cm.read_token(spoken.home + "/token").encode() not in body
     head_status, head_headers, head_body = spoken.request(path, "HEAD")
@@ -4133,15 +4022,7 @@ def test_a_status_from_before_the_events_of_its_turn_is_not_sent_again() -> None
         assert json.loads(inside.status.encoded())["events"]["stored"] == 1
 
 
-@pytest.mark.parametrize(
-    ("waiting", "taken"),
-    [
-        ({"a": 3}, [["a0", "a1", "a2"]]),
-        ({"a": 7, "b": 1}, [["a0", "a1", "b0"], ["a2", "a3", "a4", "a5"], ["a6"]]),
-        ({"a": 3, "b": 3, "c": 3}, [["a0", "b0", "c0"], ["a1", "b1", "c1"], ["a2", "b2", "c2"]]),
-        ({"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}, [["a0", "b0", "c0", "d0"], ["e0", "a1"]]),
-    ],
-)  # fmt: skip
+@story_table("tables.txt", "turns", "waiting, taken")
 def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], monkeypatch: Any) -> None:
     monkeypatch.setattr(cm, "TURN_LINES", 4)
     turns = cm.Turns()
@@ -4222,22 +4103,7 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
 SESSION_MACHINE = "box"
 SESSION_STORIES = install_text(ROOT + "/.ci/stories/sessions.txt")  # their notation is at its head
 SESSION_VERBS = dict(re.findall(r"^(\w+) = (.*)", SESSION_STORIES, re.M))
-# Lines of the real client's transcripts, the fields that matter.
-SESSION_LINES = {
-    "interrupted": {"type": "user", "interruptedMessageId": "m1", "message": {"role": "user", "content": [
-        {"type": "text", "text": "[Request interrupted by user for tool use]"}]}},
-    "denied": {"type": "user", "toolUseResult": "User rejected tool use", "toolDenialKind": "user-rejected",
-        "message": {"role": "user", "content": [{"type": "tool_result", "content": "The user doesn't want to proceed",
-            "is_error": True, "tool_use_id": "t1"}]}},
-    "stopped": {"type": "user", "toolUseResult": "User rejected tool use", "toolDenialKind": "user-rejected",
-        "version": "2.1.332", "message": {"role": "user", "content": [
-            {"type": "tool_result", "content": "The user doesn't want to proceed", "is_error": True, "tool_use_id": "t1"}]}},
-    "killed": {"type": "queue-operation", "operation": "enqueue", "content": "<task-notification>\n"
-        "<task-id>b1</task-id>\n<status>killed</status>\n<summary>Background command \"b1\" was stopped</summary>\n"},
-    "api-error": {"type": "assistant", "error": "rate_limit", "isApiErrorMessage": True, "message": {
-        "model": "<synthetic>", "content": [{"type": "text", "text": "API Error: 429"}], "usage": {"output_tokens": 0}}},
-    "max-turns": {"type": "attachment", "attachment": {"type": "max_turns_reached", "maxTurns": 2, "turnCount": 3}},
-}  # fmt: skip
+SESSION_LINES = {name: line for name, (line,) in story_cases("tables.txt", "transcript lines").items()}
 
 
 def session_line(name: str, time_ms: int, **more: Any) -> bytes:
@@ -6068,21 +5934,11 @@ def test_each_agent_has_its_own_tokens(tmp_path):
     assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
 
 
-USAGE_OTHERS = [
-    {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
-]  # fmt: skip
-USAGE_ODD = [
-    {"models": {"m": 7}, "agents": {"": 7}},
-    {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
-    {"models": {"": {}}, "agents": {}, "model": 9},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
-def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
+@story_table("tables.txt", "usages", "usage, is_ours")
+def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage, is_ours):
     shown = session_after(session_story(), "Stop", usage=usage)
     totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
-    assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
+    assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if is_ours else (None, None))
     assert shown["state"] == "idle" and json.dumps(shown["model"])
 
 
@@ -6850,12 +6706,7 @@ def test_a_recorded_agent_says_what_it_waits_for_and_who_works(row):
     assert words + "".join(f" | {it['label']}: {it['state']}" for it in session["agents"]) == expected
 
 
-# Program → (tokens of one message without cache, written, from the cache), what else a transcript shows
-@pytest.mark.parametrize(
-    ("agent", "output", "evidence"),
-    [("codex", 42, ["failed", "tool_error", "interrupted"]), ("gemini", 49, ["failed"]), ("qwen", 42, []), ("kimi", 42, []),
-     ("copilot", 42, ["permission_result", "interrupted"])],
-)  # fmt: skip
+@story_table("tables.txt", "evidence", "agent, output, evidence")
 def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, output, evidence):
     content = open(f"{AGENT_RECORDINGS}/transcripts/{agent}.jsonl", "rb").read()  # noqa: SIM115
     parser = ee.TranscriptParser("", agent)
@@ -6897,12 +6748,7 @@ def test_an_exit_code_after_the_result_makes_a_call_of_codex_only_failed(number)
     assert (session.state, *map(session.counts.get, names)) == ("idle", 1, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("hook", "agent"),
-    [({"transcript_path": "/home/dev/.codex/sessions/rollout-1.jsonl"}, "codex"), ({"client_type": "kimi_code_cli"}, "kimi"),
-     ({"hookName": "permissionRequest", "sessionId": "s"}, "copilot"), ({"hook_event_name": "Stop"}, None),
-     ({"transcript_path": "/home/dev/.claude/projects/x/.codex.jsonl"}, None)],
-)  # fmt: skip
+@story_table("tables.txt", "programs", "hook, agent")
 def test_a_payload_without_the_argument_proves_its_program(hook, agent):
     assert ee.build_event({"id": "1", "hook": hook}, 5, "m").get("agent") == agent
 
@@ -6964,17 +6810,9 @@ CHANGE
 print(json.dumps({{"id": 2, "result": {{"data": [{{"hooks": listed}}]}}}}), flush=True)
 assert calls[2]["method"] == "hooks/list" and sys.stdin.read() == ""
 """
-CODEX_TRUST = [
-    ("", "ok", "12 events of codex in {}; trusted"),
-    ("listed[3]['trustStatus'] = 'modified'", "warn", "Codex runs 11 of them: the others are not trusted"),
-    ("listed[3]['enabled'] = False", "warn", "Codex runs 11 of them"),
-    ("listed = []", "warn", "Codex runs 0 of them"),
-    ("sys.exit(1)", "warn", "Codex does not report whether it trusts them (StopIteration)"),
-    ("import time; time.sleep(3600)", "warn", "Codex does not report whether it trusts them (TimeoutError)"),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "level", "words"), CODEX_TRUST)
+@story_table("tables.txt", "trust", "change, level, words")
 def test_doctor_says_whether_codex_trusts_the_hooks(monkeypatch, tmp_path, change, level, words):
     monkeypatch.setenv("CODEX_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -10000,21 +9838,12 @@ def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, k
     assert (os.lstat(place).st_ino, os.lstat(place).st_size) == (before.st_ino, before.st_size)
 
 
-# What is in place of our files or of the spool; its owner and the command, as `status` names them.
-SAFE_FOREIGN = {
-    "a directory": ("", ""),
-    "a link to itself": ("", ""),
-    "a fifo": ("root", "rm -r"),
-    "another user's file": ("nobody", "chown root"),
-    "another user's directory": ("nobody", "chown root"),
-}
-
-
 @needs_root
-@pytest.mark.parametrize("kind", SAFE_FOREIGN)
+@story_table("tables.txt", "foreign", "kind, owner, command")
 @pytest.mark.parametrize("where", ["files", "spool"])
-def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
-    owner, command = SAFE_FOREIGN[kind]
+def test_what_is_not_ours_is_stepped_around(
+    hook_alone, monitor, monkeypatch, precious, where, kind, owner, command
+):
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
     others = "hook.cache last-seq publisher.lock emit.log clock.json deleted-ids monitor.run.json index.db"
     files = (segment, *others.split())
@@ -10713,14 +10542,7 @@ class BrowserTab:
 
     def hears(self, **status: Any) -> None:
         """Change some fields of the monitor's status, now and whenever the monitor sends it."""
-        script = """(fields) => {
-          const { store } = contextuate;
-          const hear = (store.hear ??= store.apply.bind(store));
-          store.differently = { ...store.differently, ...fields };
-          store.apply = (message) => hear(message.type === 'status' ? { ...message, ...store.differently } : message);
-          store.apply({ ...store.status, type: 'status' });
-        }"""
-        self.page.evaluate(script, status)
+        self.page.evaluate("(fields) => look.hear(fields)", status)
 
     def drag(self, part: str, start: float, end: float, below: int) -> None:
         """Drag the mouse in a part of the page: from and to a pixel, or with floats a fraction of its width."""
@@ -10773,8 +10595,8 @@ def open_tab(chromium: Any) -> Iterator[Any]:
 
     def open_one(monitor: RunningMonitor, link: str = "", script: str = "", **options: Any) -> BrowserTab:
         context = chromium.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
-        context.add_init_script(script)
         tab = BrowserTab(context.new_page(), monitor)
+        tab.page.add_init_script(script)
         tabs.append(tab)
         return tab.load(link)
 
@@ -10987,19 +10809,6 @@ BROWSER_LOOKS: dict[str, Any] = {
 }
 
 
-# Alerts: what a page in the background says, in `alerts`
-BROWSER_ALERTS = """
-window.alerts = [];
-window.Notification = class extends Notification {
-  static permission = 'granted';  // a headless browser may deny it whatever is granted
-  constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
-};
-document.hasFocus = () => false;
-const make = AudioContext.prototype.createOscillator;
-AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
-"""
-
-
 @pytest.mark.parametrize("rule", BROWSER_STORIES)
 def test_the_page_shows(request, open_tab, rule):
     if rule.startswith("demo: "):
@@ -11010,7 +10819,7 @@ def test_the_page_shows(request, open_tab, rule):
         tab = open_tab(tab.monitor)
         tab.wire = BrowserWire(tab)
     elif rule.startswith("alerts: "):
-        tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
+        tab = open_tab(tab.monitor, script="look.noteAlerts()", permissions=["notifications"])
     tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
     for act, shown in BROWSER_STORIES[rule]:
         if act.startswith("other "):
@@ -11190,24 +10999,6 @@ HOSTILE = (
     "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
     "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
 )
-BROWSER_WATCH = """
-window.violations = [];
-document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
-window.strange = new Set();
-const known = new Set(`HTML HEAD BODY META TITLE LINK STYLE SCRIPT HEADER MAIN ASIDE SECTION DIV SPAN LABEL
-  INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
-  OPTION KBD HR PROGRESS NAV TABLE THEAD TBODY TR TH TD H4 BLOCKQUOTE STRONG EM S`.split(/\\s+/));
-function look(node) {
-  if (node.nodeType !== 1) return;
-  for (const el of [node, ...node.querySelectorAll('*')]) {
-    if (!known.has(el.tagName)) strange.add(el.tagName);
-    for (const { name } of el.attributes)
-      if (/^(on|href|src|action|formaction)/i.test(name) && el.tagName !== 'LINK') strange.add(name);
-  }
-}
-const seen = new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach(look)));
-seen.observe(document, { childList: true, subtree: true });
-"""
 
 
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
@@ -11237,7 +11028,7 @@ def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
         running.emit(*hostile_events(f"evil-{number}{words}", words))
         protocol_post(running, type="rename_session", sessionId=f"evil-{number}{words}", label=words)
     assert all(session["labelSource"] == "user" for session in running.sessions().values())
-    tab = open_tab(running, script=BROWSER_WATCH)
+    tab = open_tab(running, script="look.noteStrange()")
     eventually(lambda: len(tab.rows()) > 20)
     assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
     assert "\x1b" not in tab.page.inner_text("body")
@@ -11387,7 +11178,7 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
 
 def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
-    tab = open_tab(crowded, script=BROWSER_ALERTS, permissions=["notifications"])
+    tab = open_tab(crowded, script="look.noteAlerts()", permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
     wire = BrowserWire(tab)
     tab.row_with("make gone")
@@ -11486,18 +11277,7 @@ def test_a_conversation_of_a_hundred_turns_counts_all_its_calls(tab: BrowserTab)
     tab.until(f"{turns}.length === 100 && {turns}.every((turn) => turn.innerText.includes('20 calls, '))", 60)
 
 
-# UTC, and the day and the hour that the clock of a zone shows then: one goes back on the 25th at 01:00 UTC, one
-# goes forward on the 3rd at 16:00 UTC.
-ZONE_TIMES = {
-    "Europe/Berlin": (
-        ("2026-10-23T22:30", 24, 0), ("2026-10-24T22:30", 25, 0), ("2026-10-25T00:30", 25, 2),
-        ("2026-10-25T01:30", 25, 2), ("2026-10-25T22:30", 25, 23), ("2026-10-25T23:30", 26, 0), ("2026-10-27T22:30", 27, 23),
-    ),
-    "Australia/Sydney": (
-        ("2026-10-02T14:30", 3, 0), ("2026-10-03T13:30", 3, 23), ("2026-10-03T14:30", 4, 0),
-        ("2026-10-04T12:30", 4, 23), ("2026-10-04T13:30", 5, 0), ("2026-10-06T13:30", 7, 0),
-    ),
-}  # fmt: skip
+ZONE_TIMES = {name: times for name, (times,) in story_cases("tables.txt", "zones").items()}
 
 
 def utc_ms(text: str) -> int:
@@ -11559,13 +11339,6 @@ def shared_demo() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-# What is checked: a link, then what a person does there, a key or `click SELECTOR`.
-CHECKED_SCREENS = (
-    "load", "load; click <session>; click <row>:visible", "load; click <session>[data-state=idle]; press y", "load #history",
-    "load; click <session>[data-state=idle]; press c; click summary", "load; click <session>[data-state=idle]; press v",
-    "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
-    "load; press s", "load; press o", "load; click [data-session-id=long]; press P; press x; click <row> >> text=make",
-)  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
     ("light", 1440, {}),
@@ -11574,7 +11347,7 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("screen", CHECKED_SCREENS)
+@pytest.mark.parametrize("screen", story_parts("tables.txt")["screens"])
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
@@ -11613,23 +11386,12 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
 
 
 def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
-    tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
+    tab = open_tab(tab.monitor, script="look.noteAlerts()", permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
     tab.load()
     tab.emit("@short prompt short work; @long prompt long work")
     eventually(lambda: tab.counts() == {"working": 2})
-    tab.page.evaluate(
-        """() => {
-            window.said = [];
-            const live = document.getElementById('announce');
-            const note = () => {
-              const now = `${document.title}/${live.textContent}`;
-              if (now !== 'Contextuate Monitor/') said.push(now);
-            };
-            for (const it of [document.querySelector('title'), live])
-              new MutationObserver(note).observe(it, { childList: true, characterData: true, subtree: true });
-        }"""
-    )
+    tab.page.evaluate("look.noteTitles()")
     short = 0  # waits that the page has seen for less than a second: on a busy machine some last longer
     for number in range(10):
         began = time.monotonic()
@@ -12018,17 +11780,9 @@ def test_an_agent_does_not_answer_itself(asking):
     assert asking.decision(hook) == {"behavior": "allow"}
 
 
-SUGGESTIONS = {
-    '{"type": "addRules", "rules": [{"toolName": "Bash"}]}': "allow Bash",
-    '{"type": "addDirectories", "directories": ["/a", "/b"], "destination": "session"}': "allow work in /a, /b in this session",
-    '{"type": "setMode", "mode": "plan", "destination": "new"}': "switch to the mode plan in new",
-    '{"type": "other", "destination": 5}': '{"type": "other", "destination": 5} in 5',
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("given", SUGGESTIONS)
-def test_a_suggestion_of_the_client_is_one_sentence(given: str) -> None:
-    assert cm.suggestion_words(json.loads(given)) == SUGGESTIONS[given]
+@story_table("tables.txt", "suggestions", "given, words")
+def test_a_suggestion_of_the_client_is_one_sentence(given: Any, words: str) -> None:
+    assert cm.suggestion_words(given) == words
 
 
 ANSWER_WORDS = [
@@ -12543,19 +12297,7 @@ def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     assert result["data"]["target"] == "find hay" and result["partial"] is True
 
 
-# Shell commands in the directory of the index.
-INDEX_DAMAGE = {
-    "deleted": "rm index.db",
-    "deleted with its log": "rm index.db*",
-    "truncated": "head -c 5000 index.db >part; cat part >index.db",
-    "emptied": ": >index.db",
-    "overwritten": "yes no database | dd of=index.db bs=4096 count=20 iflag=fullblock conv=notrunc",
-    "zeros inside": "dd if=/dev/zero of=index.db bs=4096 count=15 seek=1 conv=notrunc",
-    "of another version": r"printf '\0\0\3\347' | dd of=index.db bs=1 seek=60 conv=notrunc",
-    "without its log": "rm -f index.db-wal index.db-shm",
-    "without its map": "rm -f index.db-shm",
-    "another file in its place": "yes no database | head -c 80000 >other; mv other index.db",
-}
+INDEX_DAMAGE = {kind: shell for kind, (shell,) in story_cases("tables.txt", "damage").items()}
 # Damage while the index is not open. A closed index has no log and no map.
 SNAPSHOT_DAMAGE = {**INDEX_DAMAGE, "a directory in its place": "rm index.db; mkdir index.db"}
 SNAPSHOTS = {"": b"machines", "s1": b"\x00\xff" * 3000, "s\ud8001": b""}
@@ -12930,16 +12672,7 @@ def test_token_totals_that_come_as_events_are_no_events_of_their_session(indexed
 
 
 def test_odd_events_of_other_programs_do_not_stop_the_index(indexed: IndexCase) -> None:
-    odd: list[dict[str, Any]] = [
-        {"sessionId": "s\ud800", "machineId": "m\udfff", "workingDirectory": "\ud83d/x", "data": {"toolName": "\ud800"}},
-        {"hookType": "PreToolUse", "data": {"toolName": ["x"], "toolUseId": {}, "toolInput": 7, "durationMs": "soon"}},
-        {"hookType": "PostToolUse", "data": {"toolName": None, "durationMs": 1 << 70, "toolUseId": "\ud800"}},
-        {"hookType": "PostToolUse", "data": {"durationMs": -5}}, {"hookType": "PostToolUse", "data": {"durationMs": True}},
-        {"hookType": "PostToolBatch", "data": {"tool_calls": [1, {}, {"tool_use_id": 5}, {"tool_use_id": "t", "tool_name": {}}]}},
-        {"data": {"usage": {"models": {"\ud800": {"input": 1 << 80, "output": "x"}, "m": 5}, "agents": 3}}},
-        {"timestamp": 1}, {"timestamp": 99_999_999_999_999}, {"data": {"deep": [[[["bottom"]]]] * 3}},
-        {"hookType": "Unheard % of_", "data": {"x" * 5000: "y" * 5000}},
-    ]  # fmt: skip
+    odd = [json.loads(line) for line in story_parts("tables.txt")["odd events"]]
     for number, fields in enumerate(odd):
         indexed.add({"eventType": "message", "id": f"odd{number}", "timestamp": NOW_MS, **fields})
     indexed.ready()
@@ -13040,18 +12773,8 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     eventually(lambda: running.get("/api/stats")["totals"]["sessions"] == 1)
 
 
-WRONG_QUESTIONS = """
-search?limit=0 search?limit=x search?from=-1 search?to=x search?state=x search?cursor=x search?cursor=i
-search?cursor=i99999999999999999999999
-stats?from=x stats?to=-5
-search?from=yesterday search?to=2026-13-01 search?from= search?to=99999999999999999 search?from=%D9%A3
-stats?timeZone=Nope/Nowhere search?timeZone=../../etc/passwd export?timeZone=Europe stats?timeZone=zone.tab
-search?timeZone=x%00 export?timeZone=%F0%9F%A6%93
-"""
-
-
 def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
-    for query in WRONG_QUESTIONS.split():
+    for query in HTTP_ROWS["questions"]:
         status, _, body = shared.request("/api/" + query)
         answer = json.loads(body)
         assert (query, status, answer["field"]) == (query, 400, re.split("[?=]", query)[1])
@@ -13094,27 +12817,11 @@ def test_days_are_searched_in_the_zone_that_is_named(running):
         assert ids(before.stdout) == ["z0"] and "--to 2026-10-25 means before that day" in before.stderr
 
 
-# The options of the search command → exit code, what it prints, what it says on standard error.
-SEARCHES: list[tuple[str, int, list[str], str]] = [
-    ("quok*", 0, ["PreToolUse  +Bash  +grep -r quokka src", "UserPromptSubmit  +where is the quokka"], ""),
-    ("quokka --limit 1", 0, ["grep -r quokka src"], "there are more results"),
-    ("--json --tool Bash", 0, ['"sessionId": ?"b"'], ""),
-    ("quokka --state working", 0, ["grep", "where"], ""),
-    ("quokka --state idle", 1, [], "no results"),
-    ("quokka --to 2020-01-01", 1, [], "no results"),
-    ("wombat", 1, [], "no results"),
-    ("--from soon", 2, [], "expected a time such as"),
-    ("--limit 0", 1, [], "limit: expected an integer from 1 to 200"),
-    ("--limt 1", 2, [], "search --help"),
-    ("--from 2026-10-25 --time-zone Mars/Dome", 2, [], "timeZone"),
-]
-
-
 def test_the_search_command_prints_what_the_monitor_finds(running):
     running.emit(*hooks("@a prompt where is the \x1b[1;31mquokka\x1b[31m?; @b prompt nothing of the kind"))
     running.emit(*hooks("@b call grep -r quokka src"))
     eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
-    for options, code, printed, said in SEARCHES:
+    for options, (code, printed, said) in story_cases("tables.txt", "searches").items():
         done = in_process(running, "search", *options.split())
         lines = done.stdout.splitlines()
         assert (done.returncode, len(lines)) == (code, len(printed)), options

@@ -80,4 +80,56 @@ window.look = {
       return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     }));
   },
+
+  // Changes some fields of the monitor's status, now and whenever the monitor sends it.
+  hear: (fields) => {
+    const { store } = contextuate;
+    const hear = (store.hear ??= store.apply.bind(store));
+    store.differently = { ...store.differently, ...fields };
+    store.apply = (message) => hear(message.type === 'status' ? { ...message, ...store.differently } : message);
+    store.apply({ ...store.status, type: 'status' });
+  },
+
+  // Notes in `alerts` what a page says; it seems to be in the background.
+  noteAlerts: () => {
+    window.alerts = [];
+    window.Notification = class extends Notification {
+      static permission = 'granted';  // a headless browser may deny it whatever is granted
+      constructor(title, options) { super(title, options); alerts.push([title, options.body]); }
+    };
+    document.hasFocus = () => false;
+    const make = AudioContext.prototype.createOscillator;
+    AudioContext.prototype.createOscillator = function () { alerts.push('tone'); return make.call(this); };
+  },
+
+  // Notes in `said` every other title and announcement than those of a page on which nothing is to be done.
+  noteTitles: () => {
+    window.said = [];
+    const live = document.getElementById('announce');
+    const note = () => {
+      const now = `${document.title}/${live.textContent}`;
+      if (now !== 'Contextuate Monitor/') said.push(now);
+    };
+    for (const it of [document.querySelector('title'), live])
+      new MutationObserver(note).observe(it, { childList: true, characterData: true, subtree: true });
+  },
+
+  // Notes in `strange` which elements and attributes come that the page has no use for, and in `violations` of its policy.
+  noteStrange: () => {
+    window.violations = [];
+    document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
+    window.strange = new Set();
+    const known = new Set(`HTML HEAD BODY META TITLE LINK STYLE SCRIPT HEADER MAIN ASIDE SECTION DIV SPAN LABEL
+      INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
+      OPTION KBD HR PROGRESS NAV TABLE THEAD TBODY TR TH TD H4 BLOCKQUOTE STRONG EM S`.split(/\s+/));
+    const check = (node) => {
+      for (const el of node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : []) {
+        if (!known.has(el.tagName)) strange.add(el.tagName);
+        for (const { name } of el.attributes)
+          if (/^(on|href|src|action|formaction)/i.test(name) && el.tagName !== 'LINK') strange.add(name);
+      }
+    };
+    const seen = new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach(check)));
+    seen.observe(document, { childList: true, subtree: true });
+  },
 };
