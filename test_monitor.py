@@ -327,6 +327,9 @@ class RunningMonitor:
         eventually(lambda: self.get("/api/status")["loading"] is None, 60, "the stored sessions")
         return self.sessions_so_far()
 
+    def counts(self) -> dict[str, Any]:
+        return {name: session["counts"] for name, session in self.sessions().items()}
+
     def sessions_so_far(self) -> dict[str, dict[str, Any]]:
         return {session["sessionId"]: session for session in self.get("/api/sessions?hidden=1")["sessions"]}
 
@@ -1783,17 +1786,13 @@ def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
 # Spool: what waits while no monitor takes it
 # ---------------------------------------------------------------------------
 
-SPOOL_WRITER = """
-import random, sys
-sys.path.insert(0, sys.argv[1])
-import emit_event
-emit_event.SEGMENT_LIMIT_BYTES = 40_000
-rng = random.Random(sys.argv[3])
-for number in range(int(sys.argv[4])):
-    pad = "x" * rng.choice((0, 10, 1000, 9000))
-    line = '{"id":"%s-%d","pad":"%s","end":1}\\n' % (sys.argv[3], number, pad)
-    emit_event.append_to_spool(sys.argv[2], line.encode())
-"""
+
+def spool_writer(directory: str, name: int, count: int) -> None:
+    """Append numbered lines of many sizes; in a process of its own."""
+    ee.SEGMENT_LIMIT_BYTES, rng = 40_000, random.Random(name)
+    for number in range(count):
+        pad = b"x" * rng.choice((0, 10, 1000, 9000))
+        ee.append_to_spool(directory, b'{"id":"%d-%d","pad":"%s","end":1}\n' % (name, number, pad))
 
 
 def spool_line(event_id: str, session: str = "s1") -> bytes:
@@ -1807,7 +1806,6 @@ def spool_read(path: str) -> list[bytes]:
 
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
     directory, writers, each, segments = str(tmp_path / "spool"), 8, 250, []
-    command = [PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory]
 
     def drain() -> bool:
         for path, _ in ee.spool_segments(directory):
@@ -1815,12 +1813,13 @@ def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
                 taken = ee.take_segment(path)
                 segments.append(spool_read(taken))
                 os.unlink(taken)
-        return all(process.poll() == 0 for process in processes)
+        return all(process.exitcode == 0 for process in processes)
 
-    with contextlib.ExitStack() as stack:
-        commands = [[*command, str(writer), str(each)] for writer in range(writers)]
-        processes = [stack.enter_context(subprocess.Popen(each_command)) for each_command in commands]
-        eventually(drain, timeout_s=60)
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=spool_writer, args=(directory, writer, each)) for writer in range(writers)]
+    for process in processes:
+        process.start()
+    eventually(drain, timeout_s=60)
     drain()
     found = collections.Counter(json.loads(line)["id"] for lines in segments for line in lines)
     assert found == {f"{writer}-{number}": 1 for writer in range(writers) for number in range(each)}
@@ -2491,13 +2490,13 @@ def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ou
 
 INSTALL_OTHER, INSTALL_NEW = {"type": "command", "command": "make"}, {**INSTALL_HANDLER, "note": 1}
 INSTALL_OLD = {**INSTALL_NEW, "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5}
-INSTALL_ENTRIES = {"OURS": INSTALL_HANDLER, "OLD": INSTALL_OLD, "NEW": INSTALL_NEW, "OTHER": INSTALL_OTHER}
 
 
 @story_table("tables.txt", "merged", "before, after")
 def test_install_updates_an_old_entry_and_removes_doubles_and_old_names(before, after):
+    entries = {"OURS": INSTALL_HANDLER, "OLD": INSTALL_OLD, "NEW": INSTALL_NEW, "OTHER": INSTALL_OTHER}
     for group in (*before["Stop"], *after["Stop"]):
-        group["hooks"] = [INSTALL_ENTRIES.get(name, name) for name in group["hooks"]]
+        group["hooks"] = [entries.get(name, name) for name in group["hooks"]]
     for more in ({}, {"FileChanged": [{"hooks": [INSTALL_OLD]}]}):
         assert cm.merge_hooks({"hooks": {**more, **before}}, INSTALL_COMMAND, ["Stop"]) == {"hooks": after}
 
@@ -2668,17 +2667,15 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
 
 
-STATUS_LINE_SETTINGS = [
-    {}, {"statusLine": {"type": "command", "command": ""}},
-    *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
-    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}},
-]  # fmt: skip
-
-
 def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
+    settings_before = [
+        {}, {"statusLine": {"type": "command", "command": ""}},
+        *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
+        {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}},
+    ]  # fmt: skip
     path = tmp_path / "settings.json"
     monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
-    for before in STATUS_LINE_SETTINGS:
+    for before in settings_before:
         text = json.dumps(before, indent=1)
         path.write_text(text)
         plan = cm.plan_install("/a'b \"$x", version=(2, 1, 332), line=True)
@@ -5734,16 +5731,15 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
     pytest.fail("it was never killed between the first and the last words")
 
 
-GIT_PLACES = {
-    "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
-    "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
-    "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
-    "none": None, "fifo": None, "": None, "proj/../none": None, "private": None, "loop": None, "odd": None,
-    "tree/nul\0": ("side", "tree", "proj"), "x/" * 2000: None,
-}  # fmt: skip
-
-
 def test_branch_and_project_come_from_the_files_of_git(tmp_path):
+    known_places = {
+        "proj": ("main", "proj", "proj"), "proj/below/deep": ("main", "proj", "proj"), "tree": ("side", "tree", "proj"),
+        "tree/below": ("side", "tree", "proj"), "detached": ("COMMIT", "detached", "detached"),
+        "bare-tree": ("main", "bare-tree", "bare.git"), "proj/sub": ("main", "proj/sub", "proj/sub"),
+        "none": None, "fifo": None, "": None, "proj/../none": None, "private": None, "loop": None, "odd": None,
+        "tree/nul\0": ("side", "tree", "proj"), "x/" * 2000: None,
+    }  # fmt: skip
+
     def git(place: str, *words: str) -> str:
         settings = ("user.name=t", "user.email=t@x", "protocol.file.allow=always", "init.defaultBranch=main")
         options = [word for each in settings for word in ("-c", each)]
@@ -5770,7 +5766,7 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
     (tmp_path / "loop/.git/HEAD").symlink_to("HEAD")
     (tmp_path / "odd/.git/HEAD").write_text("ref: refs/heads/a\u202eb\n")
     began = time.monotonic()
-    for place, expected in GIT_PLACES.items():
+    for place, expected in known_places.items():
         event = ee.build_event(payload("Stop", cwd=f"{tmp_path}/{place}" if place else ""), NOW_MS, "box")
         ee.add_git_place(event)
         found = event["data"].get("git")
@@ -6031,11 +6027,6 @@ def test_through_redis_totals_come_once_after_the_event_they_belong_to(team):
 # What is stored is read behind the page, and the state is that of one pass in the order of arrival. It is made up
 # here: what a month of work leaves behind, in any size, out of recorded turns.
 
-HISTORY_TURNS = (
-    "simple", "paralleltools", "failing", "subagent", "thinking", "tasks", "parallel", "mcp", "unicode",
-    "i-perm", "nested", "worktree", "bgbash", "p-perm",
-)  # fmt: skip
-
 
 def history_line(given_payload: dict[str, Any], **data: Any) -> bytes:
     """Return the event of a payload from its directory on: what else there is changes with each session."""
@@ -6065,8 +6056,12 @@ def history_turn(name: str) -> tuple[bytes, ...]:
 
 def history_work(rng: random.Random, session: bytes, begin_ms: int, events: int) -> Iterator[Any]:
     """Do so many events of turns; yield when each arrives, when it happened, and the event from its directory on."""
+    names = (
+        "simple", "paralleltools", "failing", "subagent", "thinking", "tasks", "parallel", "mcp", "unicode",
+        "i-perm", "nested", "worktree", "bgbash", "p-perm",
+    )  # fmt: skip
     at = begin_ms
-    turns = ((turn, line) for turn in itertools.count() for line in history_turn(rng.choice(HISTORY_TURNS)))
+    turns = ((turn, line) for turn in itertools.count() for line in history_turn(rng.choice(names)))
     last_turn = 0
     for turn, line in itertools.islice(turns, events):
         at += rng.randrange(5, 4000) + (turn != last_turn) * rng.randrange(1000, 120_000)
@@ -6281,9 +6276,7 @@ def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor)
 
 def test_a_page_that_is_served_before_all_is_known_says_so(monitor):
     write_history(monitor.home + "/events", 200, 60_000, cm.now_ms(), pids=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monitor.about = {"port": probe.getsockname()[1]}
+    monitor.about = {"port": redis_free_port()}
     monitor.write_config({"server": {"port": monitor.port}})
     starting = threading.Thread(target=monitor.command, args=("start", "--no-open"))
     starting.start()
@@ -7026,12 +7019,10 @@ def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> 
     assert [it.kind for it in found] == ["dialog", "permission"] and found[0].key == found[1].key
 
 
-NOTICE_HOSTILE = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
-
-
 @pytest.mark.parametrize("form", ["ntfy", "slack", "json", "command"])
 def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_path: Any) -> None:
-    path, notice = tmp_path / "out", notice_of(label=NOTICE_HOSTILE, detail=f"Bash: {NOTICE_HOSTILE}")
+    hostile = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
+    path, notice = tmp_path / "out", notice_of(label=hostile, detail=f"Bash: {hostile}")
     script = ["sh", "-c", 'printf "%s|%s" "$1" "$2" > "$0"', str(path), "{title}", "{text}"]
     given = {"command": script} if form == "command" else {"url": "http://u:p%40@a/b#c", "format": form}
     for content in (False, True):
@@ -7311,9 +7302,6 @@ ODD_LINES = (  # one JSON object each, odd inside: stored
 
 
 def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> None:
-    def counts() -> dict[str, Any]:
-        return {name: session["counts"] for name, session in running.sessions().items()}
-
     steady, drip, silent = (running.connect() for _ in range(3))
     drip.sendall(b'{"hook_event_na')  # and then a byte at a time
     lines = (*BAD_LINES.values(), *ODD_LINES)
@@ -7325,7 +7313,7 @@ def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> 
         steady.sendall(json.dumps(payload("PreToolUse", "steady", tool_use_id=str(number))).encode() + b"\n")
         assert steady.recv(10) == ee.ACKNOWLEDGEMENT
         drip.sendall(b"x")
-    status, before = running.get("/api/status"), counts()
+    status, before = running.get("/api/status"), running.counts()
     assert status["events"]["quarantined"] == len(BAD_LINES) and status["store"]["ok"] is True
     assert status["events"]["received"] == 2 * len(lines) and status["events"]["duplicates"] == 0
     assert before["steady"]["events"] == len(lines)
@@ -7337,7 +7325,7 @@ def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> 
         sock.close()
     running.kill()
     running.serve()
-    assert counts() == before
+    assert running.counts() == before
 
 
 def test_events_of_one_connection_are_each_stored_once(running: RunningMonitor) -> None:
@@ -10145,20 +10133,16 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
     assert not os.path.exists(monitor.home + "/quarantine.log")
 
 
-SAFE_GARBAGE = {
-    "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
-    "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
-    "digits": b"9" * 5000, "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
-}  # fmt: skip
-SAFE_KEPT = (
-    *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
-    "spool/1000000000001-abcdef00.taken", "events/garbage",
-)  # fmt: skip
-
-
 def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> None:
-    def counts() -> dict[str, Any]:
-        return {name: session["counts"] for name, session in monitor.sessions().items()}
+    kept = (
+        *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
+        "spool/1000000000001-abcdef00.taken", "events/garbage",
+    )  # fmt: skip
+    damages = {
+        "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
+        "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
+        "digits": b"9" * 5000, "endless number": b'{"seq":' + b"9" * 5000 + b',"received":1,"id":"x"}\n',
+    }  # fmt: skip
 
     command, transcript = monitor.installed_command(), monitor.home + "/t.jsonl"
     no_events = {"events": 0}
@@ -10166,15 +10150,15 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
     sure = safe_told(monitor, range(9))
     ee.write_atomically(transcript, usage_line("a", 5))
     hook_call(command, {**payload("Stop"), "transcript_path": transcript}, monitor.environment)
-    for number, (kind, garbage) in enumerate(SAFE_GARBAGE.items()):
-        before = counts()
+    for number, (kind, garbage) in enumerate(damages.items()):
+        before = monitor.counts()
         monitor.kill()
-        for name in SAFE_KEPT:
+        for name in kept:
             path = f"{monitor.home}/{name}"
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             pathlib.Path(path).write_bytes(garbage)
         monitor.serve()
-        after = counts()
+        after = monitor.counts()
         # An object in the spool is an event of an unknown session, which arrives at any moment.
         assert after.pop("unknown", no_events)["events"] >= before.pop("unknown", no_events)["events"], kind
         assert {name: after.get(name) for name in before} == before, kind
@@ -10188,13 +10172,11 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         assert in_process(monitor, "doctor").returncode in (0, 1)
 
 
-SAFE_CONFIGS = """{ [] {"socketPath":5} {"mode":"moon"} \0\0 {"limits":{"fieldBytes":-1}}""".split(" ")
-
-
 def test_a_broken_configuration_stops_no_running_monitor(running):
+    broken = """{ [] {"socketPath":5} {"mode":"moon"} \0\0 {"limits":{"fieldBytes":-1}}""".split(" ")
     command, config = running.installed_command(), running.home + "/monitor.config.json"
     good = install_text(config)
-    for content in ("", *SAFE_CONFIGS):
+    for content in ("", *broken):
         ee.write_atomically(config, content.encode())
         hook_call(command, payload("UserPromptSubmit"), running.environment)
         running.emit(payload("Stop"))
@@ -10992,15 +10974,6 @@ def test_the_timeline_moves_by_wheel_and_fingers(tab):
     tab.until("contextuate.timeline.span === 60_000")
 
 
-# Alone, as an address is, and all others at once.
-HOSTILE = (
-    "javascript:window.acted=1",
-    "<script>window.acted = 1</script> <img src=x onerror='window.acted = 1'> \"><svg onload=window.acted=1> "
-    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
-    "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
-)
-
-
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
     """Return events of every recorded kind and tool, and of odd ones, with these words wherever text is allowed."""
     deep = {"__proto__": {"acted": 1}, "constructor": {"prototype": {"acted": 1}}, "toString": "x"}
@@ -11024,15 +10997,22 @@ def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
 
 
 def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
-    for number, words in enumerate(HOSTILE):
+    # Alone, as an address is, and all others at once.
+    hostile = (
+        "javascript:window.acted=1",
+        "<script>window.acted = 1</script> <img src=x onerror='window.acted = 1'> \"><svg onload=window.acted=1> "
+        "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
+        "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
+    )
+    for number, words in enumerate(hostile):
         running.emit(*hostile_events(f"evil-{number}{words}", words))
         protocol_post(running, type="rename_session", sessionId=f"evil-{number}{words}", label=words)
     assert all(session["labelSource"] == "user" for session in running.sessions().values())
     tab = open_tab(running, script="look.noteStrange()")
     eventually(lambda: len(tab.rows()) > 20)
-    assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
+    assert hostile[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
     assert "\x1b" not in tab.page.inner_text("body")
-    for number in range(len(HOSTILE)):
+    for number in range(len(hostile)):
         tab.page.click(f"[data-session-id^=evil-{number}]")
         tab.page.focus("[data-testid=table]")
         tab.press("g")
@@ -11339,16 +11319,14 @@ def shared_demo() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-# Colours are the same at every width, the other rules are the same in every colour.
-CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
-    ("light", 1440, {}),
-    ("dark", 1440, {"runOnly": ["color-contrast"]}),
-    ("light", 360, {"rules": {"color-contrast": {"enabled": False}}}),
-]
-
-
 @pytest.mark.parametrize("screen", story_parts("tables.txt")["screens"])
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
+    # Colours are the same at every width, the other rules are the same in every colour.
+    ways: list[tuple[str, int, dict[str, Any]]] = [
+        ("light", 1440, {}),
+        ("dark", 1440, {"runOnly": ["color-contrast"]}),
+        ("light", 360, {"rules": {"color-contrast": {"enabled": False}}}),
+    ]
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
     tab = open_tab(shared_demo)
@@ -11356,7 +11334,7 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
         browser_acts(tab, act)
         tab.until("contextuate.store.loaded && contextuate.store.status")
     Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
-    for scheme, width, rules in CHECKED_WITH:
+    for scheme, width, rules in ways:
         tab.page.emulate_media(color_scheme=scheme)
         browser_acts(tab, f"width {width}")
         options = {"resultTypes": ["violations"], **rules}
@@ -11785,19 +11763,17 @@ def test_a_suggestion_of_the_client_is_one_sentence(given: Any, words: str) -> N
     assert cm.suggestion_words(given) == words
 
 
-ANSWER_WORDS = [
-    ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
-    ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
-    ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
-    ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
-]  # fmt: skip
-
-
 def test_the_command_shows_what_is_asked_and_answers_it(asking):
+    answers = [
+        ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
+        ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
+        ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
+        ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
+    ]  # fmt: skip
     asking.page(asking.pair())  # for the form, which waits only for a page
     asking.ask(session="s")
     assert "no answer" in asking.on_terminal("answer", "s", "perhaps")
-    for number, (kind, words, decision, shown) in enumerate(ANSWER_WORDS):
+    for number, (kind, words, decision, shown) in enumerate(answers):
         hook, _ = asking.ask(kind, f"s{number}")
         assert shown in asking.on_terminal("answer", f"s{number}")
         said = asking.on_terminal("answer", f"s{number}", *words.split())
@@ -12733,12 +12709,12 @@ def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: Inde
 # In the running monitor
 
 
-def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
+def index_ready(monitor: RunningMonitor, timeout_s: float = 60) -> dict[str, Any]:
     def complete() -> dict[str, Any] | None:
         index: dict[str, Any] = monitor.get("/api/status")["index"]
         return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
 
-    return dict(eventually(complete, 30, "a complete index"))
+    return dict(eventually(complete, timeout_s, "a complete index"))
 
 
 def found_in(answer: dict[str, Any]) -> list[str]:
@@ -13143,29 +13119,27 @@ def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> 
 # ---------------------------------------------------------------------------
 
 
-# The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
-EXPORTS: list[tuple[str, str, Any]] = [
-    ("", "", lambda event: True),
-    ("tool=Bash&session=s0", "--tool Bash --session s0",
-     lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
-    ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
-     lambda event: event["hookType"] == "PostToolUse"),
-    ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
-    ("machine=other", "--machine other", lambda event: False),
-    ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
-    ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
-    ("state=failed", "--state failed", lambda event: False),
-]  # fmt: skip
-
-
 def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
+    # The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
+    exports: list[tuple[str, str, Any]] = [
+        ("", "", lambda event: True),
+        ("tool=Bash&session=s0", "--tool Bash --session s0",
+         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
+        ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
+         lambda event: event["hookType"] == "PostToolUse"),
+        ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
+        ("machine=other", "--machine other", lambda event: False),
+        ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
+        ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
+        ("state=failed", "--state failed", lambda event: False),
+    ]  # fmt: skip
     for number in range(6):
         tool, session = ("Bash", "Read")[number % 2], f"s{number % 3}"
         about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": {"command": f"word{number}"}}
         running.emit(payload("PreToolUse", session, **about), payload("PostToolUse", session, **about))
     running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
-    for query, options, chosen in EXPORTS:
+    for query, options, chosen in exports:
         lines = running.request(f"/api/export?{query}")[2].decode().splitlines()
         expected = [event["id"] for event in filter(chosen, stored)]
         assert sorted(json.loads(line)["id"] for line in lines) == sorted(expected), query
@@ -13236,9 +13210,9 @@ def test_import_repeats_nothing_that_hooks_have_sent(running):
         import_copy(running, name)
         times = [ee.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
         running.emit(*import_hooks(name, min(times)))
-    before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
+    before = running.counts()
     assert in_process(running, "import").stdout.startswith("0 events imported")
-    assert {name: session["counts"] for name, session in running.sessions().items()} == before
+    assert running.counts() == before
 
 
 def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
@@ -13411,12 +13385,10 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-IMPORT_NOTHING = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
-
-
 def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
+    contents = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
     path = running.home + "/odd.jsonl"
-    for content in IMPORT_NOTHING:
+    for content in contents:
         ee.write_atomically(path, content)
         assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
@@ -13527,14 +13499,12 @@ def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str],
     return found
 
 
-# Samples without labels, then others that are there.
-METRICS_SINGLE = {
-    "build_info": 1, "received_total": 5, "store_ok": 1, "index_ready": 1, "index_lag_events": 0, "clients": 0,
-    "duplicates_total": 1, "spool_bytes": 0, "spool_dropped_total": 0,
-}  # fmt: skip
-
-
 def test_prometheus_reads_what_is_measured(running):
+    # Samples without labels, then others that are there.
+    single = {
+        "build_info": 1, "received_total": 5, "store_ok": 1, "index_ready": 1, "index_lag_events": 0, "clients": 0,
+        "duplicates_total": 1, "spool_bytes": 0, "spool_dropped_total": 0,
+    }  # fmt: skip
     name = 'odd "box"\\ with\nlines \ud83d é'
     odd = {"eventType": "message", "machineId": name, "sessionId": "z", "data": {}}
     asks = payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"})
@@ -13551,7 +13521,7 @@ def test_prometheus_reads_what_is_measured(running):
     assert by("machine", "machine_last_seen_seconds").keys() == {"testbox", escaped}
     sessions = by("state", "sessions")
     assert sessions["waiting"] == 1 and sum(sessions.values()) == 2
-    assert {name: sum(measured[name].values()) for name in METRICS_SINGLE} == METRICS_SINGLE
+    assert {name: sum(measured[name].values()) for name in single} == single
     assert measured["index_bytes"][()] > 0
 
 

@@ -260,16 +260,6 @@ def timed_process(command: list[str], given: bytes, environment: dict[str, str])
     return (time.perf_counter() - begin) * 1000
 
 
-def wait_for_index(monitor: tests.RunningMonitor, timeout_s: float = 60) -> None:
-    """Wait until the index has every event, so that it takes no part in what is measured next."""
-
-    def is_ready() -> bool:
-        index = monitor.get("/api/status")["index"]
-        return bool(index["lagEvents"] == 0 and index["state"] == "ready")
-
-    tests.eventually(is_ready, timeout_s, "the index")
-
-
 def wait_for_sessions(monitor: tests.RunningMonitor) -> None:
     """Wait until every stored session has been read."""
     tests.eventually(lambda: monitor.get("/api/status")["loading"] is None, 600, "the stored sessions")
@@ -562,7 +552,7 @@ def bench_ingest(sizes: Sizes) -> Iterator[Measured]:
             rounds = []
             for _ in range(sizes.rounds):
                 lines = hook_lines(int(60_000 * sizes.round_s))
-                wait_for_index(monitor)
+                tests.index_ready(monitor)
                 bare, minimal = (rate(path, lines, sizes.round_s) for path in paths)
                 rounds.append((rate(monitor.socket_path, lines, sizes.round_s), bare, minimal))
             yield paired([(ours, bare) for ours, bare, _ in rounds])
@@ -686,12 +676,9 @@ class Audience:
         """Connect and subscribe; a client is ready when it has received `ready`."""
         self.sockets: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
-        handshake = (
-            f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        ).encode()
         subscription = ee.encode_json({"type": "subscribe", "view": view})
-        opening = handshake + tests.protocol_frame(cm.Opcode.TEXT, subscription)
+        opening = tests.protocol_upgrade(f"127.0.0.1:{port}")
+        opening += tests.protocol_frame(cm.Opcode.TEXT, subscription)
         for number in range(count):
             sock = socket.socket()
             sock.settimeout(15)
@@ -917,7 +904,7 @@ def bench_clients(sizes: Sizes) -> Iterator[Measured]:
             rates, grown_mb = [], []
             for _ in range(sizes.rounds // 2 + 1):
                 alone, _ = others.measure(send, 32, 2 * sizes.round_s)
-                wait_for_index(monitor)
+                tests.index_ready(monitor)
                 before_mb = memory_mb(monitor.pid)
                 with audience_in(monitor, 2, receive_bytes=4096):
                     beside, _ = others.measure(send, 32, 2 * sizes.round_s)
@@ -938,7 +925,7 @@ def client_memory_kb(count: int) -> float:
     """Return by how much a new monitor's memory grows for each of so many clients."""
     with new_monitor(limits=MANY_CLIENTS) as monitor:
         monitor.start().emit(tests.payload("UserPromptSubmit", prompt="begin"))
-        wait_for_index(monitor)
+        tests.index_ready(monitor)
         with audience_in(monitor, 1, view="rows"):
             before_mb = memory_mb(monitor.pid)
             with audience_in(monitor, count, view="rows"):
@@ -1060,7 +1047,7 @@ def bench_idle(sizes: Sizes) -> Iterator[Measured]:
                 calls.append(tests.payload("Stop", f"open-{number}"))
             lines = [ee.wrap(ee.encode_json(call), environment) for call in calls]
             monitor.emit(*map(json.loads, lines))
-        wait_for_index(monitor)
+        tests.index_ready(monitor)
         time.sleep(cm.SNAPSHOT_INTERVAL_S + 2)  # until the snapshots of all are saved
         for clients in (0, 1):
             with audience_in(monitor, clients, view="rows"):
@@ -1143,7 +1130,7 @@ def started_on_history(sessions: int, events: int) -> Iterator[Started]:
         monitor.start()
         wait_for_sessions(monitor)
         start_ms = (time.perf_counter() - begin) * 1000
-        wait_for_index(monitor)
+        tests.index_ready(monitor)
         yield Started(monitor, start_ms, memory_mb(monitor.pid))
 
 
@@ -1153,7 +1140,7 @@ def ingest_in_turn(monitors: list[tests.RunningMonitor], sizes: Sizes) -> list[f
     for _ in range(GROWTH_ROUNDS):
         for monitor, measured in zip(monitors, rates):
             lines = hook_lines(int(40_000 * sizes.round_s))
-            wait_for_index(monitor)
+            tests.index_ready(monitor)
             measured.append(rate_stream(monitor.socket_path, lines, sizes.round_s))
     return [1e6 / statistics.median(measured) for measured in rates]
 
@@ -1169,8 +1156,7 @@ def ingest_in_turn(monitors: list[tests.RunningMonitor], sizes: Sizes) -> list[f
 )
 def bench_restart(sizes: Sizes) -> Iterator[Measured]:
     """Start the monitor on a long history, first without an index, then with the index of the first start."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = tests.redis_free_port()
     with new_monitor(server={"port": port}) as monitor:
         size = sizes.restart_sessions, sizes.restart_events
         tests.write_history(monitor.home + "/events", *size, ee.now_ms())
@@ -1191,7 +1177,7 @@ def bench_restart(sizes: Sizes) -> Iterator[Measured]:
             if len(monitor.sessions()) < size[0] * 0.9:
                 raise BenchError("not every session was loaded")
             yield Measured(known_s)
-            wait_for_index(monitor, 600)
+            tests.index_ready(monitor, 600)
             yield Measured(memory_mb(monitor.pid, "VmHWM"))
             monitor.stop()
 
@@ -1433,53 +1419,6 @@ def redaction_mb_per_s(text: str) -> float:
 # Page: frames, work and memory in headless Chromium
 # ---------------------------------------------------------------------------
 
-MEASURE_FRAMES = """(ms) => new Promise((done) => {
-  const frames = [], long = [];
-  const observer = new PerformanceObserver((list) => {
-    for (const task of list.getEntries()) long.push(task.duration);
-  });
-  observer.observe({ type: 'longtask' });
-  let last = 0;
-  const end = performance.now() + ms;
-  requestAnimationFrame(function next(now) {
-    if (last) frames.push(now - last);
-    last = now;
-    if (now < end) requestAnimationFrame(next);
-    else setTimeout(() => { observer.disconnect(); done({ frames, long }); }, 100);
-  });
-})"""
-SCROLL_AND_ZOOM = """(ms) => {
-  const grid = document.querySelector('[data-testid=table]');
-  const canvas = document.querySelector('#timeline-canvas');
-  const box = canvas.getBoundingClientRect();
-  let step = 0;
-  const timer = setInterval(() => {
-    step += 1;
-    grid.scrollTop = grid.scrollHeight * Math.abs(Math.sin(step / 40));
-    const deltaY = step % 80 < 40 ? 60 : -60, clientX = box.x + box.width * 0.6, clientY = box.y + 60;
-    canvas.dispatchEvent(new WheelEvent('wheel', { deltaY, clientX, clientY, cancelable: true }));
-  }, 16);
-  setTimeout(() => clearInterval(timer), ms);
-}"""
-OPEN_CONVERSATION = """async () => {
-  const start = performance.now();
-  document.querySelector('[data-mode=conversation]').click();
-  let newest = 0;
-  for (;;) {
-    await new Promise(requestAnimationFrame);
-    const turns = [...document.querySelectorAll('.turn')];
-    const whole = turns.map((turn) => turn.textContent.includes('20 calls'));
-    newest ||= whole.at(-1) ? performance.now() - start : 0;
-    if (whole.length === 100 && whole.every(Boolean)) return [newest, performance.now() - start];
-  }
-}"""
-NOTE_WAITS = """() => {
-  window.waits = {};
-  new MutationObserver(() => {
-    for (const row of document.querySelectorAll('[data-testid=session][data-state=waiting]'))
-      waits[row.dataset.sessionId] ??= Date.now();
-  }).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ['data-state'] });
-}"""
 PAGE_EVENTS_PER_S = 1000
 
 
@@ -1517,7 +1456,7 @@ def page_load(monitor: tests.RunningMonitor, first: int) -> Iterator[None]:
 
 def wait_times_ms(monitor: tests.RunningMonitor, tab: Any, count: int) -> list[float]:
     """Return, sorted, the times from the start of a hook with a permission request to its row in the rail."""
-    tab.evaluate(NOTE_WAITS)
+    tab.evaluate("look.noteWaits()")
     hook = monitor.installed_command()
     times = []
     for number in range(count):
@@ -1530,6 +1469,13 @@ def wait_times_ms(monitor: tests.RunningMonitor, tab: Any, count: int) -> list[f
         shown_ms = tests.eventually(lambda session=session: tab.evaluate(f"waits['{session}'] || 0"))
         times.append(shown_ms - begin_ms)
     return sorted(times)
+
+
+def new_page(browser: Any, **options: Any) -> Any:
+    """Open an empty page that has what the tests look at a page with."""
+    context = browser.new_context(**options)
+    context.add_init_script(path=os.path.join(setup.ROOT, ".ci", "page.js"))
+    return context.new_page()
 
 
 class TabFigures(NamedTuple):
@@ -1550,7 +1496,7 @@ def watch_tab(tab: Any, seconds: float) -> TabFigures:
         return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
 
     begin, busy_before = time.monotonic(), busy_s()
-    measured = tab.evaluate(MEASURE_FRAMES, seconds * 1000)
+    measured = tab.evaluate("(ms) => look.frames(ms)", seconds * 1000)
     busy_ms = (busy_s() - busy_before) / (time.monotonic() - begin) * 1000 / 60
     frames = sorted(measured["frames"])
     note(f"  longest frame {frames[-1]:.1f} ms, longest task {max(measured['long'], default=0):.1f} ms")
@@ -1589,7 +1535,7 @@ def conversation_ms(tab: Any) -> list[float]:
     tab.click("[data-session-id=s1]")
     tab.wait_for_selector("[data-testid=row]:visible:has-text('step-1999')")
     tab.wait_for_timeout(500)  # a person sees the session before its conversation
-    return list(map(float, tab.evaluate(OPEN_CONVERSATION)))
+    return list(map(float, tab.evaluate("look.openConversation()")))
 
 
 @benchmark(
@@ -1609,7 +1555,7 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
     with new_monitor() as monitor, playwright.sync_api.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=tests.BROWSER, args=tests.BROWSER_OPTIONS)
         monitor.start().emit(*page_events(0, 200))
-        empty, tab = (browser.new_page(viewport={"width": 1440, "height": 900}) for _ in range(2))
+        empty, tab = (new_page(browser, viewport={"width": 1440, "height": 900}) for _ in range(2))
         tab.goto(monitor.url.replace("127.0.0.1", "localhost"))
         ours = watch_tab(tab, sizes.page_s)
         yield from tab_figures(ours, watch_empty_tab(empty, tab, sizes.page_s))
@@ -1624,20 +1570,20 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
         is_newest = f"contextuate.store.rows.at(-1).target === 'make step-{last - 1}'"
         tests.eventually(lambda: tab.evaluate(is_newest), 60, "the newest row")
         with page_load(monitor, 400_000):
-            tab.evaluate(SCROLL_AND_ZOOM, sizes.page_s * 1000)
+            tab.evaluate("(ms) => look.scrollAndZoom(ms)", sizes.page_s * 1000)
             ours = watch_tab(tab, sizes.page_s)
             while_busy = watch_empty_tab(empty, tab, sizes.page_s)
         yield from tab_figures(ours, while_busy)
         tab.close()
         with new_monitor() as quiet:
             quiet.start()
-            address, tab = quiet.url.replace("127.0.0.1", "localhost"), browser.new_page()
+            address, tab = quiet.url.replace("127.0.0.1", "localhost"), new_page(browser)
             tab.goto(address)
             tests.emit_hundred_turns(quiet)
             quiet.emit(*page_events(0, 2000))  # newer events of others, which are loaded first
             yield Measured(conversation_ms(tab)[1])
             tab.close()
-            tab = browser.new_page()
+            tab = new_page(browser)
             tab.goto(address)
             yield from map(Measured, conversation_ms(tab))
 
@@ -1701,7 +1647,7 @@ def flood(machine: tests.RunningMonitor, seconds: float, is_closed: bool) -> Non
 def flood_waits_ms(machine: tests.RunningMonitor, tab: Any, seconds: float, is_closed: bool) -> list[float]:
     """Return, sorted, the times from requests of a quiet machine during a flood to their rows."""
     send, asked_ms = publisher_of(machine), {}
-    tab.evaluate(NOTE_WAITS)
+    tab.evaluate("look.noteWaits()")
     with tests.serving(flood, machine, seconds, is_closed):
         for number in range(FLOOD_ASKS):
             time.sleep(seconds / FLOOD_ASKS)
@@ -1726,7 +1672,7 @@ def bench_flood(sizes: Sizes) -> Iterator[Measured]:
         browser = tool.chromium.launch(executable_path=tests.BROWSER, args=tests.BROWSER_OPTIONS)
         for config, closings in (({"mode": "local"}, (True, False)), (server.settings(), (True,))):
             machine = make(tests.RedisMachine, config=config).start()
-            tab = browser.new_page(viewport={"width": 1440, "height": 900})
+            tab = new_page(browser, viewport={"width": 1440, "height": 900})
             tab.goto(machine.url.replace("127.0.0.1", "localhost"))
             if config["mode"] == "redis":
                 machine.wait_until("connected")
@@ -1744,7 +1690,7 @@ def bench_rest(sizes: Sizes) -> Iterator[Measured]:
         send = publisher_of(monitor)
         for number in range(REST_SESSIONS):
             send([machine_event(f"box-{number}", f"idle-{number}", "turn_end")])
-        wait_for_index(monitor)
+        tests.index_ready(monitor)
         tests.eventually(lambda: monitor.get("/api/status")["events"]["stored"] == REST_SESSIONS, 60)
         time.sleep(2 * cm.SNAPSHOT_INTERVAL_S + 10)  # until the snapshots of all are saved
         before, begin = processor_s(monitor.pid), time.monotonic()

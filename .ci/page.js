@@ -132,4 +132,57 @@ window.look = {
     const seen = new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach(check)));
     seen.observe(document, { childList: true, subtree: true });
   },
+
+  // What the benchmarks do and measure: the times of frames and of long tasks, in ms.
+  frames: (ms) => new Promise((done) => {
+    const frames = [], long = [];
+    const observer = new PerformanceObserver((list) => {
+      for (const task of list.getEntries()) long.push(task.duration);
+    });
+    observer.observe({ type: 'longtask' });
+    let last = 0;
+    const end = performance.now() + ms;
+    requestAnimationFrame(function next(now) {
+      if (last) frames.push(now - last);
+      last = now;
+      if (now < end) requestAnimationFrame(next);
+      else setTimeout(() => { observer.disconnect(); done({ frames, long }); }, 100);
+    });
+  }),
+
+  scrollAndZoom: (ms) => {
+    const grid = document.querySelector('[data-testid=table]');
+    const canvas = document.querySelector('#timeline-canvas');
+    const box = canvas.getBoundingClientRect();
+    let step = 0;
+    const timer = setInterval(() => {
+      step += 1;
+      grid.scrollTop = grid.scrollHeight * Math.abs(Math.sin(step / 40));
+      const deltaY = step % 80 < 40 ? 60 : -60, clientX = box.x + box.width * 0.6, clientY = box.y + 60;
+      canvas.dispatchEvent(new WheelEvent('wheel', { deltaY, clientX, clientY, cancelable: true }));
+    }, 16);
+    setTimeout(() => clearInterval(timer), ms);
+  },
+
+  // The times until the newest turn of a conversation of a hundred is there, and until all are.
+  openConversation: async () => {
+    const start = performance.now();
+    document.querySelector('[data-mode=conversation]').click();
+    let newest = 0;
+    for (;;) {
+      await new Promise(requestAnimationFrame);
+      const whole = look.all('.turn').map((turn) => turn.textContent.includes('20 calls'));
+      newest ||= whole.at(-1) ? performance.now() - start : 0;
+      if (whole.length === 100 && whole.every(Boolean)) return [newest, performance.now() - start];
+    }
+  },
+
+  // Notes in `waits` when each session that waits was first seen.
+  noteWaits: () => {
+    window.waits = {};
+    new MutationObserver(() => {
+      for (const row of look.all('[data-testid=session][data-state=waiting]'))
+        waits[row.dataset.sessionId] ??= Date.now();
+    }).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ['data-state'] });
+  },
 };
