@@ -495,6 +495,17 @@ def shared() -> Iterator[RunningMonitor]:
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is missing")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
+# What may stand in place of a file: (place, some file) → None
+SQUATS = {
+    "a link": lambda place, file: os.symlink(file, place),
+    "a broken link": lambda place, file: os.symlink(file + "-none", place),
+    "a directory": lambda place, file: os.mkdir(place),
+    "a fifo": lambda place, file: os.mkfifo(place),
+    "a link to itself": lambda place, file: os.symlink(place, place),
+    "a file": lambda place, file: shutil.copyfile(file, place),
+    "another user's file": lambda place, file: os.chown(shutil.copyfile(file, place), 65534, 65534),
+    "another user's directory": lambda place, file: (os.mkdir(place), os.chown(place, 65534, 65534)),
+}
 
 
 def payload(hook: str, session: str = "s1", **fields: Any) -> dict[str, Any]:
@@ -5287,26 +5298,22 @@ def test_odd_numbers_of_tokens_count_as_none(transcript, value):
     assert usage_read(transcript.reader, transcript.path)["models"] == {USAGE_MODEL: counts}
 
 
-def usage_given_away(path: str) -> None:
-    shutil.copy(usage_transcript("simple"), path)
-    os.chown(path, 12345, -1)
-
-
-USAGE_UNREADABLE: dict[str, Any] = {
-    "a fifo": os.mkfifo,
-    "a directory": os.mkdir,
-    "a link to itself": lambda path: os.symlink(path, path),
-    "another user's": usage_given_away,
-    "a link to another user's": lambda path: (usage_given_away(path + "x"), os.symlink(path + "x", path)),
-    "missing": lambda path: None,
-}
+USAGE_UNREADABLE = [
+    "missing",
+    "a link to another user's",
+    *(it for it in SQUATS if it not in ("a file", "a link")),
+]
 
 
 @pytest.mark.parametrize("what", USAGE_UNREADABLE)
 def test_only_a_regular_file_of_this_user_is_read(transcript, what):
     if "another user" in what and os.geteuid():
         pytest.skip("only root can give files away")
-    USAGE_UNREADABLE[what](transcript.path)
+    if what == "a link to another user's":
+        SQUATS["another user's file"](transcript.path + "x", usage_transcript("simple"))
+        os.symlink(transcript.path + "x", transcript.path)
+    elif what != "missing":
+        SQUATS[what](transcript.path, usage_transcript("simple"))
     before = time.monotonic()
     assert transcript.total() is None and time.monotonic() - before < 5
 
@@ -6521,26 +6528,22 @@ def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
 
 HOSTILE_FILES = {
     "half a file": lambda path: path.write_text(path.read_text()[:-9]),
-    "too large": lambda path: path.write_text(
-        path.read_text() + " " * (ee.CLIENT_FILE_LIMIT_BYTES + 1) + "{"
-    ),
+    "too large": lambda path: path.write_text(f"{path.read_text():{ee.CLIENT_FILE_LIMIT_BYTES + 1}}{{"),
     "another process": lambda path: path.rename(path.with_name("1.json")),
     "ended": lambda path: registry_file(path.parent.parent, status="busy", procStart="dead"),
-    "wrong types": lambda path: registry_file(
-        path.parent.parent, sessionId=7, status=[1], statusUpdatedAt="x"
-    ),
-    "a link": lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
-    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a directory": lambda path: (path.unlink(), path.mkdir()),
-    "foreign": lambda path: os.chown(path, 4242, -1),
+    "wrong types": lambda it: registry_file(it.parent.parent, sessionId=7, status=[1], statusUpdatedAt="x"),
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE_FILES)
+@pytest.mark.parametrize("kind", [*HOSTILE_FILES, *(it for it in SQUATS if it != "a file")])
 def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
-    if kind == "foreign" and os.getuid():
+    if "another user" in kind and os.getuid():
         pytest.skip("only root can give files away")
-    HOSTILE_FILES[kind](registry_file(tmp_path, status="busy", statusUpdatedAt=500))
+    path = registry_file(tmp_path, status="busy", statusUpdatedAt=500)
+    if kind in SQUATS:
+        SQUATS[kind](str(path), str(path.rename(tmp_path / "x.json")))
+    else:
+        HOSTILE_FILES[kind](path)
     assert changes(watcher, 1000, 3000) == []
 
 
@@ -9797,26 +9800,14 @@ def test_no_link_in_place_of_our_file_is_written_through(hook_alone, monitor, na
     assert in_process(monitor, "stop").returncode == 0
 
 
-SAFE_SQUATS = {
-    "a link": lambda place, precious: os.symlink(precious, place),
-    "a broken link": lambda place, precious: os.symlink(precious + "-none", place),
-    "a directory": lambda place, precious: os.mkdir(place),
-    "a fifo": lambda place, precious: os.mkfifo(place),
-    "a link to itself": lambda place, precious: os.symlink(place, place),
-    "a file": lambda place, precious: shutil.copyfile(precious, place),
-    "another user's file": lambda place, precious: os.chown(shutil.copyfile(precious, place), 65534, 65534),
-    "another user's directory": lambda place, precious: (os.mkdir(place), os.chown(place, 65534, 65534)),
-}
-
-
 @needs_root
-@pytest.mark.parametrize("kind", SAFE_SQUATS)
+@pytest.mark.parametrize("kind", SQUATS)
 @pytest.mark.parametrize("squatted", ["m.sock", "m.sock.lock", "events"])
 def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, kind, precious):
     if (squatted, kind) in (("m.sock.lock", "a file"), ("events", "a directory")):
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
-    SAFE_SQUATS[kind](place, precious)
+    SQUATS[kind](place, precious)
     before = os.lstat(place)
     refused = in_process(monitor, "start", "--no-open")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
@@ -9838,7 +9829,7 @@ def test_what_is_not_ours_is_stepped_around(
     names = files if where == "files" else ("spool",)
     for name in names:
         os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), 0o700, exist_ok=True)
-        SAFE_SQUATS[kind](f"{monitor.home}/{name}", precious)
+        SQUATS[kind](f"{monitor.home}/{name}", precious)
     hook_alone(payload("Stop", "kept"))
     assert [line["hook"]["session_id"] for line in hook_alone.spooled()] == ["kept"]
     monitor.serve()
