@@ -2523,18 +2523,9 @@ INSTALL_NINE |= {"PreCompact", "SessionStart", "SessionEnd"}
 
 def test_a_client_gets_only_event_names_it_knows():
     known = set(INSTALL_NINE)
-    for version, added in (
-        ((1, 0, 0), ""),
-        ((2, 0, 42), ""),
-        ((2, 0, 43), "SubagentStart"),
-        ((2, 0, 44), ""),
-        ((2, 0, 45), "PermissionRequest"),
-        ((2, 1, 69), "InstructionsLoaded"),
-        ((2, 1, 77), "PostCompact Elicitation"),
-        ((2, 1, 78), "StopFailure"),
-    ):
+    for version, (added,) in story_cases("tables.txt", "event names").items():
         known |= set(added.split())
-        assert set(cm.event_names(version)) == known, version
+        assert set(cm.event_names(tuple(map(int, version.split("."))))) == known, version
     assert set(cm.event_names(None)) == INSTALL_NINE and cm.event_names((0, 9, 9)) == []
     counts = {100: 15, 101: 27, 150: 27, 250: 28, 330: 30, 332: 31}
     assert {patch: len(set(cm.event_names((2, 1, patch)))) for patch in counts} == counts
@@ -6744,19 +6735,10 @@ def test_the_hook_adds_the_program_of_its_argument(hook_alone, monkeypatch):
     assert (event["agent"], event["hookType"], event["data"]["toolName"]) == ("gemini", "PreToolUse", "Read")
 
 
-# Program → its file, in its directory; what is in it before
-AGENT_FILES = {
-    "codex": ("hooks.json", '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "mine"}]}]}}\n'),
-    "gemini": ("settings.json", '{\n  "theme": "x"\n}\n'),
-    "copilot": ("hooks/contextuate.json", ""),
-    "qwen": ("settings.json", ""),
-    "kimi": ("config.toml", 'model = "k"\n[[hooks]]\nevent = "Stop"\ncommand = "mine"\n'),
-}
-
-
-@pytest.mark.parametrize("agent", list(AGENT_FILES))
-def test_install_and_uninstall_for_an_agent_change_only_our_entries(monitor, monkeypatch, tmp_path, agent):
-    name, before = AGENT_FILES[agent]
+@story_table("tables.txt", "agents' files", "agent, name, before")
+def test_install_and_uninstall_for_an_agent_change_only_our_entries(
+    monitor, monkeypatch, tmp_path, agent, name, before
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     for about in ee.AGENTS.values():
         monkeypatch.delenv(about.variable or "NONE", raising=False)
@@ -7283,13 +7265,7 @@ BAD_LINES = {  # no JSON object: quarantined
     "half a hook": b'{"hook":' + b"[" * 3000, "too long": b"x" * (20 << 20),
 }  # fmt: skip
 
-ODD_LINES = (  # one JSON object each, odd inside: stored
-    b'{"hook_event_name":"X","session_id":"odd","n":NaN,"i":-Infinity,"f":1e999,"s":"\\ud83d"}',
-    b'{"hook_event_name":"X","session_id":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
-    b'{"hook_event_name":"X","session_id":"odd","latin":"caf\xe9"}', b'{"test":"message"}',
-    b'{"hook_event_name":5,"session_id":[],"cwd":{},"tool_name":null,"tool_input":-1,"tool_use_id":[1]}',
-    b'{"eventType":"message","sessionId":7,"timestamp":"x","machineId":{},"data":[],"pid":1e30,"agentId":[[]]}',
-)  # fmt: skip
+ODD_LINES = [line.encode("latin-1") for line in story_parts("tables.txt")["odd lines"]]
 
 
 def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> None:
@@ -7733,13 +7709,7 @@ def test_go_says_what_to_do_where_it_cannot_bring_a_terminal_to_the_front(runnin
     running.emit({**away, "machineId": "far"})
     running.emit(payload("UserPromptSubmit", "over-1", prompt="Fix it"), payload("SessionEnd", "over-1"))
     running.emit(*(payload(hook, "odd-1", cwd="/a\x1b]0;b\n") for hook in ("SessionStart", "SessionEnd")))
-    for wanted, words in (
-        ("odd-1", "cd '/a\ufffd]0;b\ufffd' && claude --resume odd-1"),
-        ("here", "it runs in an unknown terminal"),
-        ("away-1", "it runs on far, in ssh 10.0.0.5; run `go` there"),
-        ("fix", "cd /home/dev/shop && claude --resume over-1"),
-        ("none", "no sessions begin with 'none'"),
-    ):
+    for wanted, (words,) in story_cases("tables.txt", "go").items():
         done = in_process(running, "go", wanted)
         assert words in done.stdout + done.stderr and done.returncode == (wanted not in ("fix", "odd-1"))
 
