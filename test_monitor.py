@@ -1259,12 +1259,8 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
 NODE = {"timestamp": NOW_MS, "machineId": "mac", "workingDirectory": "/w"}
 NODE_STOP = {"eventType": "session_end", "hookType": "Stop", "sessionId": "0123456789abcdef"}
 NODE_SUMS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation5m": 7, "cacheCreation1h": 2}
-HOOK_STOPPED = {
-    "hookType": "Stop",
-    "eventType": "turn_end",
-    "sessionId": "s1",
-    "workingDirectory": "/home/dev/shop",
-}
+HOOK_STOPPED = {"hookType": "Stop", "eventType": "turn_end", "sessionId": "s1"}
+HOOK_STOPPED["workingDirectory"] = "/home/dev/shop"
 HOOK_BUILT: dict[str, Any] = {
     **story_cases("hook.txt", "events"),
     **{f"hook {hook}": (payload(hook), {"hookType": hook, "eventType": kind}) for hook, kind in HOOK_EVENT_TYPES.items()},
@@ -2225,12 +2221,12 @@ def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal)
     assert journal_opened(tmp_path).in_order and mark.exists() and cm.Journal(str(tmp_path)).in_order
 
 
-def pack_as_before(path: str, block_bytes: int = 2000) -> None:
+def pack_as_before(path: str) -> None:
     """Put a packed file in the place of a plain one: gzip in parts, as versions did that packed closed days."""
     content = pathlib.Path(path).read_bytes()
     with open(path + ".gz", "wb") as file:
-        for start in range(0, len(content), block_bytes):
-            part = gzip.compress(content[start : start + block_bytes])
+        for start in range(0, len(content), 2000):
+            part = gzip.compress(content[start : start + 2000])
             extra = struct.pack("<H2sHQQ", 20, b"CB", 16, 0, 0)
             file.write(part[:3] + b"\x04" + part[4:8] + b"\0\xff" + extra + part[10:])
     os.unlink(path)
@@ -2628,9 +2624,8 @@ INSTALL_FILES = {
 def test_every_settings_file_that_counts_is_known(client_files, files, runs, words):
     texts = ((INSTALL_FILES.get(name, name), as_text(it)) for name, it in files.items())
     ours = json.dumps(INSTALL_OURS)[1:-1]
-    running, off = cm.files_that_run(
-        client_files({path: it.replace('"OURS": 1', ours) for path, it in texts})
-    )
+    written = client_files({path: it.replace('"OURS": 1', ours) for path, it in texts})
+    running, off = cm.files_that_run(written)
     assert any(cm.our_hooks(file.settings) for file in running) == runs
     assert words in off if words else off == ""
 
@@ -2928,10 +2923,10 @@ PROTOCOL_KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3, as its answer
 PROTOCOL_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
-def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True, mask: bool = True) -> bytes:
+def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
     """Serialize one valid frame with the other author's code."""
     frame = websockets.frames.Frame(websockets.frames.Opcode(opcode), payload, fin)
-    return frame.serialize(mask=mask)
+    return frame.serialize(mask=True)
 
 
 def protocol_raw_frame(first: int, content: bytes = b"", extra: int = 0, mask: bytes = b"7\xfa!=") -> bytes:
@@ -3189,13 +3184,11 @@ def protocol_close_code(frames: list[tuple[int, bytes]]) -> int:
     return int(code)
 
 
-def protocol_exchange(
-    port: int, data: bytes, method: str = "GET"
-) -> tuple[int, list[tuple[str, str]], bytes]:
+def protocol_exchange(port: int, data: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
     """Send a request's bytes to either port; return status, headers in lower case, body."""
     with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
         sock.sendall(data)
-        response = http.client.HTTPResponse(sock, method=method)
+        response = http.client.HTTPResponse(sock)
         response.begin()
         headers = [(name.lower(), value) for name, value in response.getheaders()]
         return response.status, headers, response.read()
@@ -5104,10 +5097,8 @@ def usage_entries(words: str, session: str = "s1", minute: int = 0) -> str:
 
 
 def git(place: pathlib.Path, *words: str, given: str = "") -> str:
-    settings = (
-        "user.name=t user.email=t@x protocol.file.allow=always init.defaultBranch=main core.autocrlf=false"
-    )
-    options = [word for setting in settings.split() for word in ("-c", setting)]
+    settings = "user.name=t user.email=t@x protocol.file.allow=always init.defaultBranch=main".split()
+    options = [word for setting in (*settings, "core.autocrlf=false") for word in ("-c", setting)]
     done = subprocess.run(["git", *options, *words], cwd=place, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -5283,14 +5274,10 @@ def test_odd_numbers_of_tokens_count_as_none(transcript, value):
     assert usage_read(transcript.reader, transcript.path)["models"] == {USAGE_MODEL: counts}
 
 
-USAGE_UNREADABLE = [
-    "missing",
-    "a link to another user's",
-    *(it for it in SQUATS if it not in ("a file", "a link")),
-]
+USAGE_UNREADABLE = [it for it in SQUATS if it not in ("a file", "a link")]
 
 
-@pytest.mark.parametrize("what", USAGE_UNREADABLE)
+@pytest.mark.parametrize("what", ["missing", "a link to another user's", *USAGE_UNREADABLE])
 def test_only_a_regular_file_of_this_user_is_read(transcript, what):
     if "another user" in what and os.geteuid():
         pytest.skip("only root can give files away")
@@ -5576,9 +5563,9 @@ def words_of(events: Iterable[dict[str, Any]]) -> str:
     return "; ".join(": ".join(filter(None, words)) for words in about)
 
 
-def words_text(*texts: str, number: int = 1, model: str = USAGE_MODEL) -> str:
+def words_text(*texts: str, number: int = 1) -> str:
     blocks = [{"type": "thinking", "thinking": "hm"}, *({"type": "text", "text": it} for it in texts)]
-    about = {"id": f"m{number}", "model": model, "usage": {}, "content": blocks}
+    about = {"id": f"m{number}", "model": USAGE_MODEL, "usage": {}, "content": blocks}
     spaced = json.dumps(about, separators=(",", ":"))
     return spaced.replace(" ", "\\u0020")
 
@@ -5887,9 +5874,9 @@ def test_a_fork_is_linked_to_the_session_whose_messages_it_copied(tmp_path, name
 # In sessions ----------------------------------------------------------------
 
 
-def usage_data(output: int, model: str = "claude-opus-4-5", **more: Any) -> dict[str, Any]:
-    counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
-    return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
+def usage_data(output: int) -> dict[str, Any]:
+    models = {"claude-opus-4-5": {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}}
+    return {"models": models, "agents": {"": models}, "model": "claude-opus-4-5"}
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((5, 9, 30))))
@@ -6163,7 +6150,7 @@ def test_what_was_loaded_is_what_processing_live_gives(saved):
 
 
 @contextlib.contextmanager
-def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> Iterator[Any]:
+def loading_held(monkeypatch: Any) -> Iterator[Any]:
     """Run a monitor here that reads nothing of what is stored until the gate is opened."""
     gate = threading.Event()
     advance = cm.Monitor._advance
@@ -6176,7 +6163,7 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> It
 
     monkeypatch.setattr(cm.Monitor, "_advance", held)
     place = RunningMonitor(new_home())
-    ids = write_history(place.home + "/events", sessions, events, cm.now_ms(), pids=False)
+    ids = write_history(place.home + "/events", 40, 2000, cm.now_ms(), pids=False)
     try:
         with loading_here(place.home) as made:
             place.about = {
@@ -7062,8 +7049,8 @@ def test_a_message_is_tried_three_times_while_other_targets_are_served(make, mon
     assert json.loads((tmp_path / "n").read_text()) == {"sent": {}}
 
 
-def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
-    call = {"tool_name": "Bash", "tool_input": {"command": command}}
+def notice_asks(session: str) -> list[dict[str, Any]]:
+    call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
     asks = payload("PermissionRequest", session, **call)
     return [payload("UserPromptSubmit", session, prompt=f"Work on {session}"),
             payload("PreToolUse", session, tool_use_id=f"t-{session}", **call), asks]  # fmt: skip
