@@ -2277,6 +2277,8 @@ def _apply_client_status(
     session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = (before != "" or status == "shell") and (status, waits_for) != (before, before_for)
+    if event["data"].get("previous") == "" and status == before:  # another one in between was too short
+        is_change = status != "waiting"
     if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
     if before == "waiting" or status != "waiting":

@@ -2498,21 +2498,21 @@ class RegistryWatcher:
         for path, client in list(self.clients.items()):
             record, reported, at_ms = client["record"], client["reported"], time_ms
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
-            about, key = record.about, record[:3] + record[4:]
+            about, key = {**record.about}, record[:3] + record[4:]
             if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
-                about, key = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED)
-                is_news = reported != {}
+                about, key, is_news = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED), reported != {}
             elif not reported:
                 is_news = time_ms - client["first"] >= 1000  # hooks have reported its beginning by then
                 at_ms = max(since_ms, client["before"])
             else:
-                is_news = reported != about and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
-                if any(about.get(name) != reported.get(name) for name in ("status", "waitingFor")):
-                    at_ms = since_ms
-                about = {**about, "previous": reported.get("status", "")}
+                is_settled = not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
+                is_other = record.since_ms != client["since"]  # or the same again, after a short one
+                is_news = is_settled and (is_other or reported != about)
+                at_ms, previous = since_ms if is_other else time_ms, reported.get("status", "")
+                about["previous"] = "" if is_other and previous == about.get("status") else previous
             if is_news:
-                client["reported"] = record.about
+                client["reported"], client["since"] = record.about, record.since_ms
                 events.append({
                     "id": stable_id(encode_json([self._machine_key, *key])), "timestamp": at_ms,
                     "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,

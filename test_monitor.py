@@ -4156,8 +4156,9 @@ class SessionStory:
             elif verb == "shows":
                 self.time += 1000
                 at = self.marked + 500 if late else self.time
-                shown = {"eventType": "client_status", "hookType": "", "data": {"status": rest}}
-                shown["pid"] = self.pid
+                status, _, again = rest.partition(" ")
+                data = {"status": status, **({"previous": ""} if again else {})}
+                shown = {"eventType": "client_status", "hookType": "", "pid": self.pid, "data": data}
                 if rest in SESSION_LINES:
                     (shown,) = evidence(rest, agent_id=agent)
                 self.apply({**shown, "sessionId": session, "id": f"e{self.count + 1}", "timestamp": at})
@@ -6471,8 +6472,11 @@ def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     named = {"status": "idle", "statusUpdatedAt": 2700, "name": "payments", "nameSource": "user"}
     registry_file(tmp_path, **named)
     assert changes(watcher, 3500) == [("idle", "idle", 3500)]
+    registry_file(tmp_path, **{**named, "statusUpdatedAt": 3600})  # after a short "busy"
+    assert changes(watcher, 3700) == []
+    assert changes(watcher, 3900, 4000) == [("idle", "", 3600)]
     registry_file(tmp_path, **named, procStart="dead")
-    assert changes(watcher, 4000, 4300) == [("exited", None, 4300)]
+    assert changes(watcher, 5000, 5500) == [("exited", None, 5000)]
 
 
 def test_a_flood_of_configuration_directories_is_not_watched(tmp_path, watcher):
