@@ -1193,6 +1193,7 @@ REORDER_WINDOW_MS = 5000  # hooks overtake each other by less; calls of one roun
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
+STILL_BUSY_MS = 1500  # a client that is busy so long after the end of a turn goes on
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
@@ -2481,7 +2482,8 @@ class Sessions:
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
         session.seq = seq
-        self._schedule_check(session, session.last_event + min(self._quiet_ms, self._ended_ms))
+        check_ms = STILL_BUSY_MS if session.state == "idle" else self._quiet_ms
+        self._schedule_check(session, session.last_event + min(check_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 session.parent_id = parent_before
@@ -2639,13 +2641,19 @@ class Sessions:
             is_long = session.clock < busy_at <= time_ms
             session.clock = busy_at if is_long else session.clock
             is_quiet = session.state == "working" and time_ms >= quiet_at
+            # A slow or blocking Stop hook, or a queued command; hooks report none of them.
+            is_busy = session.state == "idle" and _client_status(session)[0] == "busy"
+            on_at = max(session.last_event, self._set_at) + STILL_BUSY_MS if is_busy else _NEVER
+            if time_ms >= on_at:
+                session.turn, session.turn_since, session.turn_start = "working", on_at, on_at
+                session.state, session.state_since = "working", on_at
             if time_ms >= ended_at:
                 self._end_silent(session, session.agent or session.machine_id)
             elif is_quiet:
                 session.state, session.state_since = "quiet", quiet_at
-            if time_ms >= ended_at or is_quiet or is_long:
+            if time_ms >= min(ended_at, on_at) or is_quiet or is_long:
                 changed.append(session)
-            times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
+            times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at, on_at)
             self._schedule_check(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
 
