@@ -1629,7 +1629,9 @@ def apply_event(
     explains_end = explains_end or (kind == "session_end" and session.end_reason == "replaced")
     if rule.turn and not agent_id and (explains_end or not is_stale):
         _apply_turn(session, event, kind, at, late)
-    if kind == "client_status" and session.turn != "ended":
+    ends_one = kind in ("client_exited", "session_end")  # of several processes
+    shows = kind == "client_status" or (ends_one and _client_status(session)[0] not in ("", "waiting"))
+    if shows and session.turn != "ended":
         _apply_client_status(session, event, at, until, silence_ms, is_stale)
     if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
         _begin_wait(session, event, kind, at, until, is_stale)
@@ -2278,7 +2280,8 @@ def _apply_client_status(
     session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = (before != "" or status == "shell") and (status, waits_for) != (before, before_for)
-    if event["data"].get("previous") == "" and status == before:  # another one in between was too short
+    has_ended = kind_of(event) != "client_status"
+    if status == before and (has_ended or event["data"].get("previous") == ""):  # one between was too short
         is_change = status != "waiting"
     if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
