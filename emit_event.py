@@ -1982,7 +1982,8 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
     if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
         shown: JsonObject = {"agentId": agent_id} if agent_id else {}
         version = [int(it) for it in re.findall(r"\d+", str(entry.get("version"))[:40])]
-        has_run = "toolDenialBeforeRun" not in entry and version >= [2, 1, 332]  # Esc, not a refusal
+        decided = [it.get("decision") for it in objects_in([entry.get("permissionDecision")])]  # else Esc
+        has_run = "reject" not in decided and "toolDenialBeforeRun" not in entry and version >= [2, 1, 332]
         shown["data"] = {"toolUseId": blocks[0].get("tool_use_id"), "is_interrupt": has_run}
         return {"eventType": "tool_error" if has_run else "permission_denied", **shown}
     if agent_id or "agentId" in entry or entry.get("isSidechain") is True:
@@ -2502,9 +2503,8 @@ class RegistryWatcher:
             if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 about, key, is_news = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED), reported != {}
-            elif not reported:
-                is_news = time_ms - client["first"] >= 1000  # hooks have reported its beginning by then
-                at_ms = max(since_ms, client["before"])
+            elif not reported:  # a second later: hooks have reported its beginning by then
+                is_news, at_ms = time_ms - client["first"] >= 1000, max(since_ms, client["before"])
             else:
                 is_settled = not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
                 is_other = record.since_ms != client["since"]  # or the same again, after a short one
