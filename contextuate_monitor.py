@@ -1576,7 +1576,7 @@ def kind_of(event: JsonObject) -> str:
         return "subagent_stop"  # until it begins again
     if kind == "client_status":
         return _STATUS_KINDS.get(text_of(event["data"].get("status")), kind)
-    if kind == "tool_error" and "exitCode" in event["data"] and not event["hookType"]:
+    if kind == "tool_error" and not event["hookType"] and {"exitCode", "is_interrupt"} & {*event["data"]}:
         return "exit_code"  # from a transcript; the call, and perhaps the turn, have ended before
     return kind
 
@@ -2375,7 +2375,9 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             session.turn_start = max(since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
-    session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
+    if kind != "interrupted" or _client_status(session)[0] != "shell":  # a command outlives Esc
+        session.background = []
+    session.turn, session.turn_since, session.wakeup = turn, at, ""
     if kind == "client_exited":
         end_session(session, at, _EXITED, presumed=True)
         return
