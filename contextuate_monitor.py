@@ -4470,21 +4470,23 @@ class WebSocketServer:
         self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
     ) -> None:
         """Send events to subscribers, then `frames_for_all` to all, `changes` to those that want these."""
-        frames: dict[str, list[bytes]] = {}
+        messages: dict[str, list[bytes]] = {}
         joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
             view, own_ids = client.view, client.session_ids
             if view is None:
                 continue
             for_all = changes if client.changes and changes is not None else frames_for_all
-            if view not in frames:
-                frames[view] = event_frames(stored, view)
+            if view not in messages:
+                messages[view] = event_messages(stored, view)
             if own_ids is not None:
-                own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
-                wanted = b"".join(own) + for_all
+                own = [it for entry, it in zip(stored, messages[view]) if entry.event["sessionId"] in own_ids]
+                wanted = text_frames(own, client.changes) + for_all
             else:
                 key = (view, client.changes)
-                wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
+                wanted = (
+                    joined[key] if key in joined else text_frames(messages[view], client.changes) + for_all
+                )
                 joined[key] = wanted
             room = self.queue_limit_bytes - client.queued
             if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
@@ -4613,11 +4615,18 @@ class WebSocketServer:
             client.queue.clear()
 
 
-def event_frames(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
+def event_messages(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
     """Encode the message of each event for a view; the full view contains the stored bytes unchanged."""
     form = b'{"type":"event","seq":%d,"event":%b}'
     bodies = ((seq, line if view == "full" else encode_json(event_row(event))) for seq, event, line in stored)
-    return [encode_frame(Opcode.TEXT, form % body) for body in bodies]
+    return [form % body for body in bodies]
+
+
+def text_frames(messages: Sequence[bytes], in_one: bool = False) -> bytes:
+    """Encode messages in frames, or several in one: a frame costs a browser more than a message."""
+    if in_one and len(messages) > 1:
+        messages = [b'{"type":"several","messages":[%b]}' % b",".join(messages)]
+    return b"".join(encode_frame(Opcode.TEXT, it) for it in messages)
 
 
 def text_frame(message: JsonObject) -> bytes:
@@ -6604,8 +6613,8 @@ class SessionFeed:
             _drop_oldest(self.sent, SENT_UPDATES if clients else 0)
             is_whole = not all(client.changes for client in clients)
             whole, changes = (
-                b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
-                for kind in (rows if is_whole else (), changed)
+                text_frames([encode_json({"type": "session_update", "session": row}) for row in kind], in_one)
+                for kind, in_one in ((rows if is_whole else (), False), (changed, True))
             )
         self.clients.broadcast(stored, whole, changes)
 
@@ -6804,11 +6813,12 @@ class MessageHandlers:
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [it for it in readable(lines) if wanted is None or it.event["sessionId"] in wanted]
-        frames = event_frames(missed, view)
-        reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(frames)}
-        self._reply(client, message, reply)
-        status = text_frame({"type": "status", **self._monitor.status.to_json()})
-        self._monitor.clients.reply(client, b"".join([*frames, status]))
+        self._reply(
+            client, message, {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(missed)}
+        )
+        status = encode_json({"type": "status", **self._monitor.status.to_json()})
+        frames = text_frames([*event_messages(missed, view), status], client.changes)
+        self._monitor.clients.reply(client, frames)
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         if client.session_ids is not None:

@@ -406,15 +406,18 @@ class TestClient:
         def is_wanted(message: dict[str, Any]) -> bool:
             return message["type"] == kind and all(message.get(name) == fields[name] for name in fields)
 
-        for message in filter(is_wanted, self.others):
-            self.others.remove(message)
-            return message
-        deadline = time.monotonic() + timeout_s
+        deadline, waiting = time.monotonic() + timeout_s, self.others
         while True:
-            message = json.loads(self.connection.recv(timeout=max(0.001, deadline - time.monotonic())))
-            if is_wanted(message):
-                return dict(message)
-            self.others.append(message)
+            for message in filter(is_wanted, waiting):
+                self.others.remove(message)
+                return message
+            waiting = self.receive(max(0.001, deadline - time.monotonic()))
+            self.others += waiting
+
+    def receive(self, timeout_s: float = 30.0) -> list[dict[str, Any]]:
+        """Return the next message, or what is in one of `several`."""
+        message = json.loads(self.connection.recv(timeout=timeout_s))
+        return list(message["messages"]) if message["type"] == "several" else [message]
 
     def ask(self, answer: str, **message: Any) -> dict[str, Any]:
         self.send(**message)
@@ -4030,17 +4033,34 @@ def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningM
     running.stop()
     client = running.serve(limits={"clientQueueBytes": 200_000}).websocket("rows", changes=True)
     command = {"command": "make " + "x" * 150}
-    for number in range(60):  # more than sockets and queue take: nothing is read meanwhile
+    for number in range(120):  # more than sockets and queues take: nothing is read meanwhile
         call = payload("PreToolUse", tool_name="Bash", tool_input=command)
         running.emit(*({**call, "tool_use_id": f"{number}-{at}"} for at in range(200)))
     running.emit(payload("PermissionRequest", "asks", tool_name="Bash"))
     rows, sent = 0, {}
     while not (sent.get("type") == "skipped" and rows):
-        sent = json.loads(client.connection.recv(timeout=30))
-        rows += sent["type"] == "event"
-        if sent["type"] == "session_update" and sent["session"]["sessionId"] == "asks":
-            assert sent["session"]["state"] == "waiting"
-    assert 0 < rows < rows + sent["events"] == 12_001
+        for sent in client.receive():
+            rows += sent["type"] == "event"
+            if sent["type"] == "session_update" and sent["session"]["sessionId"] == "asks":
+                assert sent["session"]["state"] == "waiting"
+    assert 0 < rows < rows + sent["events"] == 24_001
+
+
+def test_a_page_gets_what_comes_together_in_one_frame(running: RunningMonitor) -> None:
+    page, other = running.websocket("rows", changes=True), running.websocket("rows")
+    os.kill(running.pid, signal.SIGSTOP)
+    with running.connect() as sock:
+        sock.sendall(
+            b"".join(json.dumps(payload("Stop", f"s{number}")).encode() + b"\n" for number in range(9))
+        )
+        os.kill(running.pid, signal.SIGCONT)
+        for client, frames in ((page, 2), (other, 18)):
+            found = collections.Counter()
+            while found["event"] < 9 or found["session_update"] < 9:
+                together = client.receive()
+                found.update(message["type"] for message in together)
+                frames -= together[0]["type"] != "status"
+            assert frames == 0 and found["event"] == found["session_update"] == 9
 
 
 def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:

@@ -840,7 +840,7 @@ def broadcast_rows() -> Iterator[str]:
 @benchmark("broadcast", *broadcast_rows())
 def bench_broadcast(sizes: Sizes) -> Iterator[Measured]:
     """Send stored events to clients by the monitor's own loop, in turn with bare loops."""
-    [frame] = cm.event_frames(stored_events()[:1], "full")
+    frame = cm.text_frames(cm.event_messages(stored_events()[:1], "full"))
     for count in CLIENT_COUNTS:
         note(f"  {count} clients")
         with contextlib.ExitStack() as stack:
