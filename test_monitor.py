@@ -4032,10 +4032,8 @@ def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) 
 def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
     running.stop()
     client = running.serve(limits={"clientQueueBytes": 200_000}).websocket("rows", changes=True)
-    command = {"command": "make " + "x" * 150}
-    for number in range(120):  # more than sockets and queues take: nothing is read meanwhile
-        call = payload("PreToolUse", tool_name="Bash", tool_input=command)
-        running.emit(*({**call, "tool_use_id": f"{number}-{at}"} for at in range(200)))
+    for _ in range(120):  # more than sockets and queues take: nothing is read meanwhile
+        running.emit(*[payload("UserPromptSubmit", prompt="make " + "x" * 150)] * 200)
     running.emit(payload("PermissionRequest", "asks", tool_name="Bash"))
     rows, sent = 0, {}
     while not (sent.get("type") == "skipped" and rows):
