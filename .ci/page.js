@@ -150,6 +150,16 @@ window.look = {
     });
   }),
 
+  // Types into the filter, a letter in 120 ms, and begins again.
+  type: (ms) => {
+    const [words, field] = ['step-2345 status:failed', document.getElementById('filter')];
+    const timer = setInterval(() => {
+      field.value = words.slice(0, (field.value.length + 1) % (words.length + 1));
+      field.dispatchEvent(new InputEvent('input', { bubbles: true }));
+    }, 120);
+    setTimeout(() => clearInterval(timer), ms);
+  },
+
   scrollAndZoom: (ms) => {
     const grid = document.querySelector('[data-testid=table]');
     const canvas = document.querySelector('#timeline-canvas');
