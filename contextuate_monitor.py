@@ -143,12 +143,20 @@ if sys.version_info < (3, 9):  # noqa: UP036 - print a message, not a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
-    from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, integer_key, now_ms
+    from emit_event import (
+        ConfigError,
+        JsonObject,
+        Key,
+        MalformedEvent,
+        Privacy,
+        encode_json,
+        integer_key,
+        now_ms,
+    )
 except ImportError as error:
     what = "missing" if isinstance(error, ModuleNotFoundError) else "of another version"
     sys.exit(f"contextuate: emit_event.py is {what}: copy it into the folder of contextuate_monitor.py")
 
-Key = emit_event.Key
 __version__ = "1.0.0"
 __all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
 
@@ -4484,10 +4492,9 @@ class WebSocketServer:
                 wanted = text_frames(own, client.changes) + for_all
             else:
                 key = (view, client.changes)
-                wanted = (
-                    joined[key] if key in joined else text_frames(messages[view], client.changes) + for_all
-                )
-                joined[key] = wanted
+                if key not in joined:
+                    joined[key] = text_frames(messages[view], client.changes) + for_all
+                wanted = joined[key]
             room = self.queue_limit_bytes - client.queued
             if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
                 client.skipped, wanted = client.skipped + len(stored), for_all
@@ -6813,9 +6820,8 @@ class MessageHandlers:
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [it for it in readable(lines) if wanted is None or it.event["sessionId"] in wanted]
-        self._reply(
-            client, message, {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(missed)}
-        )
+        reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(missed)}
+        self._reply(client, message, reply)
         status = encode_json({"type": "status", **self._monitor.status.to_json()})
         frames = text_frames([*event_messages(missed, view), status], client.changes)
         self._monitor.clients.reply(client, frames)

@@ -1570,6 +1570,7 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
             monitor.emit(*page_events(number, 2000))
         is_newest = f"contextuate.store.rows.at(-1).target === 'make step-{last - 1}'"
         tests.eventually(lambda: tab.evaluate(is_newest), 60, "the newest row")
+        tests.index_ready(monitor, 600)  # these were many at once
         with page_load(monitor, 400_000):
             tab.evaluate("(ms) => look.scrollAndZoom(ms)", sizes.page_s * 1000)
             ours = watch_tab(tab, sizes.page_s)
