@@ -3071,7 +3071,7 @@ def protocol_rows(kind: str) -> Any:
 
 
 def protocol_filled(row: str, **words: Any) -> list[str]:
-    """Return what stands between the " | " of a row, its words replaced."""
+    """Return what is between the " | " of a row, its words replaced."""
     for word, meaning in words.items():
         row = row.replace(word, str(meaning))
     return row.split(" | ")
