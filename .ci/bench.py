@@ -33,7 +33,6 @@ import re
 import resource
 import selectors
 import shlex
-import shutil
 import socket
 import statistics
 import struct
@@ -58,9 +57,7 @@ import contextuate_monitor as cm
 import emit_event as ee
 import test_monitor as tests
 
-# ---------------------------------------------------------------------------
-# Rows and figures
-# ---------------------------------------------------------------------------
+# Rows and figures -----------------------------------------------------------
 
 
 class BenchError(Exception):
@@ -84,36 +81,35 @@ class Figure:
     unit: str
     limit_is: str  # a fixed number, or what is measured beside ours; empty if there is no limit
     goal: str  # for the ratio of ours to the limit: "<= 1.2", ">= 0.9" or empty
-    ours: float | None = None
-    limit: float | None = None
-    ratio: float | None = None
-    spread: tuple[float, float] | None = None
+    measured: Measured | None = None
     misses: bool = False  # the goal
 
     def enter(self, measured: Measured) -> None:
         """Enter what was measured."""
-        self.ours, self.limit, self.ratio, self.spread = measured
-        if self.limit is None and self.limit_is:
-            self.limit = float(self.limit_is)
-        if self.ratio is None and self.limit is not None:
-            self.ratio = self.ours / self.limit
-        if self.ratio is not None and self.goal:
+        ours, limit, ratio, spread = measured
+        if limit is None and self.limit_is:
+            limit = float(self.limit_is)
+        if ratio is None and limit is not None:
+            ratio = ours / limit
+        if ratio is not None and self.goal:
             sign, bound = self.goal.split()
-            self.misses = self.ratio > float(bound) if sign == "<=" else self.ratio < float(bound)
+            self.misses = ratio > float(bound) if sign == "<=" else ratio < float(bound)
+        self.measured = Measured(ours, limit, ratio, spread)
 
     def cells(self) -> list[str]:
         """Return the cells of the row, as in COLUMNS."""
-        limit = self.with_unit(self.limit)
-        if limit and not self.limit_is.replace(".", "").isdigit():
-            limit += f", {self.limit_is}"
-        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
-        spread = "" if self.spread is None else f"{self.spread[0]:.2f} to {self.spread[1]:.2f}"
-        return [self.name, self.with_unit(self.ours) or "not measured", limit, ratio, self.goal, spread]
+        if self.measured is None:
+            return [self.name, "not measured", "", "", self.goal, ""]
+        ours, limit, ratio, spread = self.measured
+        limit_is = self.with_unit(limit) if limit is not None else ""
+        if limit_is and not self.limit_is.replace(".", "").isdigit():
+            limit_is += f", {self.limit_is}"
+        ratio_is = "" if ratio is None else f"{ratio:.2f}"
+        spread_is = "" if spread is None else f"{spread[0]:.2f} to {spread[1]:.2f}"
+        return [self.name, self.with_unit(ours), limit_is, ratio_is, self.goal, spread_is]
 
-    def with_unit(self, value: float | None) -> str:
+    def with_unit(self, value: float) -> str:
         """Return a count as it is, another number with three significant digits, and the row's unit."""
-        if value is None:
-            return ""
         digits = 0 if abs(value) >= 100 or isinstance(value, int) else 1 if abs(value) >= 10 else 2
         return f"{value:,.{digits}f} {self.unit}".rstrip()
 
@@ -144,9 +140,7 @@ def percentile(ordered: list[float], percent: int) -> float:
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
-# ---------------------------------------------------------------------------
-# Sizes, and the table of benchmarks
-# ---------------------------------------------------------------------------
+# Sizes, and the table of benchmarks -----------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,18 +159,15 @@ class Sizes:
     history_events: int
     page_s: float  # to watch one state of the page
     page_events: int  # loaded by the page
-    flood_s: float
 
 
 SMALL = Sizes(
     hook_pairs=20, storm_hooks=1000, rounds=5, round_s=0.25, latency_s=2, idle_s=10, restart_sessions=500,
     restart_events=100_000, restart_limit_s=4.5, history_events=100_000, page_s=4, page_events=20_000,
-    flood_s=10,
 )  # fmt: skip
 FULL = Sizes(
     hook_pairs=60, storm_hooks=10_000, rounds=9, round_s=0.5, latency_s=5, idle_s=20, restart_sessions=5000,
     restart_events=1_000_000, restart_limit_s=45, history_events=1_000_000, page_s=10, page_events=100_000,
-    flood_s=10,
 )  # fmt: skip
 
 Benchmark = Callable[[Sizes], Iterator[Measured]]
@@ -201,9 +192,7 @@ def rows_of(name: str, sizes: Sizes) -> list[Figure]:
     return [Figure(name, unit, limit_is, goal) for name, unit, limit_is, goal in cells]
 
 
-# ---------------------------------------------------------------------------
-# Helpers
-# ---------------------------------------------------------------------------
+# Helpers --------------------------------------------------------------------
 
 Call = Callable[[], object]
 
@@ -267,21 +256,22 @@ def wait_for_sessions(monitor: tests.RunningMonitor) -> None:
 
 def sum_of_threads(pid: int, file_name: str, pattern: str) -> int:
     """Return the sum of a number in /proc/PID/task/*/FILE."""
-    total = 0
-    for path in glob.glob(f"/proc/{pid}/task/*/{file_name}"):
-        with open(path, encoding="ascii") as file:
-            total += int(re.search(pattern, file.read())[1])  # type: ignore[index]
-    return total
+    paths = pathlib.Path(f"/proc/{pid}/task").glob("*/" + file_name)
+    return sum(int(re.findall(pattern, path.read_text())[0]) for path in paths)
 
 
-def processor_s(pid: int) -> float:
-    """Return the processor time of a process's threads, finer than the ticks of /proc/PID/stat."""
-    return sum_of_threads(pid, "schedstat", r"^(\d+)") / 1e9
+def at_rest(pid: int, seconds: float) -> tuple[float, float]:
+    """Return what a process uses of one processor in percent, and its wake-ups a second."""
 
+    def used() -> tuple[float, int]:  # finer than the ticks of /proc/PID/stat
+        switches = sum_of_threads(pid, "status", r"\nvoluntary_ctxt_switches:\s+(\d+)")
+        return sum_of_threads(pid, "schedstat", r"^(\d+)") / 1e9, switches
 
-def wake_ups(pid: int) -> int:
-    """Return how often the threads of a process have waited."""
-    return sum_of_threads(pid, "status", r"\nvoluntary_ctxt_switches:\s+(\d+)")
+    before, begin = used(), time.monotonic()
+    time.sleep(seconds)
+    processor_s, switches = (after - start for after, start in zip(used(), before))
+    seconds = time.monotonic() - begin
+    return processor_s / seconds * 100, switches / seconds
 
 
 def memory_mb(pid: int, field: str = "VmRSS") -> float:
@@ -290,9 +280,7 @@ def memory_mb(pid: int, field: str = "VmRSS") -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
-# ---------------------------------------------------------------------------
-# Hook: the process that Claude Code waits for
-# ---------------------------------------------------------------------------
+# Hook: the process that Claude Code waits for -------------------------------
 
 WARM_UP_PAIRS = 3
 
@@ -416,9 +404,7 @@ def bench_storm(sizes: Sizes) -> Iterator[Measured]:
         yield paired(pairs)
 
 
-# ---------------------------------------------------------------------------
-# Ingest: from the socket to the file
-# ---------------------------------------------------------------------------
+# Ingest: from the socket to the file ----------------------------------------
 
 
 def minimal_work(lines: bytes) -> bytes:
@@ -485,48 +471,30 @@ def connected(socket_path: str) -> Iterator[socket.socket]:
         yield sock
 
 
-def send_acknowledged(sock: socket.socket, line: bytes) -> None:
-    """Send a line and wait for its acknowledgement."""
-    sock.sendall(line)
-    if sock.recv(1) != ee.ACKNOWLEDGEMENT:
-        raise BenchError("an event was not acknowledged")
-
-
-def rate_one_connection(socket_path: str, lines: list[bytes], seconds: float) -> float:
-    """Return the acknowledged events a second, one event after the other over one connection."""
-    with connected(socket_path) as sock:
-        sent, begin = 0, time.perf_counter()
-        while sent < len(lines) and time.perf_counter() - begin < seconds:
-            send_acknowledged(sock, lines[sent])
-            sent += 1
-        return sent / (time.perf_counter() - begin)
-
-
 def rate_connection_each(socket_path: str, lines: list[bytes], seconds: float) -> float:
     """Return the acknowledged events a second, each over a connection of its own as from hooks."""
     sent, begin = 0, time.perf_counter()
     while sent < len(lines) and time.perf_counter() - begin < seconds:
         with connected(socket_path) as sock:
-            send_acknowledged(sock, lines[sent])
+            sock.sendall(lines[sent])
+            if sock.recv(1) != ee.ACKNOWLEDGEMENT:
+                raise BenchError("an event was not acknowledged")
         sent += 1
     return sent / (time.perf_counter() - begin)
 
 
-def rate_stream(socket_path: str, lines: list[bytes], seconds: float) -> float:
-    """Return the acknowledged events a second over one connection with up to 32 events in flight."""
+def rate_stream(socket_path: str, lines: list[bytes], seconds: float, in_flight: int = 32) -> float:
+    """Return the acknowledged events a second over one connection with up to so many events in flight."""
     with connected(socket_path) as sock:
         begin = time.perf_counter()
         sent = acknowledged = 0
         while acknowledged < sent or (sent < len(lines) and time.perf_counter() - begin < seconds):
             if time.perf_counter() - begin < seconds:
-                sock.sendall(b"".join(lines[sent : acknowledged + 32]))
-                sent = min(len(lines), max(sent, acknowledged + 32))
+                sock.sendall(b"".join(lines[sent : acknowledged + in_flight]))
+                sent = min(len(lines), max(sent, acknowledged + in_flight))
             if acknowledged < sent:
                 acknowledged += len(sock.recv(64))
         return acknowledged / (time.perf_counter() - begin)
-
-
-INGEST_RATES = (rate_one_connection, rate_connection_each, rate_stream)
 
 
 @benchmark(
@@ -548,7 +516,7 @@ def bench_ingest(sizes: Sizes) -> Iterator[Measured]:
             listener.listen(512)
             stack.enter_context(tests.serving(serve_bare_ingest, listener, path + ".jsonl", work))
         monitor.start()
-        for rate in INGEST_RATES:
+        for rate in (functools.partial(rate_stream, in_flight=1), rate_connection_each, rate_stream):
             rounds = []
             for _ in range(sizes.rounds):
                 lines = hook_lines(int(60_000 * sizes.round_s))
@@ -609,9 +577,8 @@ def request_rate(
     port: int, method: str, path: str, body: bytes | None, headers: dict[str, str], seconds: float
 ) -> float:
     """Return the requests a second over one connection that is kept open."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     count, begin = 0, time.perf_counter()
-    try:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
         while time.perf_counter() - begin < seconds:
             connection.request(method, path, body=body, headers=headers)
             with connection.getresponse() as response:
@@ -620,8 +587,6 @@ def request_rate(
                 raise BenchError(f"{method} {path} was answered with {response.status}")
             count += 1
         return count / (time.perf_counter() - begin)
-    finally:
-        connection.close()
 
 
 @benchmark("index", "ingest of events of 2 kB with the index | /s | without the index | >= 0.85")
@@ -646,9 +611,7 @@ def bench_index(sizes: Sizes) -> Iterator[Measured]:
     yield paired([(rate(START), rate(START_WITHOUT_INDEX)) for _ in range(sizes.rounds // 2 + 1)])
 
 
-# ---------------------------------------------------------------------------
 # Broadcast and clients: from the store to many clients, and what each of them costs
-# ---------------------------------------------------------------------------
 
 EVENT_MARK = b"`"  # exactly once in each event of these benchmarks, and in no other message
 CLIENT_COUNTS = (1, 50, 200, 1000)
@@ -792,9 +755,6 @@ def serve_broadcast(listener: socket.socket, orders: socket.socket) -> None:
     loop = cm.EventLoop()
     waiting = 0
 
-    def opened(client: cm.Client) -> None:
-        client.view = "full"
-
     def receive(_ready: int) -> None:
         nonlocal waiting
         waiting += len(orders.recv(4096))
@@ -805,7 +765,9 @@ def serve_broadcast(listener: socket.socket, orders: socket.socket) -> None:
             clients.broadcast(stored_events()[:waiting])
             waiting = 0
 
-    clients = cm.WebSocketServer(loop, opened, lambda client, text: None, 2000, 1 << 20)
+    clients = cm.WebSocketServer(
+        loop, lambda client: setattr(client, "view", "full"), lambda client, text: None, 2000, 1 << 20
+    )
     tests.serve_handshakes(listener, clients)
     loop.on_turn_end = end_turn
     loop.watch(orders, selectors.EVENT_READ, receive)
@@ -818,12 +780,10 @@ def audience_of(count: int, serve: Any, *arguments: Any) -> Iterator[tuple[Audie
     ours, orders = socket.socketpair()
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener, ours, orders:
         orders.setblocking(False)
-        with tests.serving(serve, listener, orders, *arguments):
+        with tests.serving(serve, listener, orders, *arguments), contextlib.ExitStack() as closing:
             audience = Audience(listener.getsockname()[1], count, b"\r\n\r\n")
-            try:
-                yield audience, lambda events: ours.sendall(b"e" * events)
-            finally:
-                audience.close()
+            closing.callback(audience.close)
+            yield audience, lambda events: ours.sendall(b"e" * events)
 
 
 def broadcast_rows() -> Iterator[str]:
@@ -861,32 +821,20 @@ def bench_broadcast(sizes: Sizes) -> Iterator[Measured]:
                     yield paired([(ours, minimal) for ours, _, minimal in rates])
 
 
-@contextlib.contextmanager
-def audience_in(monitor: tests.RunningMonitor, count: int, **options: Any) -> Iterator[Audience]:
-    """Give so many clients of a monitor."""
-    audience = Audience(monitor.ws_port, count, b'"type":"status"', **options)
-    try:
-        yield audience
-    finally:
-        audience.close()
+def audience_in(monitor: tests.RunningMonitor, count: int, **options: Any) -> Any:
+    """Give so many clients of a monitor, as a context that closes them."""
+    return contextlib.closing(Audience(monitor.ws_port, count, b'"type":"status"', **options))
 
 
-@contextlib.contextmanager
-def sender_to(monitor: tests.RunningMonitor, output_lines: int = 20) -> Iterator[Sender]:
-    """Give the function that sends a monitor so many marked events."""
-    line, numbers = ee.encode_json(marked_payload(output_lines)) + b"\n", itertools.count(time.time_ns())
+def sender_to(monitor: tests.RunningMonitor, output_lines: int = 20) -> Sender:
+    """Return the function that sends a monitor so many marked events."""
+    line, numbers = ee.encode_json(marked_payload(output_lines)), itertools.count(time.time_ns())
+    send = publisher_of(monitor)
 
     def numbered() -> bytes:  # the same call again would count as its second delivery
         return line.replace(EVENT_MARK, b"%b%d" % (EVENT_MARK, next(numbers)), 1)
 
-    with monitor.connect() as sock:
-
-        def send(count: int) -> None:
-            sock.sendall(b"".join(numbered() for _ in range(count)))
-            with contextlib.suppress(BlockingIOError):
-                sock.recv(4096, socket.MSG_DONTWAIT)  # acknowledgements
-
-        yield send
+    return lambda count: send([numbered() for _ in range(count)])
 
 
 @benchmark(
@@ -899,7 +847,8 @@ def bench_clients(sizes: Sizes) -> Iterator[Measured]:
     """Measure what clients that never read do to the others, and the memory of each client."""
     with new_monitor(limits=MANY_CLIENTS) as monitor:
         monitor.start()
-        with sender_to(monitor, output_lines=800) as send, audience_in(monitor, 18) as others:
+        send = sender_to(monitor, output_lines=800)
+        with audience_in(monitor, 18) as others:
             others.measure(send, 32, 1.0)
             rates, grown_mb = [], []
             for _ in range(sizes.rounds // 2 + 1):
@@ -932,12 +881,9 @@ def client_memory_kb(count: int) -> float:
                 return max(0.01, (memory_mb(monitor.pid) - before_mb) * 1024 / count)
 
 
-# ---------------------------------------------------------------------------
-# Latency: from the hook to a WebSocket client
-# ---------------------------------------------------------------------------
+# Latency: from the hook to a WebSocket client -------------------------------
 
-HOOKS_PER_S = 20  # more hook processes would fill a small machine by themselves
-EVENTS_PER_S = (100, 1000)
+HOOKS_PER_S, EVENTS_PER_S = 20, (100, 1000)  # more hook processes would fill a small machine
 
 
 def latency_rows(mode: str, goal: str) -> Iterator[str]:
@@ -1014,10 +960,7 @@ def send_at_rate(machine: tests.RedisMachine, rate: int, count: int, hook: list[
     result.send(count / (time.monotonic() - begin))
 
 
-# ---------------------------------------------------------------------------
-# Idle, growth and start
-# ---------------------------------------------------------------------------
-
+# Idle, growth and start -----------------------------------------------------
 
 IDLE_SESSIONS = 13  # open, each with a client's process
 IDLE_EVENTS = 10_000
@@ -1051,22 +994,15 @@ def bench_idle(sizes: Sizes) -> Iterator[Measured]:
         time.sleep(cm.SNAPSHOT_INTERVAL_S + 2)  # until the snapshots of all are saved
         for clients in (0, 1):
             with audience_in(monitor, clients, view="rows"):
-                processor, switches = processor_s(monitor.pid), wake_ups(monitor.pid)
-                begin = time.monotonic()
-                time.sleep(sizes.idle_s)
-                seconds = time.monotonic() - begin
-                yield Measured((processor_s(monitor.pid) - processor) / seconds * 100)
-                yield Measured((wake_ups(monitor.pid) - switches) / seconds)
+                yield from map(Measured, at_rest(monitor.pid, sizes.idle_s))
                 yield Measured(memory_mb(monitor.pid))
         states = [each["state"] for each in monitor.get("/api/sessions")["sessions"] if each.get("pid")]
         if sum(state != "ended" for state in states) < IDLE_SESSIONS:
             raise BenchError(f"the sessions were not open: {states}")
 
 
-GROWTH_EVENTS = (10_000, 30_000, 100_000)
-GROWTH_SESSIONS = (100, 300, 1000)
-GROWTH_CLIENTS = (100, 300, 1000)
-GROWTH_ROUNDS = 3
+GROWTH_EVENTS, GROWTH_SESSIONS = (10_000, 30_000, 100_000), (100, 300, 1000)
+GROWTH_CLIENTS, GROWTH_ROUNDS = GROWTH_SESSIONS, 3
 
 
 @benchmark(
@@ -1082,26 +1018,26 @@ GROWTH_ROUNDS = 3
 )
 def bench_growth(sizes: Sizes) -> Iterator[Measured]:
     """Measure what one event, session or client costs at three sizes; a ratio of 1 is linear growth."""
-    with started_on_history(1, 2) as empty:
-        empty_mb = empty.memory_mb
+    with started_on_history(1, 2) as (_, _, empty_mb):
+        pass
     of_events, of_sessions = [(100, it) for it in GROWTH_EVENTS], [(it, it * 30) for it in GROWTH_SESSIONS]
     for counts, histories in ((GROWTH_EVENTS, of_events), (GROWTH_SESSIONS, of_sessions)):
         with contextlib.ExitStack() as stack:
             started = [stack.enter_context(started_on_history(*history)) for history in histories]
-            ingest_us = ingest_in_turn([each.monitor for each in started], sizes)
-        yield growth([each.start_ms * 1000 / count for each, count in zip(started, counts)])
-        used_kb = [max(0.01, each.memory_mb - empty_mb) * 1024 for each in started]
+            ingest_us = ingest_in_turn([monitor for monitor, _, _ in started], sizes)
+        yield growth([ms * 1000 / count for (_, ms, _), count in zip(started, counts)])
+        used_kb = [max(0.01, mb - empty_mb) * 1024 for _, _, mb in started]
         yield growth([used / count for used, count in zip(used_kb, counts)])
         yield growth(ingest_us)
     yield growth([client_memory_kb(count) for count in GROWTH_CLIENTS])
     with new_monitor(limits=MANY_CLIENTS) as monitor:
         monitor.start()
         delivery_us = []
-        with sender_to(monitor) as send:
-            for count in GROWTH_CLIENTS:
-                with audience_in(monitor, count, view="rows") as audience:
-                    rate, _ = audience.measure(send, 1, 2 * sizes.round_s)
-                    delivery_us.append(1e6 / rate / count)
+        send = sender_to(monitor)
+        for count in GROWTH_CLIENTS:
+            with audience_in(monitor, count, view="rows") as audience:
+                rate, _ = audience.measure(send, 1, 2 * sizes.round_s)
+                delivery_us.append(1e6 / rate / count)
         yield growth(delivery_us)
 
 
@@ -1112,17 +1048,9 @@ def growth(costs: list[float]) -> Measured:
     return Measured(largest, smallest, spread=(ratios[0], ratios[1]))
 
 
-class Started(NamedTuple):
-    """A monitor that has read what was stored, and the cost."""
-
-    monitor: tests.RunningMonitor
-    start_ms: float
-    memory_mb: float
-
-
 @contextlib.contextmanager
-def started_on_history(sessions: int, events: int) -> Iterator[Started]:
-    """Give a monitor that has just been started on a history."""
+def started_on_history(sessions: int, events: int) -> Iterator[tuple[tests.RunningMonitor, float, float]]:
+    """Give a monitor that has just been started on a history, the start's milliseconds and its megabytes."""
     with new_monitor() as monitor:
         tests.write_history(monitor.home + "/events", sessions, events, ee.now_ms())
         os.sync()  # written out before the time is taken
@@ -1131,7 +1059,7 @@ def started_on_history(sessions: int, events: int) -> Iterator[Started]:
         wait_for_sessions(monitor)
         start_ms = (time.perf_counter() - begin) * 1000
         tests.index_ready(monitor)
-        yield Started(monitor, start_ms, memory_mb(monitor.pid))
+        yield monitor, start_ms, memory_mb(monitor.pid)
 
 
 def ingest_in_turn(monitors: list[tests.RunningMonitor], sizes: Sizes) -> list[float]:
@@ -1191,12 +1119,9 @@ def page_answers(monitor: tests.RunningMonitor) -> bool:
     return status == 200 and body.rstrip().endswith(b"</html>")
 
 
-# ---------------------------------------------------------------------------
-# History: search and statistics
-# ---------------------------------------------------------------------------
+# History: search and statistics ---------------------------------------------
 
-HISTORY_DAYS = 30
-HISTORY_SESSIONS = 600
+HISTORY_DAYS, HISTORY_SESSIONS = 30, 600
 HISTORY_TOOLS = ("Bash", "Read", "Edit", "Write", "Grep", "Glob", "WebFetch", "Agent")
 
 
@@ -1219,16 +1144,12 @@ class LargeEvents:
 
     def event(self, number: int, timestamp: int, session: str) -> dict[str, Any]:
         """Return event `number`: a call, or the result of the call before it."""
-        call: dict[str, Any] = {
-            "session_id": session, "cwd": f"/home/dev/project{number % 12}", "permission_mode": "default",
-            "transcript_path": f"/home/dev/.claude/{session}.jsonl", "hook_event_name": "PreToolUse",
-            "tool_name": HISTORY_TOOLS[(number // 2) % len(HISTORY_TOOLS)],
-            "tool_use_id": f"toolu_{session}_{number // 2}",
-        }  # fmt: skip
-        if number % 2 == 0:
-            call["tool_input"] = {"command": self.text(8)}
-        else:
-            call["hook_event_name"] = "PostToolUse"
+        call = tests.payload(
+            "PostToolUse" if number % 2 else "PreToolUse", session, cwd=f"/home/dev/project{number % 12}",
+            tool_use_id=f"toolu_{session}_{number // 2}", transcript_path=f"/home/dev/{session}.jsonl",
+            tool_name=HISTORY_TOOLS[number // 2 % len(HISTORY_TOOLS)], tool_input={"command": self.text(8)},
+        )  # fmt: skip
+        if number % 2:
             call["tool_input"] = {"file_path": f"/src/{self.rng.choice(self.words)}.py"}
             call["tool_response"] = {"stdout": self.text(8)}
             call["duration_ms"] = int(self.rng.lognormvariate(6, 2))
@@ -1260,8 +1181,7 @@ class LargeEvents:
         return size
 
 
-SEARCHED_SESSION = "session-8"
-SEARCH = "search in {history_events:,} events"
+SEARCHED_SESSION, SEARCH = "session-8", "search in {history_events:,} events"
 
 
 @benchmark(
@@ -1281,9 +1201,9 @@ SEARCH = "search in {history_events:,} events"
 )
 def bench_history(sizes: Sizes) -> Iterator[Measured]:
     """Search and count in a month of large events."""
-    home, maker = tests.new_home(), LargeEvents(sizes.history_events)
-    root = home + "/events"
-    try:
+    maker = LargeEvents(sizes.history_events)
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as ending:
+        root = home + "/events"
         size = maker.write(root, ee.now_ms())
         note(f"  {maker.count:,} events of {size / maker.count:.0f} bytes")
         journal = cm.Journal(root)
@@ -1291,49 +1211,32 @@ def bench_history(sizes: Sizes) -> Iterator[Measured]:
         history = cm.History(journal, home + "/index.db")
         begin = time.monotonic()
         history.start()
-        try:
-            tests.eventually(lambda: history.status()["state"] == "ready", 1800, "the index")
-            note(f"  indexed in {time.monotonic() - begin:.0f} s")
-            for words, session in (
-                (maker.rare, None),
-                (maker.common, None),
-                (maker.middling, None),
-                (f"{maker.common} {maker.words[3]}", None),
-                (maker.middling[:3] + "*", None),
-                (maker.common, SEARCHED_SESSION),
-                ("nowheretobefound", None),
-                ("", SEARCHED_SESSION),
-            ):
-                sessions = None if session is None else frozenset([session])
-                query = cm.SearchQuery(cm.parse_terms(words), sessions)
-                search = functools.partial(history.search, query)
-                if bool(search()["results"]) == (words == "nowheretobefound"):
-                    raise BenchError(f"the search for {words!r} found something else than expected")
-                yield Measured(p95_ms(search, 40))
-            search = functools.partial(history.search, cm.SearchQuery(cm.parse_terms(maker.common)))
-            read = functools.partial(read_all, root)
-            yield paired([(p95_ms(search, 3), timed_ms(read)) for _ in range(5)])
-            for only in (None, SEARCHED_SESSION):
-                count = functools.partial(history.statistics, 0, 1 << 53, only)
-                yield Measured(p95_ms(count, 10))
-            yield Measured(history.status()["bytes"] / size * 100)
-        finally:
-            history.stop()
-    finally:
-        shutil.rmtree(home)
+        ending.callback(history.stop)
+        tests.eventually(lambda: history.status()["state"] == "ready", 1800, "the index")
+        note(f"  indexed in {time.monotonic() - begin:.0f} s")
+        two, start = f"{maker.common} {maker.words[3]}", maker.middling[:3] + "*"
+        everywhere = (maker.rare, maker.common, maker.middling, two, start)
+        wanted: list[tuple[str, str | None]] = [(it, None) for it in everywhere]
+        wanted += [(maker.common, SEARCHED_SESSION), ("nowheretobefound", None), ("", SEARCHED_SESSION)]
+        for words, session in wanted:
+            sessions = None if session is None else frozenset([session])
+            query = cm.SearchQuery(cm.parse_terms(words), sessions)
+            search = functools.partial(history.search, query)
+            if bool(search()["results"]) == (words == "nowheretobefound"):
+                raise BenchError(f"the search for {words!r} found something else than expected")
+            yield Measured(p95_ms(search, 40))
+        search = functools.partial(history.search, cm.SearchQuery(cm.parse_terms(maker.common)))
+        files = list(pathlib.Path(root).glob("*/*.jsonl"))
+        yield paired(
+            [(p95_ms(search, 3), timed_ms(lambda: [it.read_bytes() for it in files])) for _ in range(5)]
+        )
+        for only in (None, SEARCHED_SESSION):
+            count = functools.partial(history.statistics, 0, 1 << 53, only)
+            yield Measured(p95_ms(count, 10))
+        yield Measured(history.status()["bytes"] / size * 100)
 
 
-def read_all(root: str) -> None:
-    """Read the bytes of all event files."""
-    for path in glob.glob(root + "/*/*.jsonl"):
-        with open(path, "rb", buffering=0) as file:
-            while file.read(1 << 20):
-                pass
-
-
-# ---------------------------------------------------------------------------
-# Transcripts
-# ---------------------------------------------------------------------------
+# Transcripts ----------------------------------------------------------------
 
 
 def transcript_lines(turn: int, call: int) -> str:
@@ -1379,9 +1282,7 @@ def bench_reader(sizes: Sizes) -> Iterator[Measured]:
         yield Measured(statistics.median(costs))
 
 
-# ---------------------------------------------------------------------------
-# Redaction
-# ---------------------------------------------------------------------------
+# Redaction ------------------------------------------------------------------
 
 
 @benchmark(
@@ -1407,17 +1308,13 @@ def bench_redact(_sizes: Sizes) -> Iterator[Measured]:
     recorded = [line.decode() for name in tests.recording_names() for line in tests.recorded_lines(name)]
     with_hints = code[:4_000_000] + " ".join(tests.hook_hints()) + code[4_000_000:8_000_000]
     for text in (with_hints, "\n".join(recorded * 3)):
-        yield Measured(statistics.median(redaction_mb_per_s(text) for _ in range(5)))
+        redact = functools.partial(ee.redact_text, text)
+        yield Measured(
+            len(text) / 1000 / statistics.median(timed_ms(redact, time.process_time) for _ in range(5))
+        )
 
 
-def redaction_mb_per_s(text: str) -> float:
-    """Return the speed of redaction, in processor time."""
-    return len(text) / 1000 / timed_ms(lambda: ee.redact_text(text), time.process_time)
-
-
-# ---------------------------------------------------------------------------
-# Page: frames, work and memory in headless Chromium
-# ---------------------------------------------------------------------------
+# Page: frames, work and memory in headless Chromium -------------------------
 
 PAGE_EVENTS_PER_S = 1000
 
@@ -1593,11 +1490,9 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
             yield from map(Measured, conversation_ms(tab))
 
 
-# ---------------------------------------------------------------------------
-# Bounds: a flood of one machine beside others, and many sessions at rest
-# ---------------------------------------------------------------------------
+# Bounds: a flood of one machine beside others, and many sessions at rest ----
 
-FLOOD_EVENTS_PER_S = 10_000
+FLOOD_S, FLOOD_EVENTS_PER_S = 10.0, 10_000
 FLOOD_ASKS = 50  # of another machine, spread over the flood
 REST_SESSIONS = 10_000  # on as many machines
 
@@ -1632,10 +1527,10 @@ def publisher_of(machine: tests.RunningMonitor) -> Callable[[list[bytes]], objec
     return publish
 
 
-def flood(machine: tests.RunningMonitor, seconds: float, is_closed: bool) -> None:
+def flood(machine: tests.RunningMonitor, is_closed: bool) -> None:
     """Send FLOOD_EVENTS_PER_S calls of one session, with results if `is_closed`, as far as they are taken."""
     send, begin, sent = publisher_of(machine), time.monotonic(), 0
-    while (now := time.monotonic()) < begin + seconds:
+    while (now := time.monotonic()) < begin + FLOOD_S:
         due = int((now - begin) * FLOOD_EVENTS_PER_S) // 2 * 2
         data = {"toolName": "Bash", "toolInput": {"command": "make " + "x" * 300}}
         lines = []
@@ -1646,16 +1541,16 @@ def flood(machine: tests.RunningMonitor, seconds: float, is_closed: bool) -> Non
         send(lines)
         sent += len(lines)
         time.sleep(0.002)
-    note(f"  {sent / seconds:,.0f} events a second were sent")
+    note(f"  {sent / FLOOD_S:,.0f} events a second were sent")
 
 
-def flood_waits_ms(machine: tests.RunningMonitor, tab: Any, seconds: float, is_closed: bool) -> list[float]:
+def flood_waits_ms(machine: tests.RunningMonitor, tab: Any, is_closed: bool) -> list[float]:
     """Return, sorted, the times from requests of a quiet machine during a flood to their rows."""
     send, asked_ms = publisher_of(machine), {}
     tab.evaluate("look.noteWaits()")
-    with tests.serving(flood, machine, seconds, is_closed):
+    with tests.serving(flood, machine, is_closed):
         for number in range(FLOOD_ASKS):
-            time.sleep(seconds / FLOOD_ASKS)
+            time.sleep(FLOOD_S / FLOOD_ASKS)
             session = f"asks-{is_closed}-{number}"
             asked_ms[session] = time.time() * 1000
             send([machine_event("calm", session, "permission_request", toolName="Bash")])
@@ -1682,7 +1577,7 @@ def bench_flood(sizes: Sizes) -> Iterator[Measured]:
             if config["mode"] == "redis":
                 machine.wait_until("connected")
             for is_closed in closings:
-                yield Measured(percentile(flood_waits_ms(machine, tab, sizes.flood_s, is_closed), 99))
+                yield Measured(percentile(flood_waits_ms(machine, tab, is_closed), 99))
             tab.close()
             machine.stop()
 
@@ -1698,14 +1593,10 @@ def bench_rest(sizes: Sizes) -> Iterator[Measured]:
         tests.index_ready(monitor)
         tests.eventually(lambda: monitor.get("/api/status")["events"]["stored"] == REST_SESSIONS, 60)
         time.sleep(2 * cm.SNAPSHOT_INTERVAL_S + 10)  # until the snapshots of all are saved
-        before, begin = processor_s(monitor.pid), time.monotonic()
-        time.sleep(sizes.idle_s)
-        yield Measured((processor_s(monitor.pid) - before) / (time.monotonic() - begin) * 100)
+        yield Measured(at_rest(monitor.pid, sizes.idle_s)[0])
 
 
-# ---------------------------------------------------------------------------
-# Document and main
-# ---------------------------------------------------------------------------
+# Document and main ----------------------------------------------------------
 
 DOCUMENT = os.path.join(setup.ROOT, ".docs", "benchmarks.md")
 ALL = "All benchmarks at small sizes"  # the title of one table; those at full size have the benchmark's name
@@ -1713,12 +1604,9 @@ ALL = "All benchmarks at small sizes"  # the title of one table; those at full s
 
 def update_document(path: str, title: str, body: str) -> None:
     """Replace the body of one section, or add the section; the rest of the document stays."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    new = f"## {title}\n\n{body}\n"
+    text, new = pathlib.Path(path).read_text("utf-8"), f"## {title}\n\n{body}\n"
     text, found = re.subn(rf"(?ms)^## {re.escape(title)}$.*?(?=^## |\Z)", lambda _: new + "\n", text)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write((text if found else f"{text}\n{new}").rstrip() + "\n")
+    pathlib.Path(path).write_text((text if found else f"{text}\n{new}").rstrip() + "\n", "utf-8")
 
 
 def section(command: str, figures: list[Figure], failures: list[str], seconds: float) -> str:
@@ -1783,9 +1671,9 @@ def main(name: str, json_path: str | None = None) -> int:
     title = ALL if name == "all" else name
     update_document(DOCUMENT, title, section(command, figures, failures, seconds))
     if json_path is not None:
-        rows = [dataclasses.asdict(figure) for figure in figures]
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump({"figures": rows, "failed": failures, "seconds": round(seconds, 1)}, file, indent=1)
+        rows = [{**vars(it), "measured": it.measured and it.measured._asdict()} for it in figures]
+        whole = {"figures": rows, "failed": failures, "seconds": round(seconds, 1)}
+        pathlib.Path(json_path).write_text(json.dumps(whole, indent=1), "utf-8")
     return 1 if failures else 0
 
 

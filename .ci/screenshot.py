@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 
 import playwright.sync_api
+import setup
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZE: playwright.sync_api.ViewportSize = {"width": 1440, "height": 740}
 # A session that waits for an answer, and a command of it that failed.
 SESSION = "[data-testid=session]:has-text('Quote what was typed')"
@@ -32,7 +30,7 @@ def main(folder: str) -> None:
         environment = {**os.environ, "CONTEXTUATE_HOME": home}
 
         def run(*arguments: str) -> str:
-            command = [sys.executable, f"{ROOT}/contextuate_monitor.py", *arguments]
+            command = [sys.executable, f"{setup.ROOT}/contextuate_monitor.py", *arguments]
             return subprocess.check_output(command, env=environment, text=True)
 
         run("start", "--no-open")
@@ -45,9 +43,8 @@ def main(folder: str) -> None:
 
 def take_pictures(url: str, folder: str) -> None:
     """Save `screenshot-light.png` and `screenshot-dark.png`."""
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     with playwright.sync_api.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        browser = tool.chromium.launch(executable_path=setup.find_browser(), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
             page = browser.new_context(viewport=SIZE, color_scheme=scheme).new_page()
             page.goto(url)
@@ -59,4 +56,4 @@ def take_pictures(url: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else f"{ROOT}/.docs")
+    main(sys.argv[1] if len(sys.argv) > 1 else f"{setup.ROOT}/.docs")

@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import importlib.util
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,7 @@ def report(message: str) -> None:
     print(f"setup: {message}", flush=True)
 
 
-# ---------------------------------------------------------------------------
-# Environment and programs
-# ---------------------------------------------------------------------------
+# Environment and programs ---------------------------------------------------
 
 
 def set_up() -> None:
@@ -84,10 +83,9 @@ def set_up() -> None:
 def set_up_environment() -> None:
     """Make .venv with the pinned packages, unless it is up to date."""
     wanted = "\n".join((sys.version, *PACKAGES))
-    if os.path.exists(INSTALLED):
-        with open(INSTALLED, encoding="utf-8") as file:
-            if file.read() == wanted:
-                return
+    installed = pathlib.Path(INSTALLED)
+    if installed.exists() and installed.read_text("utf-8") == wanted:
+        return
     report(f"making {ENVIRONMENT} with {', '.join(PACKAGES)}")
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     if subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=False).returncode:
@@ -99,8 +97,7 @@ def set_up_environment() -> None:
     # Compile the tests once; otherwise each of pytest's workers does it, all at the same time.
     collect = [ENVIRONMENT_PYTHON, "-m", "pytest", "--collect-only", "-qq"]
     subprocess.run(collect, cwd=ROOT, env=environment(), check=False, stdout=subprocess.DEVNULL)
-    with open(INSTALLED, "w", encoding="utf-8") as file:
-        file.write(wanted)
+    installed.write_text(wanted, "utf-8")
 
 
 def install_programs(missing: list[str]) -> None:
@@ -122,9 +119,7 @@ def install_programs(missing: list[str]) -> None:
         report(f"{manager} failed; try: sudo {' '.join(install)}")
 
 
-# ---------------------------------------------------------------------------
-# Command line of test_monitor.py
-# ---------------------------------------------------------------------------
+# Command line of test_monitor.py --------------------------------------------
 
 
 def main() -> NoReturn:
