@@ -1206,6 +1206,7 @@ SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
 TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
+HOOK_DEADLINE_S = 30.0  # for the hook that these run
 _EXITED = "its process exited"
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
@@ -8414,6 +8415,8 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             emit_event.write_atomically(target, text.encode())
     except OSError as error:
+        if backup is not None and os.path.exists(backup):
+            os.unlink(backup)
         words = f"{path} cannot be written, nothing was changed: {error.strerror or error}"
         raise CommandError(f"{words}; correct this, then try again") from error
     return backup
@@ -8438,7 +8441,12 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
         arguments = [base_interpreter(), "-I", "-S", script]
     given = encode_json(payload).decode()
     options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
-    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **options)
+    try:
+        options.update(capture_output=True, env=environment, timeout=HOOK_DEADLINE_S)
+        return subprocess.run(arguments, input=given, **options)
+    except subprocess.TimeoutExpired:
+        words = f"contextuate: the hook did not end within {HOOK_DEADLINE_S:g} s: {shlex.join(arguments)}\n"
+        return subprocess.CompletedProcess(arguments, 0, "", words)
 
 
 def was_delivered(report: str) -> bool:
