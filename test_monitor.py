@@ -796,17 +796,6 @@ def test_the_hooks_log_is_bounded_and_shows_no_secret(monkeypatch, tmp_path):
     assert hook_mode_of(tmp_path / "emit.log") == 0o600
 
 
-def test_the_launcher_exits_0_without_its_library(hook_installed, monitor):
-    copy = monitor.home + "/copy"
-    shutil.copytree(hook_installed.directory, copy)
-    command = hook_installed.command.replace(hook_installed.directory, copy)
-    hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook")
-    assert hook_call(command, payload("Stop"), monitor.environment) == ""
-    shutil.rmtree(copy + "/lib")
-    assert hook_call(command, payload("Stop"), monitor.environment) == ""
-    assert hook_call(hook_installed.command.replace("emit_event.py", "gone.py"), b"{}", monitor.environment)
-
-
 def status_line_call(command: str, line: Any, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
     """Run a status line as Claude Code does; return (standard output, standard error, exit status)."""
     given = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
@@ -834,9 +823,27 @@ def test_an_earlier_status_line_is_shown_unchanged(hook_installed, monitor, loca
     assert status_line_call(own, b"[]", kept)[::2] == (b"\n", 0)
 
 
-def test_a_status_line_survives_a_broken_installation_and_can_be_ended(hook_installed, monitor):
-    shutil.copytree(hook_installed.directory, monitor.home + "/hooks")
-    script = monitor.home + "/hooks/emit_event.py"
+def test_hook_and_status_line_survive_a_broken_installation(hook_installed, monitor):
+    copy = monitor.home + "/hooks"
+    shutil.copytree(hook_installed.directory, copy)
+    hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook")
+    hook = hook_installed.command.replace(hook_installed.directory, copy)
+    script = copy + "/emit_event.py"
+    shown = cm.status_line_command(PYTHON, script, "cat; exit 3")
+    for name in ("lib/status_line.py", "lib"):
+        shutil.rmtree(copy + "/lib/__pycache__", ignore_errors=True)
+        ee.set_aside(f"{copy}/{name}")
+        assert hook_call(hook, payload("Stop"), monitor.environment) == ""
+        assert status_line_call(shown, b"{}\n", monitor.environment) == (b"{}\n", b"", 3)
+    assert hook_call(hook.replace("emit_event.py", "gone.py"), b"{}", monitor.environment)
+    shown = cm.status_line_command(PYTHON, hook_installed.directory + "/emit_event.py", "cat")
+    for home in ("/dev/null/home", "/proc/1/x"):  # nothing can be kept there
+        environment = {**monitor.environment, "CONTEXTUATE_HOME": home}
+        assert status_line_call(shown, b"{}\n", environment) == (b"{}\n", b"", 0)
+
+
+def test_the_client_can_end_a_status_line_that_hangs(hook_installed, monitor):
+    script = hook_installed.directory + "/emit_event.py"
     hanging = cm.status_line_command(PYTHON, script, "echo $$; exec sleep 60")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(["/bin/sh", "-c", hanging], env=monitor.environment, **pipes) as process:
@@ -844,15 +851,6 @@ def test_a_status_line_survives_a_broken_installation_and_can_be_ended(hook_inst
         process.stdin.close()
         assert int(process.stdout.readline()) == process.pid, "the client ends the line itself"
         process.kill()
-    ours = cm.status_line_command(PYTHON, script, "cat; exit 3")
-    for name in ("lib/status_line.py", "lib"):
-        shutil.rmtree(monitor.home + "/hooks/lib/__pycache__", ignore_errors=True)
-        ee.set_aside(f"{monitor.home}/hooks/{name}")
-        assert status_line_call(ours, b"{}\n", monitor.environment) == (b"{}\n", b"", 3)
-    for home in ("/dev/null/home", "/proc/1/x"):  # nothing can be kept there
-        shown = status_line_call(cm.status_line_command(PYTHON, hook_installed.directory + "/emit_event.py", "cat"),
-                                 b"{}\n", {**monitor.environment, "CONTEXTUATE_HOME": home})  # fmt: skip
-        assert shown == (b"{}\n", b"", 0)
 
 
 def test_figures_are_handed_on_when_they_change_and_not_too_often(hook_installed, monitor):
@@ -936,17 +934,14 @@ def test_a_hook_spools_what_is_not_acknowledged(hook_alone, monitor, answer):
                 pass
 
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener, *others = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4))
         listener.bind(monitor.socket_path)
         listener.listen(8 if answer else 0)
-        for _ in range(0 if answer else 3):  # fill the backlog, so that connecting itself blocks
-            waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            waiting.setblocking(False)
-            waiting.connect_ex(monitor.socket_path)
-        thread = threading.Thread(target=serve, daemon=True)
         if answer:
-            thread.start()
-            stack.callback(thread.join, 20)
+            threading.Thread(target=serve, daemon=True).start()
+        for other in [] if answer else others:  # fill the backlog, so that connecting itself blocks
+            other.setblocking(False)
+            other.connect_ex(monitor.socket_path)
         hook_alone()
     assert [line["hook"] for line in hook_alone.spooled()] == [payload("Stop")]
 
@@ -1316,20 +1311,9 @@ def test_any_object_becomes_an_event_with_every_value(given_object):
         ee.encode_json(cm.event_row(stored))
 
 
-HOOK_ODD_JSON = {
-    "NaN": (b'{"n": NaN, "m": -Infinity}', {"n": "NaN", "m": "-Infinity"}),
-    "a number beyond floats": (b'{"n": [1e999, {"m": -1e999}]}', {"n": ["Infinity", {"m": "-Infinity"}]}),
-    "a lone surrogate": (b'{"n": "\\ud83d", "\\udc00": 1}', {"n": "\ud83d", "\udc00": 1}),
-    "not UTF-8": (b'{"n": "a\xffb"}', {"n": "a\ufffdb"}),
-    "a long integer": (b'{"n": ' + b"9" * 4000 + b"}", {"n": 10**4000 - 1}),
-    "raw U+2028": ('{"n": "a\u2028b"}'.encode(), {"n": "a\u2028b"}),
-    "a name twice": (b'{"n": 1, "n": 2}', {"n": 2}),
-}
-
-
-@pytest.mark.parametrize(("line", "value"), HOOK_ODD_JSON.values(), ids=HOOK_ODD_JSON.keys())
+@story_table("hook.txt", "odd JSON", "line, value")
 def test_odd_json_is_parsed_and_survives_the_round_trip(line, value):
-    event = ee.build_event(ee.parse_event_line(line), 5, "m")
+    event = ee.build_event(ee.parse_event_line(line.encode("latin-1")), 5, "m")
     hook_check_form(event)
     assert json.loads(ee.encode_json(event))["data"] == value
 
@@ -1723,14 +1707,6 @@ def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
 # ---------------------------------------------------------------------------
 
 
-def spool_writer(directory: str, name: int, count: int) -> None:
-    """Append numbered lines of many sizes; in a process of its own."""
-    ee.SEGMENT_LIMIT_BYTES, rng = 40_000, random.Random(name)
-    for number in range(count):
-        pad = b"x" * rng.choice((0, 10, 1000, 9000))
-        ee.append_to_spool(directory, b'{"id":"%d-%d","pad":"%s","end":1}\n' % (name, number, pad))
-
-
 def spool_line(event_id: str, session: str = "s1") -> bytes:
     wrapped = {"id": event_id, "timestamp": NOW_MS, "hook": payload("Stop", session)}
     return json.dumps(wrapped).encode() + b"\n"
@@ -1743,6 +1719,12 @@ def spool_read(path: str) -> list[bytes]:
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
     directory, writers, each, segments = str(tmp_path / "spool"), 8, 250, []
 
+    def write(writer: int) -> None:
+        ee.SEGMENT_LIMIT_BYTES, rng = 40_000, random.Random(writer)
+        for number in range(each):
+            pad = b"x" * rng.choice((0, 10, 1000, 9000))
+            ee.append_to_spool(directory, b'{"id":"%d-%d","pad":"%s","end":1}\n' % (writer, number, pad))
+
     def drain() -> bool:
         for path, _ in ee.spool_segments(directory):
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
@@ -1752,7 +1734,7 @@ def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
         return all(process.exitcode == 0 for process in processes)
 
     fork = multiprocessing.get_context("fork").Process
-    processes = [fork(target=spool_writer, args=(directory, writer, each)) for writer in range(writers)]
+    processes = [fork(target=write, args=(writer,)) for writer in range(writers)]
     for process in processes:
         process.start()
     eventually(drain, timeout_s=60)
@@ -2335,19 +2317,13 @@ def test_the_index_reads_a_page_of_older_events_without_other_files(tmp_path, jo
 
 INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hooks/emit_event.py")
 INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
-INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
 INSTALL_ODD_NAMES = r"""a b|a"b|a$HOME b|a`id`b|a\b|a\|a'b|$(exit 3)|é|a;b|!x|*?[x]{a,b} ~#&()<>""".split("|")
 INSTALL_ODD_NAMES += ["\u2028", "a\nb"]
 INSTALL_OTHERS_COMMANDS = ["", *story_parts("tables.txt")["others' commands"]]
-INSTALL_OUR_COMMANDS = [
-    INSTALL_COMMAND,
-    "python3 -I -S /x/hooks/emit_event.py",
-    "'/odd place/pypy' -I -S '/b c/hooks/emit_event.py' || :",
-    '"/usr/bin/python3" -I -S "/home/me/.contextuate/hooks/emit_event.py" || :',
-    *(cm.hook_command(f"/{odd}/python", f"/{odd}/hooks/emit_event.py") for odd in INSTALL_ODD_NAMES),
+INSTALL_OUR_COMMANDS = [INSTALL_COMMAND, *story_parts("tables.txt")["our commands"]]
+INSTALL_OUR_COMMANDS += [
+    cm.hook_command(f"/{it}/python", f"/{it}/hooks/emit_event.py") for it in INSTALL_ODD_NAMES
 ]
-
-
 INSTALL_OTHERS = [
     *({"type": "command", "command": command, "timeout": 5} for command in INSTALL_OTHERS_COMMANDS),
     {"type": "http", "url": INSTALL_COMMAND}, {"type": "command", "command": "make", "args": ["x"]}, {}, {"x": [None]},
@@ -2357,7 +2333,7 @@ install_groups = st.fixed_dictionaries(
     optional={"matcher": st.sampled_from(["", "*", "Bash", "Edit|Write"]), "future": hook_json},
 )
 install_hooks = st.dictionaries(
-    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate", "é"]), st.lists(install_groups, min_size=1, max_size=3),
+    st.sampled_from([*cm.event_names((99, 0, 0)), "WorktreeCreate", "é"]), st.lists(install_groups, min_size=1, max_size=3),
     min_size=1, max_size=4,
 )  # fmt: skip
 install_settings = st.builds(
@@ -2419,16 +2395,15 @@ def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ou
     assert cm.merge_hooks(with_arguments, "", []) == with_arguments
 
 
-INSTALL_OTHER, INSTALL_NEW = {"type": "command", "command": "make"}, {**INSTALL_HANDLER, "note": 1}
-INSTALL_OLD = {**INSTALL_NEW, "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5}
-
-
 @story_table("tables.txt", "merged", "before, after")
 def test_install_updates_an_old_entry_and_removes_doubles_and_old_names(before, after):
-    entries = {"OURS": INSTALL_HANDLER, "OLD": INSTALL_OLD, "NEW": INSTALL_NEW, "OTHER": INSTALL_OTHER}
+    new = {**INSTALL_HANDLER, "note": 1}
+    old = {**new, "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5}
+    other = {"type": "command", "command": "make"}
+    entries = {"OURS": INSTALL_HANDLER, "OLD": old, "NEW": new, "OTHER": other}
     for group in (*before["Stop"], *after["Stop"]):
         group["hooks"] = [entries.get(name, name) for name in group["hooks"]]
-    for more in ({}, {"FileChanged": [{"hooks": [INSTALL_OLD]}]}):
+    for more in ({}, {"FileChanged": [{"hooks": [old]}]}):
         assert cm.merge_hooks({"hooks": {**more, **before}}, INSTALL_COMMAND, ["Stop"]) == {"hooks": after}
 
 
@@ -2571,8 +2546,6 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     assert whole.startswith(hot_path + ee.HOT_PATH_END + line + ee.STATUS_LINE_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
     assert compiled == {"emit_event", "hot_path", "status_line"}
-    assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
-    assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
     command = cm.hook_command(PYTHON, script)
     for _ in range(2):
