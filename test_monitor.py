@@ -934,11 +934,10 @@ def test_a_hook_spools_what_is_not_acknowledged(hook_alone, monitor, answer):
 
 @needs_root
 def test_a_hook_sends_nothing_to_another_users_socket(hook_alone, monitor):
-    os.chmod(monitor.home, 0o777)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(monitor.socket_path)
         os.seteuid(65534)
         try:
-            listener.bind(monitor.socket_path)
             listener.listen(1)
         finally:
             os.seteuid(0)
@@ -1537,12 +1536,17 @@ def test_a_token_that_grep_has_coloured_is_redacted_whole():
 HOOK_ESCAPES = st.sampled_from(r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"))
 HOOK_ESCAPES |= st.sampled_from(["\n", " ", "\x1b[0m", "\x1b[01;31m\x1b[K"])
 hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, max_size=4).map("".join)
-hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
 
 @example("", " ", next(token for kind, token in hook_tokens() if kind == "facebook"), "%3D", "")
 @settings(max_examples=300)
-@given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
+@given(
+    hook_harmless_parts,
+    HOOK_ESCAPES,
+    st.sampled_from([it for _, it in hook_tokens()]),
+    HOOK_ESCAPES,
+    hook_harmless_parts,
+)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
     shown = ee.redact_text(before + left + token + right + after)
     assert set(hook_traces(token, shown)) <= {*hook_traces(token, [before, after])}, shown
@@ -1802,8 +1806,7 @@ def test_a_file_that_cannot_be_written_holds_up_no_other_session(monitor):
     os.makedirs(in_the_way)
     spool = monitor.home + "/spool"
     for number, session in enumerate(("bad", "good", "bad", "better")):
-        wrapped = hook_wrapped(payload("UserPromptSubmit", session, prompt=str(number)), id=f"e{number}")
-        ee.append_to_spool(spool, json.dumps({**wrapped, "timestamp": cm.now_ms()}).encode() + b"\n")
+        ee.append_to_spool(spool, spool_line(f"e{number}", session))
     monitor.serve()
     eventually(lambda: {"good", "better"} <= monitor.sessions().keys() and not ee.spool_segments(spool))
     assert len(hook_spooled(monitor.home, "unsaved")) == 2
@@ -1811,7 +1814,7 @@ def test_a_file_that_cannot_be_written_holds_up_no_other_session(monitor):
     monitor.kill()
     os.rmdir(in_the_way)
     monitor.serve()
-    eventually(lambda: "bad" in monitor.sessions() and monitor.sessions()["bad"]["counts"]["prompts"] == 2)
+    eventually(lambda: monitor.counts().get("bad", {}).get("events") == 2)
     assert not ee.spool_segments(monitor.home + "/unsaved")
 
 
@@ -2064,17 +2067,17 @@ def test_a_file_that_is_removed_or_replaced_ends_there(tmp_path, journal, monkey
 def test_a_day_may_have_more_files_than_may_be_open(journal):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/dev/fd"))
-    for turn in range(3):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + journal.OPEN_FILES + 20, hard))
-        try:
+    try:
+        for turn in range(3):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + journal.OPEN_FILES + 20, hard))
             events = [store_event(turn * 300 + number, f"s{number}") for number in range(300)]
             assert None not in journal.append(events, NOW_MS)
             journal.close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
-            assert journal_seqs(journal.lines()) == list(range(1, 300 * turn + 301))
-            assert journal_seqs(journal.lines(backwards=True)) == list(range(300 * turn + 300, 0, -1))
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            seqs = list(range(1, 300 * turn + 301))
+            assert journal_seqs(journal.lines()) == journal_seqs(journal.lines(backwards=True))[::-1] == seqs
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal):
@@ -2093,26 +2096,13 @@ def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal)
     assert journal_opened(tmp_path).in_order and mark.exists() and cm.Journal(str(tmp_path)).in_order
 
 
-def pack_as_before(path: str) -> None:
-    """Put a packed file in the place of a plain one: gzip in parts, as versions did that packed closed days."""
-    content = pathlib.Path(path).read_bytes()
-    with open(path + ".gz", "wb") as file:
-        for start in range(0, len(content), 2000):
-            part = gzip.compress(content[start : start + 2000])
-            extra = struct.pack("<H2sHQQ", 20, b"CB", 16, 0, 0)
-            file.write(part[:3] + b"\x04" + part[4:8] + b"\0\xff" + extra + part[10:])
-    os.unlink(path)
-
-
 def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     for number in range(120):
         journal.append([store_event(number, f"s{number % 4}", 600)], NOW_MS + number // 50 * DAY_MS)
     before = {str(path): path.read_bytes() for path in tmp_path.glob("*/*.jsonl")}
     lines = list(journal.lines())
-    by_hand, whole, half, *others = sorted(before)[:-2]
-    subprocess.run(["gzip", by_hand], check=True)
-    for path in (whole, half, *others):
-        pack_as_before(path)
+    whole, half, *others = sorted(before)[:-2]
+    subprocess.run(["gzip", whole, half, *others], check=True)
     # killed before the packed one went: the plain one counts; and killed while it was written
     kills = {whole + ".gz": b"x", whole: before[whole], half + ".tmp": before[half][:999] * 99}
     for path, content in kills.items():
@@ -2608,20 +2598,10 @@ def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_
     assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == bool(final)
     again = install_plan(settings_file)
     assert again.new_text == again.old_text == plan.new_text
+    assert cm.write_settings(again.path, again.new_text, again.old_text) is None
     back = install_plan(settings_file, "")
     cm.write_settings(back.path, back.new_text, back.old_text)
-    assert settings_file.read_bytes() == content
-
-
-def test_settings_that_need_no_change_keep_their_layout(settings_file):
-    settings_file.write_text('{ "a":[1,2] , "b": 1.50}')
-    plan = install_plan(settings_file, "")
-    assert plan.new_text == plan.old_text and plan.names == []
-    assert cm.write_settings(plan.path, plan.new_text, plan.old_text) is None
-    assert os.listdir(settings_file.parent) == ["settings.json"]
-    compact = json.dumps(json.loads(install_plan(settings_file).new_text))
-    settings_file.write_text(compact)
-    assert install_plan(settings_file).new_text == compact
+    assert settings_file.read_bytes() == content and back.names == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n", b"\xef\xbb\xbf", b"{}"])
