@@ -1024,6 +1024,7 @@ def test_a_user_without_home_and_entry_loses_no_event_and_sees_one_line(monitor)
     os.mkdir(program)
     for name in ("contextuate_monitor.py", "emit_event.py"):
         shutil.copy(os.path.join(ROOT, name), program)
+    hook_replace(program + "/emit_event.py", '"/tmp/contextuate-monitor.sock"', f'"{program}/none.sock"')
     subprocess.run([PYTHON, "-m", "compileall", "-q", program], check=True)
     event = shlex.quote(json.dumps(payload("Stop")))
     bare = f"cd {program}; env -i PATH=$PATH CONTEXTUATE_HOME=$0 {PYTHON}"
@@ -1099,6 +1100,9 @@ def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
 
 
+HOOK_VALUES = story_cases("config.txt", "keys")
+
+
 def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[str, Any], list[str]]:
     """Load a configuration in which one key has a value; return every key's value, and the warnings."""
     section, dot, name = key.partition(".")
@@ -1110,7 +1114,7 @@ def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[
 
 @pytest.mark.parametrize("key", sorted({part for key in cm.KEYS for part in (key, key.partition(".")[0])}))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
-    wrong, right = story_cases("config.txt", "keys")[key]
+    wrong, right = HOOK_VALUES[key]
     path = tmp_path / "c.json"
     expected = cm.KEYS[key].expected if key in cm.KEYS else "an object"
     for value in wrong:
@@ -1579,13 +1583,14 @@ def test_a_long_field_is_cut_in_the_middle_once_and_with_its_size(letter, limit)
 @pytest.mark.parametrize("kind", HOOK_SECRET_KINDS)
 def test_a_secret_across_the_cut_leaves_no_half(kind):
     secret, around = next((secret, around) for its_kind, secret, around in HOOK_SECRETS if its_kind == kind)
-    text, total, privacy = around.replace("{}", secret), 14_000, ee.Privacy(field_limit_bytes=4096)
-    for edge in (2048, total - 2048):
-        for back in range(0, len(text), max(1, len(text) // 12)):
-            before = ("word " * edge)[: edge - back - 1] + " "
-            long_text = (before + text + " word" * total)[:total]
-            event = hook_protected(payload("Stop", x=long_text), privacy)
-            assert "truncated" in event["data"] and not hook_traces(secret, event), (edge, back)
+    text, half, total = around.replace("{}", secret), 2048, 14_000
+    for back in range(0, len(text), max(1, len(text) // 12)):
+        long_text = ""
+        for edge in (half, total - half):
+            long_text = (long_text + " word" * total)[: edge - back - 1] + " " + text
+        long_text = (long_text + " word" * total)[:total]
+        event = hook_protected(payload("Stop", x=long_text), ee.Privacy(field_limit_bytes=2 * half))
+        assert "truncated" in event["data"] and not hook_traces(secret, event), back
 
 
 def test_secrets_before_the_cut_pull_no_half_secret_into_view():
