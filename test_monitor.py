@@ -1359,11 +1359,8 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
 
 def hook_made_up(text: str) -> str:
     """Make up the secrets in a text of the file, whose notation is at its head."""
-
-    def letters(size: re.Match[str]) -> str:
-        return hook_token("", int(size[1]), HOOK_ALPHABETS[size[2]])
-
-    return re.sub(r"<(\d+) ?(\w*)>", letters, text.replace("~", ""))
+    text = text.replace("~", "")
+    return re.sub(r"<(\d+) ?(\w*)>", lambda it: hook_token("", int(it[1]), HOOK_ALPHABETS[it[2]]), text)
 
 
 def hook_tokens() -> Iterator[tuple[str, str]]:
