@@ -5895,17 +5895,17 @@ def write_history(
     return ids
 
 
-def loading_reference(root: str) -> cm.Sessions:
-    """Apply everything that is stored, in the order of arrival."""
-    book = cm.Sessions(own_machine=ee.machine_key(os.path.dirname(root)), own_name="testbox")
-    for line in journal_plain_lines(root):
+def loading_same(place: RunningMonitor) -> None:
+    """Check that the monitor's sessions, of which none may have a process, are those of one pass over all events."""
+    book = cm.Sessions(own_machine=ee.machine_key(place.home), own_name="testbox")
+    for line in journal_plain_lines(place.home + "/events"):
         book.apply(cm.parse_stored(line))
-    return book
-
-
-def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return sessions by their ids, comparable whatever the order of their children."""
-    return {it["sessionId"]: {**it, "childSessionIds": sorted(it["childSessionIds"])} for it in sessions}
+    book.tick(cm.now_ms())
+    expected, shown = (
+        {it["sessionId"]: {**it, "childSessionIds": sorted(it["childSessionIds"])} for it in sessions}
+        for sessions in (book.each_json(True), place.sessions().values())
+    )
+    assert shown == expected
 
 
 @contextlib.contextmanager
@@ -5923,17 +5923,20 @@ def loading_here(home: str) -> Iterator[cm.Monitor]:
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("saved", ["nothing", "at the stop", "before a kill", "at a stop amid saving"])
-def test_what_was_loaded_is_what_processing_live_gives(saved):
+@pytest.mark.parametrize(
+    "saved", ["nothing", "nothing, at a stop while loading", "at the stop", "before a kill", "at a stop amid saving"]
+)
+def test_what_was_loaded_is_what_processing_live_gives(monitor, monkeypatch, saved):
     """From no snapshot, from those of an orderly stop, at any moment, and from those that a killed monitor saved."""
-    home = RunningMonitor(new_home()).home
-    root = home + "/events"
     # without pids: no session may end by itself while this runs
-    write_history(root, 80, 3000, cm.now_ms(), seed=len(saved), pids=False)
+    write_history(monitor.home + "/events", 80, 3000, cm.now_ms(), seed=len(saved), pids=False)
+    advance = cm.Monitor._advance
     if saved != "nothing":
-        with loading_here(home) as made:
-            eventually(lambda: made.loading is None, 60)
-            if saved != "at the stop":
+        if "nothing" in saved:
+            monkeypatch.setattr(cm.Monitor, "_advance", lambda self, steps: next(steps))
+        with loading_here(monitor.home) as made:
+            eventually(lambda: "nothing" in saved or made.loading is None, 60)
+            if saved in ("before a kill", "at a stop amid saving"):
                 made.loop.call(lambda: collections.deque(made._snapshot_steps(), 0))
                 eventually(lambda: not made.history._jobs)
             if saved == "before a kill":
@@ -5946,13 +5949,11 @@ def test_what_was_loaded_is_what_processing_live_gives(saved):
                     "id": f"later {number}", "timestamp": cm.now_ms(), "machineId": "later-box",
                 }  # fmt: skip
                 made.loop.call(lambda event=event: made.take_now(ee.encode_json(event)))
-    expected = loading_reference(root)
-    with loading_here(home) as made:
-        eventually(lambda: made.loading is None, 60)
-        expected.tick(cm.now_ms())
-        shown = made.loop.call(lambda: list(made.sessions.each_json(True)))
-        assert loading_listed(shown) == loading_listed(expected.each_json(True))
-    shutil.rmtree(home)
+        assert (made.loading is None) is ("nothing" not in saved)
+        assert int(install_text(monitor.home + "/last-seq")) == monitor.stored_events()[-1]["seq"]
+    monkeypatch.setattr(cm.Monitor, "_advance", advance)
+    with loading_here(monitor.home):
+        loading_same(monitor.know())
 
 
 @contextlib.contextmanager
@@ -5971,26 +5972,13 @@ def loading_held(monkeypatch: Any) -> Iterator[Any]:
     place = RunningMonitor(new_home())
     ids = write_history(place.home + "/events", 40, 2000, cm.now_ms(), pids=False)
     try:
-        with loading_here(place.home) as made:
-            place.about = {
-                "pid": os.getpid(), "host": "127.0.0.1", "port": made.port, "wsPort": made.ws_port,
-                "addresses": ["127.0.0.1"], "socketPath": place.socket_path,
-            }  # fmt: skip
-            ee.write_atomically(place.home + "/monitor.run.json", ee.encode_json(place.about))
+        with loading_here(place.home):
             try:
-                yield place, ids, gate
+                yield place.know(), ids, gate
             finally:
                 gate.set()
     finally:
         shutil.rmtree(place.home, ignore_errors=True)
-
-
-def loading_same(place: RunningMonitor) -> bool:
-    """True if the monitor's sessions, of which none may have a process, are those of one pass."""
-    expected = loading_reference(place.home + "/events")
-    expected.tick(cm.now_ms())
-    assert loading_listed(place.sessions().values()) == loading_listed(expected.each_json(True))
-    return True
 
 
 def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch):
@@ -6002,6 +5990,12 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         place.emit(place.stored_events()[0])  # once more: it is not stored again
         assert len(place.stored_events()) == nothing_yet["total"]
         assert words in in_process(place, "status").stdout and words in in_process(place, "sessions").stderr
+        with monkeypatch.context() as patch:
+            started = {**place.about, "process": "pid 1"}
+            found = itertools.chain([None], itertools.repeat(started))
+            patch.setattr(cm, "running_monitor", lambda settings: next(found))
+            patch.setattr(cm, "start_in_background", lambda *_: started)
+            assert words in in_process(place, "start", "--no-open").stdout
         client = place.websocket()
         client.next("status", loading=nothing_yet)
         assert client.ask("sessions", type="get_sessions")["sessions"] == []
@@ -6024,7 +6018,8 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         listed = client.next("sessions_updated")["sessions"]
         assert {session["sessionId"] for session in listed} == {*ids, "new"}
         client.next("status", loading=None)
-        assert place.sessions()["new"]["continuedFrom"] == ids[3] and loading_same(place)
+        assert place.sessions()["new"]["continuedFrom"] == ids[3]
+        loading_same(place)
         assert "stored events have" not in in_process(place, "status").stdout
 
 
@@ -6039,37 +6034,27 @@ def test_actions_are_refused_until_all_sessions_are_read(monkeypatch):
         client.next("sessions_updated")
         client.send(**renaming)
         assert client.next("session_update")["session"]["label"] == "second"
-        assert loading_same(place)
+        loading_same(place)
 
 
-def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor):
-    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms(), pids=False)
-    assert "stored events have been read" in monitor.command("start", "--no-open").stdout
-    monitor.stop()
-    with open(monitor.home + "/last-seq", "rb") as file:
-        assert int(file.read()) == max(event["seq"] for event in monitor.stored_events())
-    monitor.start()
-    eventually(lambda: monitor.get("/api/status")["loading"] is None, 120)
-    assert set(monitor.sessions()) == set(ids) and loading_same(monitor)
-
-
-def test_a_page_that_is_served_before_all_is_known_says_so(monitor):
-    write_history(monitor.home + "/events", 200, 60_000, cm.now_ms(), pids=False)
+def test_a_page_that_is_served_before_all_is_known_says_so(monitor, monkeypatch):
+    ids = write_history(monitor.home + "/events", 10, 500, cm.now_ms(), pids=False)
     monitor.about = {"port": redis_free_port()}
     monitor.write_config({"server": {"port": monitor.port}})
-    starting = threading.Thread(target=monitor.command, args=("start", "--no-open"))
-    starting.start()
+    encode, listen, asked = cm.encode_with_sessions, cm.HookPort.listen, threading.Event()
 
-    def answer() -> dict[str, Any] | None:
-        with contextlib.suppress(OSError):
-            return dict(monitor.get("/api/sessions"))
-        return None
+    def listen_later(port: cm.HookPort) -> None:
+        answers.append(pool.submit(monitor.get, "/api/sessions"))
+        assert asked.wait(15)
+        listen(port)
 
-    first = eventually(answer, 60)
-    assert first["loading"] and len(first["sessions"]) < 200
-    starting.join(60)
-    eventually(lambda: monitor.get("/api/sessions")["loading"] is None, 120)
-    assert len(monitor.know().get("/api/sessions?hidden=1")["sessions"]) == 200
+    monkeypatch.setattr(cm, "encode_with_sessions", lambda *given: (asked.set(), encode(*given))[1])
+    monkeypatch.setattr(cm.HookPort, "listen", listen_later)
+    answers: list[concurrent.futures.Future[Any]] = []
+    with concurrent.futures.ThreadPoolExecutor() as pool, loading_here(monitor.home):
+        assert answers[0].result()["loading"]
+        assert set(monitor.sessions()) == set(ids)
+        assert monitor.get("/api/sessions")["loading"] is None
 
 
 @pytest.fixture
