@@ -5924,7 +5924,8 @@ def loading_here(home: str) -> Iterator[cm.Monitor]:
 
 
 @pytest.mark.parametrize(
-    "saved", ["nothing", "nothing, at a stop while loading", "at the stop", "before a kill", "at a stop amid saving"]
+    "saved",
+    ["nothing", "nothing, at a stop while loading", "at the stop", "before a kill", "at a stop amid saving"],
 )
 def test_what_was_loaded_is_what_processing_live_gives(monitor, monkeypatch, saved):
     """From no snapshot, from those of an orderly stop, at any moment, and from those that a killed monitor saved."""
@@ -7944,91 +7945,20 @@ def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
     assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
 
 
-def doctor_file(change: Any) -> Any:
-    """Return a function that installs for a monitor, and changes the installed hook."""
-    return lambda monitor: (in_process(monitor, "install"), change(monitor.home + "/hooks/lib/emit_event.py"))
-
-
-def doctor_settings(change: Any) -> Any:
-    """Return a function that installs for a monitor, and changes the client's settings."""
-
-    def install(monitor: RunningMonitor) -> None:
-        in_process(monitor, "install")
-        path = monitor.claude_home + "/settings.json"
-        ee.write_atomically(path, json.dumps(change(json.loads(install_text(path)))).encode())
-
-    return install
-
-
-def doctor_command(change: Any) -> Any:
-    """Return a function that installs for a monitor, and changes every registered command."""
-    command = re.compile(r'(?<="command": )"(?:[^"\\]|\\.)*"')
-    changed = functools.partial(command.sub, lambda found: json.dumps(change(json.loads(found.group()))))
-    return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
-
-
-def doctor_line(command: str | None, change: Any = lambda monitor: None) -> Any:
-    """Return a function that installs with a status line around `command`, and then changes something."""
-
-    def install(monitor: RunningMonitor) -> None:
-        os.makedirs(monitor.claude_home, exist_ok=True)
-        line = {"statusLine": {"type": "command", "command": command}} if command is not None else {}
-        ee.write_atomically(monitor.claude_home + "/settings.json", json.dumps(line).encode())
-        in_process(monitor, "install", "--status-line")
-        change(monitor)
-
-    return install
-
-
-# What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
-DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
-    "no hook": (lambda monitor: None, 1, "hook fail", "install"),
-    "no registration": (lambda monitor: None, 1, "registered fail", "install"),
-    "another version": (doctor_file(lambda path: ee.append_bounded(path, b"#", 1 << 20)), 0, "hook warn", "another version"),
-    "no library": (doctor_file(os.unlink), 1, "hook fail", "install"),
-    "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
-    "another Python": (
-        doctor_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
-        0, "hook warn", "/gone/python3.8: not found: another Python 3",
-    ),
-    "no second choice": (
-        doctor_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
-        0, "registered warn", "is not as this version would register",
-    ),
-    "no Python": (
-        doctor_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
-        1, "probe fail", "/gone/python3: not found",
-    ),
-    "no script": (
-        doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
-        1, "probe fail", "can't open file '/gone/hooks/emit_event.py'",
-    ),
-    "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
-    "a status line": (doctor_line("echo hi; exit 3"), 0, "statusline ok", "prints 'Test'; it runs echo hi; exit 3"),
-    "a status line of its own": (doctor_line(None), 0, "statusline ok", "prints 'Test'"),
-    "a status line whose hook is broken": (
-        doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
-        1, "statusline fail", "install --status-line",
-    ),
-    "a status line whose hook is broken, around another": (
-        doctor_line("echo hi", lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
-        1, "statusline fail", "prints '', so it hands on no figures; it runs echo hi",
-    ),
-    "an environment in the settings": (
-        doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
-        1, "hook warn", "the hook reads /gone/other.json",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", DOCTOR_FAULTS)
-def test_doctor_runs_what_is_registered_and_names_what_is_wrong(examined, what):
-    come_about, exit_status, shown, words = DOCTOR_FAULTS[what]
-    check, level = shown.split()
-    come_about(examined)
-    status, findings = examine(examined)
+@story_table("tables.txt", "doctor", "settings, options, commands, status, finding, words")
+def test_doctor_runs_what_is_registered_and_names_what_is_wrong(
+    examined, settings, options, commands, status, finding, words
+):
+    os.mkdir(examined.claude_home)
+    pathlib.Path(examined.claude_home, "settings.json").write_text(json.dumps(settings))
+    in_process(examined, "install", *options.split())
+    subprocess.run(
+        ["sh", "-ec", commands], cwd=examined.home, env={**os.environ, "PYTHON": PYTHON}, check=True
+    )
+    found_status, findings = examine(examined)
+    check, level = finding.split()
     said = [it["words"] + it["advice"] for it in findings.get(check, ()) if it["level"] == level]
-    assert status == exit_status and words in "\n".join(said), findings
+    assert found_status == status and words in "\n".join(said), findings
 
 
 def test_doctor_lists_files_that_are_in_the_way_also_without_a_monitor(monitor):
