@@ -6664,49 +6664,36 @@ COLLISION_STORIES = stories("collisions", " →")
 
 @pytest.mark.parametrize("rule", COLLISION_STORIES)
 def test_sessions_that_edit_the_same_file_collide(rule):
-    book, at, number = cm.Sessions(own_machine=SESSION_MACHINE), NOW_MS, 0
     ((steps, expected),) = COLLISION_STORIES[rule]
-
-    def say(hook: str, session: str, machine: str = SESSION_MACHINE, **fields: Any) -> None:
-        nonlocal number
-        number += 1
-        event = ee.build_event(payload(hook, session, **{"cwd": "/r", **fields}), at, machine)
-        event.update(seq=number, timestamp=at, received=at)
-        if "git" in fields:
-            event["data"]["git"] = fields["git"]
-        book.apply(event)
-
+    story = SessionStory(cuts=frozenset(range(1, 9, 2)))
     for step in steps.split("; "):
         session, path, *rest = step.split(" ")
-        if session == "clear":
-            say("SessionEnd", path, reason="clear")
-            say("SessionStart", rest[0], source="clear")
-            continue
-        if session == "fork":
-            say("SessionStart", rest[0], source="fork")
-            number += 1
-            forked = {"sessionId": rest[0], "eventType": "usage", "data": {"usage": {"origin": path}}}
-            book.apply({**ee.build_event(forked, at, SESSION_MACHINE), "seq": number, "received": at})
-            assert book.to_json(book.sessions[rest[0]])["continuedFrom"] == path
+        if session in ("clear", "fork"):
+            if session == "clear":
+                story.deliver({**payload("SessionEnd", path, reason="clear"), "cwd": "/r"})
+            story.deliver({**payload("SessionStart", *rest, source=session), "cwd": "/r"})
+            if session == "fork":
+                forked = {"eventType": "usage", "data": {"usage": {"origin": path}}}
+                about = {"sessionId": rest[0], "timestamp": story.time}
+                assert story.apply({**forked, **about})["continuedFrom"] == path
             continue
         given = dict(field.split("=") for field in rest[1:])
-        machine, root = given.get("machine", SESSION_MACHINE), given.get("root", "")
-        at = NOW_MS + int(rest[0]) * 60_000
-        if session not in book.sessions:
-            git = {"branch": "main", "root": root, "project": given.get("project", root)}
-            say("SessionStart", session, machine, source="startup", **({"git": git} if root else {}))
+        story.time = NOW_MS + int(rest[0]) * 60_000
+        story.machine, hook = given.pop("machine", SESSION_MACHINE), given.pop("hook", "PostToolUse")
+        if root := given.pop("root", ""):
+            git = {"branch": "main", "root": root, "project": given.pop("project", root)}
+            start = {"eventType": "session_start", "hookType": "SessionStart", "data": {"git": git}}
+            story.apply({**start, "sessionId": session, "timestamp": story.time})
         target = "*** Begin Patch\n*** Update File: x\n@@\n" if path == "PATCH" else path
-        agent = {"agent_id": given["agent_id"], "agent_type": "x"} if "agent_id" in given else {}
-        tool = {"tool_name": given.get("tool", "Edit"), "tool_input": {given.get("key", "file_path"): target}}
-        about = {"tool_use_id": f"t{number}", "cwd": given.get("cwd", "/r"), **agent}
-        say(given.get("hook", "PostToolUse"), session, machine, **tool, **about)
-        if number % 2:
-            book = session_restored(book)
+        tool = {"tool_name": "Edit", "tool_input": {given.pop("key", "file_path"): target}}
+        about = {"cwd": "/r", "tool_use_id": f"t{story.count}", **tool, **given}
+        story.deliver(payload(hook, session, **about))
+    book = story.book
     shown = {name: book.to_json(session)["collisions"] for name, session in book.sessions.items()}
     said = [f"{name}: {it['path']} with {it['sessionId']}" + (f"'s {it['agent']}" if "agent" in it else "")
             for name, found in sorted(shown.items()) for it in found]  # fmt: skip
     assert "; ".join(said) == expected
-    assert all(it["time"] == at for found in shown.values() for it in found)
+    assert all(it["time"] == story.time for found in shown.values() for it in found)
     notices = [it.kind for session in book.sessions.values() for it in cm.notices_of(session, None)]
     assert notices.count("collision") == bool(expected), "one message for both"
 
