@@ -6160,8 +6160,9 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any, lines: Iter
     """
     with open(f"{CLIENT_RECORDINGS}/{name}.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    files = [(row["t"], row["registry"]) for row in rows if "registry" in row]
-    contents = [(t, it["content"]) for t, it in files if it["content"]]
+    contents = [
+        (row["t"], row["registry"]["content"]) for row in rows if row.get("registry", {}).get("content")
+    ]
     base = max(it["statusUpdatedAt"] - t for t, it in contents if "statusUpdatedAt" in it)
     exited = next((row["t"] for row in rows if row.get("screen") == "EXITED"), math.inf)
     numbered = enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
@@ -6313,10 +6314,9 @@ def test_parsing_a_registry_file_never_raises(content, fields):
 
 
 @pytest.mark.parametrize("mode", ["local", "redis"])
-def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, make, monitor, tmp_path):
+def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, make, monitor, transcript):
     machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
     machine.serve()
-    transcript = Transcript(str(tmp_path))
     transcript.add(usage_line("m1", 5))
     call = payload("PreToolUse", tool_use_id="t1", transcript_path=transcript.path)
     hook_call(machine.installed_command(), call, machine.environment)
@@ -6332,44 +6332,37 @@ def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, ma
     assert machine.sessions()["s1"]["counts"]["interrupted"] == 1
 
 
-def test_esc_while_the_monitor_is_away_is_read_at_its_next_start(monitor, tmp_path):
-    monitor.serve()
-    transcript = Transcript(str(tmp_path))
+def test_esc_while_the_monitor_is_away_is_read_at_its_next_start(running, client, transcript):
     transcript.add(usage_line("m1", 5))
-    command, about = monitor.installed_command(), {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    with subprocess.Popen(["sleep", "60"]) as client:
-        environment = {**monitor.environment, "CLAUDE_PID": str(client.pid)}
-        for hook in ("PreToolUse", "PermissionRequest"):
-            call = payload(hook, tool_use_id="t1", transcript_path=transcript.path, **about)
-            hook_call(command, call, environment)
-        eventually(lambda: monitor.sessions().get("s1", {}).get("state") == "waiting", what="the request")
-        monitor.kill()
-        transcript.add(session_line("interrupted", ee.now_ms()))
-        monitor.serve()
-        eventually(lambda: monitor.sessions()["s1"]["state"] == "idle", what="Esc")
-        client.kill()
+    for call in hooks("call make; ask make"):
+        call["transcript_path"] = transcript.path
+        hook_call(running.installed_command(), call, running.environment, CLAUDE_PID=str(client.pid))
+    eventually(lambda: running.sessions().get("s1", {}).get("state") == "waiting", what="the request")
+    running.kill()
+    transcript.add(session_line("interrupted", ee.now_ms()))
+    running.serve()
+    eventually(lambda: running.sessions()["s1"]["state"] == "idle", what="Esc")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 @pytest.mark.parametrize("mode", ["local", "redis"])
-def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, monitor):
+def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, monitor, client):
     machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
     machine.serve()
     home = pathlib.Path(machine.claude_home)
     home.mkdir(exist_ok=True)
-    with subprocess.Popen(["sleep", "60"]) as client:
-        start = str(ee.process_start(client.pid))
-        about = {"pid": client.pid, "procStart": start, "statusUpdatedAt": ee.now_ms()}
-        registry_file(home, status="busy", **about)
-        if mode == "redis":
-            machine.say("a hook starts the publisher", "other")
-        session = eventually(lambda: machine.sessions().get("s1"), what="the session")
-        assert (session["state"], session["withoutHooks"], session["pid"]) == ("working", True, client.pid)
-        about["statusUpdatedAt"] += 2000
-        registry_file(home, status="waiting", waitingFor="permission prompt", **about)
-        eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
-        client.kill()
-        eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
+    start = str(ee.process_start(client.pid))
+    about = {"pid": client.pid, "procStart": start, "statusUpdatedAt": ee.now_ms()}
+    registry_file(home, status="busy", **about)
+    if mode == "redis":
+        machine.say("a hook starts the publisher", "other")
+    session = eventually(lambda: machine.sessions().get("s1"), what="the session")
+    assert (session["state"], session["withoutHooks"], session["pid"]) == ("working", True, client.pid)
+    about["statusUpdatedAt"] += 2000
+    registry_file(home, status="waiting", waitingFor="permission prompt", **about)
+    eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
+    client.kill()
+    eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
 
 
 # ---------------------------------------------------------------------------
@@ -6718,10 +6711,10 @@ def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None
 
 def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
     target = notice_target(afterSeconds=30, quietHours="22:00-07:00", when=["permission"])
-    given = {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
-    other = cm.NotifyTarget(2, given)
-    book, day, night = cm.NoticeBook([target, other], {}), "12:00", "23:00"
-    at = NOW_MS
+    other = cm.NotifyTarget(
+        2, {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
+    )
+    book, day, night, at = cm.NoticeBook([target, other], {}), "12:00", "23:00", NOW_MS
 
     def due(after_s: float, clock: str = day, is_seen: bool = False) -> list[tuple[int, bool]]:
         found = book.due(at + int(after_s * 1000), clock, is_seen)
@@ -7243,14 +7236,19 @@ def test_a_lock_waits_for_a_short_check_and_is_refused_when_held(tmp_path, monke
     os.close(holder)
 
 
-def test_stop_removes_socket_and_lock_or_names_the_process_to_end(monitor, tmp_path):
-    monitor.serve()
-    lock = monitor.socket_path + ".lock"
+def test_stop_without_a_token_closes_clients_and_removes_socket_and_lock(monitor, tmp_path):
+    lock, client = monitor.socket_path + ".lock", monitor.serve().websocket("rows")
     assert cm.lock_holder(lock) == monitor.pid
     of_another_home = RunningMonitor(str(tmp_path), {"socketPath": monitor.socket_path})
     refused = in_process(of_another_home, "stop")
     assert refused.returncode == 1 and f"`kill {monitor.pid}` ends it" in refused.stderr
-    monitor.stop()
+    os.unlink(monitor.home + "/token")
+    os.mkdir(monitor.home + "/token")  # so that the signal is what ends it
+    assert f"stopped (pid {monitor.pid})" in in_process(monitor, "stop").stdout
+    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        while True:
+            client.connection.recv(timeout=10)
+    assert closed.value.rcvd and closed.value.rcvd.code == 1001
     assert not os.path.exists(lock) and not os.path.exists(monitor.socket_path)
 
 
@@ -7323,23 +7321,11 @@ def test_start_status_url_test_event_restart_stop(monitor: RunningMonitor) -> No
     assert not os.path.exists(monitor.socket_path)
 
 
-def test_sigterm_ends_the_monitor_and_closes_its_clients(running: RunningMonitor) -> None:
-    client = running.websocket("rows")
-    running.emit(payload("Stop"))
-    os.kill(running.pid, signal.SIGTERM)
-    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
-        while True:
-            client.connection.recv(timeout=10)
-    assert closed.value.rcvd and closed.value.rcvd.code == 1001
-    eventually(lambda: not alive(running.pid))
-    assert not os.path.exists(running.socket_path)
-
-
 @contextlib.contextmanager
 def tailing(monitor: RunningMonitor, *options: str) -> Iterator[Any]:
     """Run `tail`, and give a function that returns its next line, without those of the session "chosen-r"."""
     command = [sys.executable, "-m", "contextuate_monitor", "tail", *options]
-    about = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE}
+    about = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=monitor.environment, **about) as tail:
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [lines.put(line) for line in tail.stdout or ()], daemon=True).start()
@@ -7373,15 +7359,13 @@ def test_tail_prints_new_events_and_waits_for_a_restarted_monitor(running: Runni
         running.stop()
         hook_call(running.installed_command(), payload("Stop", "away"), running.environment)
         running.serve()
+        assert "waiting for the monitor" in line()
         assert json.loads(line())["sessionId"] == "away"
     with tailing(running, "--session", "chosen") as line:
         running.emit(*(payload("Stop", f"{name}-1") for _ in range(1200) for name in ("chosen", "x")))
         assert all("chosen-" in line() for _ in range(1200))
-    command = [sys.executable, "-m", "contextuate_monitor", "tail", "--session", "none"]
-    about = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=running.environment, **about) as tail:
-        assert tail.stderr and "no session begins with 'none'; waiting for one" in tail.stderr.readline()
-        tail.kill()
+    with tailing(running, "--session", "none") as line:
+        assert "no session begins with 'none'; waiting for one" in line()
 
 
 def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) -> None:
@@ -7692,13 +7676,6 @@ def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
     assert f"stopped (pid {monitor.pid})" in in_process(monitor, "stop").stdout
     eventually(lambda: not alive(monitor.pid))
     assert alive(shared.pid)
-
-
-def test_stop_needs_no_usable_token(monitor):
-    monitor.serve()
-    os.unlink(monitor.home + "/token")
-    os.mkdir(monitor.home + "/token")
-    assert f"stopped (pid {monitor.pid})" in in_process(monitor, "stop").stdout
 
 
 @needs_containers
