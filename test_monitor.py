@@ -5965,14 +5965,11 @@ def loading_held(monkeypatch: Any) -> Iterator[Any]:
     monkeypatch.setattr(cm.Monitor, "_advance", held)
     place = RunningMonitor(new_home())
     ids = write_history(place.home + "/events", 40, 2000, cm.now_ms(), pids=False)
-    try:
-        with loading_here(place.home):
-            try:
-                yield place.know(), ids, gate
-            finally:
-                gate.set()
-    finally:
-        shutil.rmtree(place.home, ignore_errors=True)
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(shutil.rmtree, place.home, ignore_errors=True)
+        at_end.enter_context(loading_here(place.home))
+        at_end.callback(gate.set)
+        yield place.know(), ids, gate
 
 
 def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch):
@@ -7835,14 +7832,12 @@ def test_doctor_reports_a_monitor_that_does_not_run_and_loses_no_event(monitor):
     assert examine(monitor)[0] == 0
 
 
-def test_doctor_knows_a_hook_registered_for_one_project(running, monkeypatch):
-    project = running.home + "/project"
-    os.mkdir(project)
-    in_process(running, "install", "--project", project)
-    assert levels(examine(running)[1], "registered") == ["fail"]
-    monkeypatch.chdir(project)
-    (found,) = examine(running)[1]["registered"]
-    assert found["level"] == "ok" and project in found["words"]
+def test_doctor_knows_a_hook_registered_for_one_project(examined, monkeypatch, tmp_path):
+    in_process(examined, "install", "--project", str(tmp_path))
+    assert levels(examine(examined)[1], "registered") == ["fail"]
+    monkeypatch.chdir(tmp_path)
+    (found,) = examine(examined)[1]["registered"]
+    assert found["level"] == "ok" and str(tmp_path) in found["words"]
 
 
 def test_doctor_names_the_wrong_key_in_the_configuration(monitor):
@@ -7867,15 +7862,13 @@ def test_a_host_that_is_no_name_is_refused_with_the_key_to_change():
 
 
 def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monitor.write_config({"server": {"port": port, "wsPort": 0}})
         os.chmod(monitor.home, 0o755)
         status, findings = examine(monitor)
     assert status == 1 and levels(findings, "files") == ["warn"]
-    assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
+    assert str(port) in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
 
 
 @story_table("tables.txt", "doctor", "settings, options, commands, status, finding, words")
@@ -7907,20 +7900,19 @@ def test_doctor_lists_files_that_are_in_the_way_also_without_a_monitor(monitor):
     assert sorted(it["words"] for it in examine(monitor)[1]["files"]) == sorted(it["words"] for it in before)
 
 
-def test_doctor_names_two_registrations_and_a_broken_file(running, monkeypatch):
-    in_process(running, "install")
-    project = running.home + "/project/.claude"
-    os.makedirs(project)
-    entry = {"type": "http", "url": f"http://localhost:{running.port}/api/hooks"}
-    second = json.dumps({"hooks": {"Stop": [{"hooks": [entry]}]}})
-    ee.write_atomically(project + "/settings.json", second.encode())
-    ee.write_atomically(project + "/settings.local.json", b"{\n// no JSON\n}")
-    monkeypatch.chdir(os.path.dirname(project))
-    status, findings = examine(running)
+def test_doctor_names_two_registrations_and_a_broken_file(examined, monkeypatch, tmp_path):
+    in_process(examined, "install")
+    project = tmp_path / ".claude"
+    project.mkdir()
+    entry = {"type": "http", "url": f"http://localhost:{examined.port}/api/hooks"}
+    (project / "settings.json").write_text(json.dumps({"hooks": {"Stop": [{"hooks": [entry]}]}}))
+    (project / "settings.local.json").write_text("{\n// no JSON\n}")
+    monkeypatch.chdir(tmp_path)
+    status, findings = examine(examined)
     assert status == 0 and levels(findings, "registered") == ["warn", "ok", "warn"]
     broken, _, twice = (it["words"] for it in findings["registered"])
     assert "settings.local.json: not valid JSON" in broken and "line 2" in broken
-    assert "Stop would come twice" in twice and project in twice
+    assert "Stop would come twice" in twice and str(project) in twice
 
 
 # ---------------------------------------------------------------------------
