@@ -6278,13 +6278,7 @@ def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
     assert ids[0] == ids[1] and len(ids[0]) == 1
 
 
-HOSTILE_FILES = {
-    "half a file": lambda path: path.write_text(path.read_text()[:-9]),
-    "too large": lambda path: path.write_text(f"{path.read_text():{ee.CLIENT_FILE_LIMIT_BYTES + 1}}{{"),
-    "another process": lambda path: path.rename(path.with_name("1.json")),
-    "ended": lambda path: registry_file(path.parent.parent, status="busy", procStart="dead"),
-    "wrong types": lambda it: registry_file(it.parent.parent, sessionId=7, status=[1], statusUpdatedAt="x"),
-}
+HOSTILE_FILES = story_cases("tables.txt", "hostile files")
 
 
 @pytest.mark.parametrize("kind", [*HOSTILE_FILES, *(it for it in SQUATS if it != "a file")])
@@ -6295,7 +6289,7 @@ def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
     if kind in SQUATS:
         SQUATS[kind](str(path), str(path.rename(tmp_path / "x.json")))
     else:
-        HOSTILE_FILES[kind](path)
+        subprocess.run(["sh", "-ec", *HOSTILE_FILES[kind]], cwd=path.parent, check=True)
     assert changes(watcher, 1000, 3000) == []
 
 
@@ -6517,11 +6511,8 @@ def test_install_and_uninstall_for_an_agent_change_only_our_entries(
     assert path.read_text() == installed
     assert f"of {agent} in {path}" in in_process(monitor, "doctor").stdout
     in_process(monitor, "uninstall", "--agent", agent)
-    left = path.read_text() if path.exists() else ""
-    if name.endswith(".json"):
-        assert json.loads(left or "{}") == json.loads(before or "{}")
-    else:
-        assert left == before
+    left, parse = path.read_text() if path.exists() else "", json.loads if name.endswith(".json") else str
+    assert parse(left or "{}") == parse(before or "{}")
     assert "the hook is not registered" in in_process(monitor, "uninstall", "--agent", agent).stdout
 
 
@@ -6983,13 +6974,12 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds
 
 
 @pytest.mark.slow
-def test_hundreds_of_hooks_at_a_paused_monitor_lose_nothing(running: RunningMonitor) -> None:
+def test_hundreds_of_hooks_at_a_paused_monitor_lose_nothing(running):
     command = shlex.split(running.installed_command())[:4]
     os.kill(running.pid, signal.SIGSTOP)
     hooks = []
     for number in range(300):
         hooks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=running.environment))
-        assert hooks[-1].stdin
         hooks[-1].stdin.write(json.dumps(payload("UserPromptSubmit", prompt=str(number))).encode() + b"\n")
         hooks[-1].stdin.close()
         if number == 250:  # the last ones meet a monitor that is busy with those before
@@ -7132,25 +7122,16 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *((name, os.unlink) for name in ("m.sock", "monitor.pid", "monitor.run.json")),
-        ("monitor.run.json", lambda path: os.truncate(path, 9)),
-        ("monitor.run.json", lambda path: (os.unlink(path), os.mkdir(path))),
-        ("", lambda path: shutil.rmtree(path, ignore_errors=True)),
-    ],
-)
-def test_a_lost_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str, damage: Any) -> None:
-    path = f"{running.home}/{name}"
-    damage(path)
-    back = (running.socket_path, path if name else path + "/monitor.pid")
+@story_table("tables.txt", "lost files", "commands")
+def test_a_lost_file_of_a_running_monitor_comes_back(running, commands):
+    subprocess.run(["sh", "-ec", commands], cwd=running.home, check=True)
+    back = (running.socket_path, running.home + "/monitor.pid", running.home + "/monitor.run.json")
     eventually(lambda: all(map(os.path.exists, back)))
     running.emit(payload("Stop"))
     assert cm.lock_holder(running.home + "/monitor.pid") is not None
     running.write_config({})
     eventually(lambda: in_process(running, "status").returncode == 0)
-    assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
+    assert "*" in commands or "Traceback" not in install_text(running.home + "/monitor.log")
 
 
 @pytest.fixture
@@ -7285,10 +7266,8 @@ def test_a_missing_or_older_second_file_is_named(monitor, tmp_path, content, wor
         (tmp_path / "emit_event.py").write_text(content)
     monitor.program = str(tmp_path / "contextuate_monitor.py")
     refused = monitor.command("status", check=False)
-    assert refused.returncode == 1 and not refused.stdout
-    assert refused.stderr == (
-        f"contextuate: emit_event.py is {word}: copy it into the folder of contextuate_monitor.py\n"
-    )
+    words = f"contextuate: emit_event.py is {word}: copy it into the folder of contextuate_monitor.py\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", words)
 
 
 def test_start_status_url_test_event_restart_stop(monitor: RunningMonitor) -> None:
@@ -7377,8 +7356,10 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     exported, target = printed("export"), running.home + "/out.ndjson"
     assert [json.loads(line) for line in exported] == running.stored_events()
     assert printed("export", "--state", "waiting") == exported
-    for nothing in ("--session nobody", "--from 2199-01-01", "--state idle"):
-        assert printed("export", *nothing.split()) == []
+    for options, (code, words) in story_cases("tables.txt", "empty exports").items():
+        done = in_process(running, "export", *options.split())
+        assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True), options
+    assert in_process(running, "export", "--tool", "Nothing", "--output", target).returncode == 1
     assert "5 events" in in_process(running, "export", "--output", target).stdout
     assert install_text(target).splitlines() == exported
     for number in range(5):
@@ -7390,13 +7371,6 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     body = running.request("/api/export?session=stuck&format=html")[2].decode()
     assert page[2].rstrip() == body.partition(',"events":[')[2].rstrip()
     assert '"session":{"sessionId":"stuck"' in page[0]
-    refused = {
-        "--format html": (2, "--session: expected an id"), "--format html --session nobody": (1, "no session"),
-        "--tool Nothing": (1, ""), f"--tool Nothing --output {target}": (1, "")
-    }  # fmt: skip
-    for options, (code, words) in refused.items():
-        done = in_process(running, "export", *options.split())
-        assert (done.returncode, words in done.stderr) == (code, True), options
     running.stop()
     assert printed("export") == exported, "no monitor is needed"
 
