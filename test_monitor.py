@@ -6409,23 +6409,6 @@ def test_every_recording_of_an_agent_has_a_row():
     assert {it for it in found if not it.startswith("transcripts")} == {*AGENT_STATES}
 
 
-def test_payloads_of_all_agents_in_one_stream_stay_apart():
-    by_session = collections.defaultdict(list)  # some sessions are in two recordings
-    for name in AGENT_STATES:
-        for number, hook in enumerate(agent_payloads(name)):
-            event = agent_event(name, number, hook)
-            stream = by_session[event["sessionId"]]
-            event["timestamp"] = event["received"] = NOW_MS + 1000 * len(stream)
-            stream.append(event)
-    alone = {}
-    for stream in by_session.values():
-        alone.update(agent_states(stream)[1])
-    order = [session for session, stream in by_session.items() for _ in stream]
-    random.Random(7).shuffle(order)
-    taken = {session: iter(stream) for session, stream in by_session.items()}
-    assert agent_states(next(taken[session]) for session in order)[1] == alone
-
-
 @pytest.mark.parametrize("row", story_blocks("agents")[1])
 def test_a_recorded_agent_says_what_it_waits_for_and_who_works(row):
     name, number, expected = re.fullmatch(r"(\S+) (\d+) →(.*)", row).groups()
@@ -7202,16 +7185,23 @@ def test_the_short_status_is_the_same_by_file_and_by_module(monitor: RunningMoni
     assert place.exists() and short() == ("not running\n", 1)
 
 
-def test_a_lock_waits_for_a_short_check_and_is_refused_when_held(tmp_path, monkeypatch):
+def test_a_lock_waits_for_a_check_and_is_refused_or_made_again(tmp_path, monkeypatch):
     path = str(tmp_path / "monitor.pid")
+
+    def lock(during_the_wait: Any) -> int:
+        monkeypatch.setattr(cm.time, "sleep", during_the_wait)
+        return cm.lock_file(path, lambda: "another monitor runs")
+
     with open(path, "wb") as looker:
         fcntl.flock(looker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as running_monitor does, for a moment
-        monkeypatch.setattr(cm.time, "sleep", lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
-        holder = cm.lock_file(path, lambda: "another monitor runs")
-    monkeypatch.setattr(cm.time, "sleep", lambda _: None)
+        holder = lock(lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
     with pytest.raises(cm.StartError, match="another monitor runs"):
-        cm.lock_file(path, lambda: "another monitor runs")
-    os.close(holder)
+        lock(lambda _: None)
+    second = lock(lambda _: cm.unlock_file(path, holder))  # which removes it
+    assert cm.lock_holder(path) == os.getpid()
+    assert os.path.samestat(os.stat(path), os.fstat(second)), "not the one that is gone"
+    cm.unlock_file(path, second)
+    assert not os.path.exists(path)
 
 
 def test_stop_without_a_token_closes_clients_and_removes_socket_and_lock(monitor, tmp_path):
@@ -7228,18 +7218,6 @@ def test_stop_without_a_token_closes_clients_and_removes_socket_and_lock(monitor
             client.connection.recv(timeout=10)
     assert closed.value.rcvd and closed.value.rcvd.code == 1001
     assert not os.path.exists(lock) and not os.path.exists(monitor.socket_path)
-
-
-def test_a_lock_file_removed_during_the_wait_is_made_again(tmp_path, monkeypatch):
-    path = str(tmp_path / "lock")
-    holder = cm.lock_file(path, lambda: "held")
-    monkeypatch.setattr(cm.time, "sleep", lambda _: cm.unlock_file(path, holder))
-    second = cm.lock_file(path, lambda: "held")
-    assert cm.lock_holder(path) == os.getpid()
-    with open(path, "rb") as file:
-        assert os.path.samestat(os.fstat(file.fileno()), os.fstat(second)), "not the one that is gone"
-    cm.unlock_file(path, second)
-    assert not os.path.exists(path)
 
 
 def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -> None:
