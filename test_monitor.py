@@ -5696,16 +5696,15 @@ def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival(order):
 
 
 def test_each_agent_has_its_own_tokens(tmp_path):
-    usage = usage_read(tmp_path, usage_transcript("parallel"))
     *events, end = recorded("parallel")
     story = SessionStory(session=end["session_id"])
     for each in events:
         story.deliver(each)
     assert [agent["tokenUsage"] for agent in story.now()["agents"]] == [None, None]  # not read yet
-    story.deliver({**end, "usage": usage})
+    story.deliver({**end, "usage": usage_read(tmp_path, usage_transcript("parallel"))})
     shown = story.now()
-    outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in shown["agents"])
-    assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
+    assert sorted(agent["tokenUsage"]["totalOutput"] for agent in shown["agents"]) == [123, 166]
+    assert shown["tokenUsage"]["totalOutput"] == 370
 
 
 @story_table("tables.txt", "usages", "usage, is_ours")
@@ -5766,8 +5765,7 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
     assert sessions[session]["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
     note, *stored = monitor.stored_events()
     assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
-    others = [it for it in stored if it["eventType"] != "usage"]
-    assert not any("usage" in it["data"] for it in others), "it is read by another thread"
+    assert not any("usage" in it["data"] for it in stored if it["eventType"] != "usage"), "read elsewhere"
     ends = [place for place, event in enumerate(stored) if event["eventType"] == "turn_end"]
     totals_after = [stored[place + 1]["data"]["usage"] for place in ends]
     assert [usage_output(usage) for usage in totals_after] == outputs[1:]
@@ -5967,7 +5965,7 @@ def loading_held(monkeypatch: Any) -> Iterator[Any]:
         yield place.know(), ids, gate
 
 
-def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch):
+def test_all_but_actions_is_served_before_anything_is_read(monkeypatch):
     with loading_held(monkeypatch) as (place, ids, gate):
         assert place.request("/")[0] == 200
         nothing_yet = {"done": 0, "total": len(place.stored_events())}
@@ -5992,35 +5990,26 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         with subprocess.Popen(command, env=place.environment, text=True, **pipes) as tail:
             assert words in tail.stderr.readline()
             for hook, session in ((ends, ids[3]), (starts, "new")):
-                about = {"id": session, "timestamp": cm.now_ms(), "machineId": machine}
-                place.emit({"hook": {**hook, "session_id": session}, **about})
+                place.emit(timed({**hook, "session_id": session}, cm.now_ms(), machine))
                 assert hook["hook_event_name"] in tail.stdout.readline()
             tail.kill()
         assert [event["sessionId"] for event in client.events(2)] == [ids[3], "new"]
         assert place.sessions_so_far() == {}
         assert place.request("/api/sessions/" + ids[3])[0] == 503
+        renaming = {"type": "rename_session", "sessionId": ids[1], "label": "second"}
+        assert client.ask("error", **renaming)["message"] == cm.LOADING
+        posted = place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))
+        assert posted[0] == 503
         assert place.get(f"/api/sessions/{ids[3]}/events?limit=1")["events"][0]["hookType"] == "SessionEnd"
         gate.set()
         listed = client.next("sessions_updated")["sessions"]
         assert {session["sessionId"] for session in listed} == {*ids, "new"}
         client.next("status", loading=None)
+        client.send(**renaming)
+        eventually(lambda: client.next("session_update")["session"]["label"] == "second")
         assert place.sessions()["new"]["continuedFrom"] == ids[3]
         loading_same(place)
         assert "stored events have" not in in_process(place, "status").stdout
-
-
-def test_actions_are_refused_until_all_sessions_are_read(monkeypatch):
-    with loading_held(monkeypatch) as (place, ids, gate):
-        client = place.websocket()
-        renaming = {"type": "rename_session", "sessionId": ids[1], "label": "second"}
-        assert client.ask("error", **renaming)["message"] == cm.LOADING
-        posted = place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))
-        assert posted[0] == 503
-        gate.set()
-        client.next("sessions_updated")
-        client.send(**renaming)
-        assert client.next("session_update")["session"]["label"] == "second"
-        loading_same(place)
 
 
 def test_a_page_that_is_served_before_all_is_known_says_so(monitor, monkeypatch):
@@ -6354,9 +6343,7 @@ AGENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "agents")
 AGENT_LETTERS = {
     "idle": "i", "working": "w", "waiting permission": "P", "waiting question": "Q", "failed": "F", "ended": "e",
 }  # fmt: skip
-AGENT_NAMES = {
-    path[len(AGENT_RECORDINGS) + 1 : -6] for path in glob.glob(f"{AGENT_RECORDINGS}/[!t]*/*.jsonl")
-}
+AGENT_NAMES = [path.split("agents/")[1][:-6] for path in glob.glob(f"{AGENT_RECORDINGS}/[!t]*/*.jsonl")]
 # Recording → the states of its sessions, then calls, failed, interrupted and prompts of all.
 AGENT_STATES = {name: row for name, *row in map(str.split, story_blocks("agents")[0])}
 
@@ -6839,9 +6826,8 @@ def hooks_in_a_row(environment: dict[str, str], deadline_s: float | None = None)
     """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
     command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT, str(deadline_s or ee.ACKNOWLEDGEMENT_DEADLINE_S)]
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    with subprocess.Popen(
-        command, env={**environment, "CONTEXTUATE_DEBUG": "1"}, text=True, **pipes
-    ) as hooks:
+    environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as hooks:
 
         def call(event: dict[str, Any]) -> str:
             print(json.dumps(event), file=hooks.stdin, flush=True)
@@ -7399,11 +7385,8 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 
 
 def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
-    def facts_of(status: dict[str, Any]) -> dict[str, str]:
-        return {fact["name"]: fact["words"] for fact in cm.status_facts(status)}
-
-    status = running.get("/api/status")
-    facts, words = facts_of(status), in_process(running, "status").stdout
+    status, words = running.get("/api/status"), in_process(running, "status").stdout
+    facts = {it["name"]: it["words"] for it in status["facts"]}
     assert list(facts) == ["mode", "events", "sessions", "store", "index", "spool", "lost"]
     for name, fact in facts.items():
         steady = fact.partition(",")[0] if name == "store" else fact  # its size grows meanwhile
@@ -7413,7 +7396,8 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
     machine = {"machineId": "far", "label": "far", "sameName": False, "events": 3000, "clockSkewMs": -7000}
     machine["lastSeen"] = cm.now_ms()
     publisher = {"running": True, "state": "connected", "published": 4}
-    facts = facts_of({**status, "redis": link, "publisher": publisher, "machines": [machine]})
+    found = cm.status_facts({**status, "redis": link, "publisher": publisher, "machines": [machine]})
+    facts = {it["name"]: it["words"] for it in found}
     assert facts["redis"] == "redis:6379 with TLS: waiting, attempt 2 of 9: refused"
     assert facts["stream"] == "read up to its start"
     assert facts["publish"] == "connected: 4 events since its start"
@@ -7503,8 +7487,7 @@ def test_no_command_fails_for_its_terminal_or_the_name_of_its_home(tmp_path):
             done = subprocess.run(shell, cwd=ROOT, env=monitor.environment, capture_output=True)
             assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
             helps = []
-        for path in ("/api/search?q=deploy", "/api/stats"):
-            assert monitor.get(path)
+        assert monitor.get("/api/search?q=deploy") and monitor.get("/api/stats")
     finally:
         clean_up(monitor)
 
@@ -7522,8 +7505,7 @@ def test_without_sqlite3_the_monitor_searches_files_and_says_why(monitor, monkey
 
 def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: RunningMonitor) -> None:
     environment = {name: value for name, value in running.environment.items() if name != "CONTEXTUATE_HOME"}
-    command = running.installed_command()
-    assert run_hook(command, json.dumps(payload("Stop")).encode(), environment).returncode == 0
+    hook_call(running.installed_command(), payload("Stop"), environment)
     eventually(lambda: [event["hookType"] for event in running.stored_events()] == ["Stop"])
 
 
@@ -7532,9 +7514,8 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
 def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
     pid = next(pid for pid in range(300, 30_000) if not os.path.exists(f"/proc/{pid}"))
     hook = f"export CLAUDE_PID={pid}; {{ {monitor.installed_command()}; }} < payload; exec sleep 60"
-    pathlib.Path(monitor.home, "payload").write_text(
-        json.dumps(payload("UserPromptSubmit", "boxed", prompt="go"))
-    )
+    prompt = payload("UserPromptSubmit", "boxed", prompt="go")
+    pathlib.Path(monitor.home, "payload").write_text(json.dumps(prompt))
     monitor.serve()
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", hook]
     with subprocess.Popen(command, cwd=monitor.home, env=monitor.environment) as box:
@@ -7623,8 +7604,7 @@ def test_stop_in_another_container_signals_no_process(monitor):
 
 
 def test_machines_beyond_a_thousand_are_a_number(running: RunningMonitor) -> None:
-    hook = {"hook": payload("Stop"), "timestamp": cm.now_ms()}
-    running.emit(*({**hook, "id": str(number), "machineId": f"box-{number}"} for number in range(1200)))
+    running.emit(*(timed(payload("Stop"), cm.now_ms(), f"box-{number}") for number in range(1200)))
     status = running.get("/api/status")
     assert {it["machineId"] for it in status["machines"]} == {f"box-{number}" for number in range(200, 1200)}
     assert status["otherMachines"] == 200
