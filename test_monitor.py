@@ -5765,7 +5765,7 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
     assert sessions[session]["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
     note, *stored = monitor.stored_events()
     assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
-    assert not any("usage" in it["data"] for it in stored if it["eventType"] != "usage"), "read elsewhere"
+    assert not any("usage" in it["data"] for it in stored if it["eventType"] != "usage"), "a thread reads it"
     ends = [place for place, event in enumerate(stored) if event["eventType"] == "turn_end"]
     totals_after = [stored[place + 1]["data"]["usage"] for place in ends]
     assert [usage_output(usage) for usage in totals_after] == outputs[1:]
@@ -6060,8 +6060,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
         return [json.loads(line) for line in in_process(old_monitor, *command).stdout.splitlines()]
 
     home, folder = old_monitor.home, os.path.dirname(old_monitor.home)
-    listed = json.loads(install_text(folder + "/expected-sessions.json"))
-    expected = {session["sessionId"]: session for session in listed}
+    expected = {it["sessionId"]: it for it in json.loads(install_text(folder + "/expected-sessions.json"))}
     old_monitor.start()
     # The hook that the old version installed sends to the new monitor, and the old spool comes in.
     call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
@@ -6319,8 +6318,11 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     machine.serve()
     home = pathlib.Path(machine.claude_home)
     home.mkdir(exist_ok=True)
-    start = str(ee.process_start(client.pid))
-    about = {"pid": client.pid, "procStart": start, "statusUpdatedAt": ee.now_ms()}
+    about = {
+        "pid": client.pid,
+        "procStart": str(ee.process_start(client.pid)),
+        "statusUpdatedAt": ee.now_ms(),
+    }
     registry_file(home, status="busy", **about)
     if mode == "redis":
         machine.say("a hook starts the publisher", "other")
