@@ -5998,8 +5998,7 @@ def test_all_but_actions_is_served_before_anything_is_read(monkeypatch):
         assert place.request("/api/sessions/" + ids[3])[0] == 503
         renaming = {"type": "rename_session", "sessionId": ids[1], "label": "second"}
         assert client.ask("error", **renaming)["message"] == cm.LOADING
-        posted = place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))
-        assert posted[0] == 503
+        assert place.request("/api/message", "POST", b'{"type":"prune"}', protocol_origin(place))[0] == 503
         assert place.get(f"/api/sessions/{ids[3]}/events?limit=1")["events"][0]["hookType"] == "SessionEnd"
         gate.set()
         listed = client.next("sessions_updated")["sessions"]
@@ -6318,11 +6317,8 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     machine.serve()
     home = pathlib.Path(machine.claude_home)
     home.mkdir(exist_ok=True)
-    about = {
-        "pid": client.pid,
-        "procStart": str(ee.process_start(client.pid)),
-        "statusUpdatedAt": ee.now_ms(),
-    }
+    start = str(ee.process_start(client.pid))
+    about = {"pid": client.pid, "procStart": start, "statusUpdatedAt": ee.now_ms()}
     registry_file(home, status="busy", **about)
     if mode == "redis":
         machine.say("a hook starts the publisher", "other")
