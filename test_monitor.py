@@ -5939,7 +5939,8 @@ def test_what_was_loaded_is_what_processing_live_gives(monitor, monkeypatch, sav
         assert (made.loading is None) is ("nothing" not in saved)
         assert int(install_text(monitor.home + "/last-seq")) == monitor.stored_events()[-1]["seq"]
     monkeypatch.setattr(cm.Monitor, "_advance", advance)
-    with loading_here(monitor.home):
+    with loading_here(monitor.home) as made:
+        eventually(lambda: made.loading is None, 60)
         loading_same(monitor.know())
 
 
