@@ -2952,14 +2952,6 @@ def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, A
     return [payload("UserPromptSubmit", session, prompt=f"{session} {at}", **fields) for at in range(count)]
 
 
-def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
-    client = spoken.websocket(None)
-    assert not client.others
-    about = {"type": "hello", "mode": "local", "machineId": "testbox", "version": cm.__version__}
-    about |= {"wsProtocol": 1, "seq": spoken.get("/api/status")["seq"], "mayAnswer": False}
-    assert client.hello == about
-
-
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     spoken.emit(*protocol_events("order", 3))
     client = spoken.websocket()
@@ -3238,9 +3230,12 @@ def test_no_number_is_given_twice_after_the_newest_session_was_deleted(running):
     assert min(event["seq"] for event in running.stored_events() if event["sessionId"] == "later") > 10
 
 
-def test_the_status_is_sent_on_subscribing_and_when_it_changes(running):
+def test_hello_comes_first_and_the_status_whenever_it_changes(running):
     running.emit(*protocol_events("status", 2))
-    client = running.websocket("rows")
+    client = running.websocket(None)
+    about = {"type": "hello", "mode": "local", "machineId": "testbox", "version": cm.__version__}
+    assert client.hello == {**about, "wsProtocol": 1, "seq": 2, "mayAnswer": False} and not client.others
+    client.send(type="subscribe", view="rows")
     status = client.next("status")
     expected = {
         "events": {"received": 2, "stored": 2, "duplicates": 0, "quarantined": 0},
@@ -3529,17 +3524,15 @@ def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row
         assert status == 200 or json.loads(body)["error"]
 
 
-def test_a_refused_page_names_the_line_that_allows_its_host(monitor: RunningMonitor) -> None:
-    monitor.serve()
+def test_a_refused_page_names_the_line_that_allows_its_host(spoken, monitor):
     for name in ("evil<b>", "", "x" * 30 + "\u00e9"):
-        status, _, body = protocol_exchange(monitor.port, protocol_get(name, "Accept: text/html"))
+        status, _, body = protocol_exchange(spoken.port, protocol_get(name, "Accept: text/html"))
         assert status in (400, 421) and b"allowedHosts" not in body
     request = protocol_get("Box.local:8000", "Accept: text/html,*/*", path="/")
-    status, headers, body = protocol_exchange(monitor.port, request)
+    status, headers, body = protocol_exchange(spoken.port, request)
     assert status == 421 and ("content-type", "text/plain; charset=utf-8") in headers
     line = re.search(r"write (.*) into ~/.contextuate/monitor.config.json and run `restart`", body.decode())
     assert line and json.loads(line[1]) == {"server": {"allowedHosts": ["box.local"]}}
-    monitor.stop()
     monitor.serve(**json.loads(line[1]))
     request = protocol_get("Box.local:8000", "Origin: https://box.local:8000", path="/")
     assert protocol_exchange(monitor.port, request)[0] == 200
@@ -3670,10 +3663,9 @@ def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
         assert "set-cookie" not in headers
     evil = protocol_get(f"evil.example:{monitor.port}", path=f"/?token={token}")
     assert protocol_exchange(monitor.port, evil)[0] == 421
-    for folder, _, names in os.walk(monitor.home):
-        for file_name in names:
-            if file_name != "token" and not file_name.endswith(".sock"):
-                assert token.encode() not in pathlib.Path(folder, file_name).read_bytes(), file_name
+    for path in pathlib.Path(monitor.home).rglob("*"):
+        if path.is_file() and path.name != "token":
+            assert token.encode() not in path.read_bytes(), path
 
 
 def test_an_export_is_the_stored_lines_with_its_filters(running):
@@ -3766,9 +3758,8 @@ def test_a_page_gets_what_comes_together_in_one_frame(running: RunningMonitor) -
     page, other = running.websocket("rows", changes=True), running.websocket("rows")
     os.kill(running.pid, signal.SIGSTOP)
     with running.connect() as sock:
-        sock.sendall(
-            b"".join(json.dumps(payload("Stop", f"s{number}")).encode() + b"\n" for number in range(9))
-        )
+        lines = (json.dumps(payload("Stop", f"s{number}")) + "\n" for number in range(9))
+        sock.sendall("".join(lines).encode())
         os.kill(running.pid, signal.SIGCONT)
         for client, frames in ((page, 2), (other, 18)):
             found = collections.Counter()
@@ -4250,6 +4241,7 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
+SESSION_ANY_HOOK = st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""])
 SESSION_ANY = st.builds(
     dict.__or__,
     st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY, max_size=7),
@@ -4258,9 +4250,7 @@ SESSION_ANY = st.builds(
 
 
 @settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.sampled_from([*ee.EVENT_TYPES, "New", ""]), SESSION_ANY, st.booleans()), max_size=8)
-)
+@given(st.lists(st.tuples(SESSION_ANY_HOOK, SESSION_ANY, st.booleans()), max_size=8))
 @example([("PermissionRequest", {"tool_name": "Bash"}, False), ("PreToolUse", {"tool_use_id": [1]}, False)])
 def test_fields_of_wrong_types_never_raise(said):
     story = session_story()
@@ -4374,15 +4364,14 @@ def test_a_damaged_or_foreign_snapshot_is_refused_and_takes_over_nothing(row):
 
 def test_the_skew_of_a_machine_is_the_least_delay_lately():
     book = cm.Sessions(own_machine="m")
-    shown = {"hookType": "", "eventType": "message", "sessionId": "s", "workingDirectory": "", "data": {}}
+    seconds = itertools.count(1)
 
     def say(delay: int, machine: str = "far", **more: Any) -> int | None:
-        seq = next(numbers)
-        book.apply({**shown, **more, "id": f"e{seq}", "seq": seq, "machineId": machine,
-            "timestamp": NOW_MS + seq * 1000, "received": NOW_MS + seq * 1000 + delay})  # fmt: skip
+        at = NOW_MS + next(seconds) * 1000
+        shown = {"eventType": "message", "timestamp": at, "machineId": machine}
+        book.apply({**ee.build_event(shown, at, machine), "received": at + delay, **more})
         return book.skew_ms(machine)
 
-    numbers = itertools.count(1)
     assert book.skew_ms("far") is None and say(50_000, spooled=True) is None
     assert [say(900), say(20), say(-3_600_000), say(-3_599_800)] == [900, 20, -3_600_000, -3_599_999]
     assert say(86_400_000, imported=True) == say(500_000, demo=True) == -3_599_999
@@ -4441,15 +4430,17 @@ def test_a_session_is_sent_with_its_newest_calls_and_their_number(count, limit, 
         book.apply(ee.build_event(begin, 1000 + number, "m"))
     sent = book.to_json(book.sessions["s1"])
     assert [call["toolUseId"] for call in sent["openCalls"]] == [f"t{it}" for it in range(count)[-20:]]
-    shown = sent["openCallCount"], sent["counts"]["interrupted"]
-    assert shown == (min(count, limit), max(0, count - limit))
+    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
+        min(count, limit),
+        max(0, count - limit),
+    )
     end = payload("PostToolUse", tool_use_id="t0", **call)
     sent = book.to_json(book.apply(ee.build_event(end, 9000, "m")))
     shown = sent["openCallCount"], sent["counts"]["interrupted"], sent["counts"]["toolCalls"]
     assert shown == (min(count - 1, limit), max(0, count - limit - 1), count)
 
 
-def test_running_agents_are_sent_before_those_that_ended_and_the_newest_questions() -> None:
+def test_the_agents_that_run_and_the_newest_questions_are_sent() -> None:
     book, agents = cm.Sessions(), [f"a{number}" for number in range(150)]
     events = [(it, "SubagentStart", {}) for it in agents[:60]] + [
         (it, "SubagentStop", {}) for it in agents[5:60]
@@ -4575,46 +4566,48 @@ def test_hostile_figures_show_nothing(value):
 
 
 def test_machines_with_the_same_resets_are_one_account() -> None:
-    case, five, seven = GaugeCase(), NOW_MS // 1000 + 3 * 3600, NOW_MS // 1000 + 4 * 86400
-    hour = 3_600_000
-    for machine, session in (("k1", "s1"), ("k2", "s2"), ("k3", "s3")):
-        case.hook("SessionStart", NOW_MS - hour, machine, session)
+    case, now, hour, day = GaugeCase(), NOW_MS // 1000, 3600, 86400
+    five, seven = now + 3 * hour, now + 4 * day
+    for number in (1, 2, 3):
+        case.hook("SessionStart", NOW_MS - hour * 1000, f"k{number}", f"s{number}")
 
-    def line(machine: str, session: str, minutes: float, cost: float, *limits: Any) -> None:
-        at, (used_five, used_seven) = NOW_MS + round(minutes * 60_000), limits[:2]
-        reset_five, reset_seven = limits[2:] or (five, seven)
-        windows = {"five": (used_five, reset_five), "seven": (used_seven, reset_seven)}
-        case.line(at, machine, session=session, cost={"total_cost_usd": cost}, **windows)
+    def line(number: int, minutes: int, cost: float, *used: int, resets: Any = (five, seven)) -> None:
+        about = {"session": f"s{number}", "cost": {"total_cost_usd": cost}}
+        about.update(zip(("five", "seven"), zip(used, resets)))
+        case.line(NOW_MS + minutes * 60_000, f"k{number}", **about)
 
-    line("k1", "s1", -60, 1.0, 30, 20)
-    line("k2", "s2", -30, 2.0, 45, 21, five + 20, seven)  # a reset may differ by seconds
-    line("k1", "s1", 0, 4.0, 60, 22)
-    line("k2", "s2", 0, 2.0, 40, 21)  # an idle client repeats what it knew
-    line("k3", "s3", 0, 5.0, 10, 11, five, seven + 7200)  # the same five hours, by chance
-    (one, other) = case.sessions.limits(NOW_MS)
+    def limits(minutes: int) -> list[dict[str, Any]]:
+        return case.sessions.limits(NOW_MS + minutes * 60_000)
+
+    line(1, -60, 1.0, 30, 20)
+    line(2, -30, 2.0, 45, 21, resets=(five + 20, seven))  # a reset may differ by seconds
+    line(1, 0, 4.0, 60, 22)
+    line(2, 0, 2.0, 40, 21)  # an idle client repeats what it knew
+    line(3, 0, 5.0, 10, 11, resets=(five, seven + 7200))  # the same five hours, by chance
+    (one, other) = limits(0)
     assert one["machines"] == ["k1", "k2"] and other["machines"] == ["k3"]
     assert (one["fiveHour"]["percent"], one["sevenDay"]["percent"]) == (60, 22)
-    assert one["fiveHour"]["forecast"] == NOW_MS + hour * 40 // 30, "30 % in the last hour, 40 % left"
-    assert one["sevenDay"]["forecast"] == NOW_MS + hour * 78 // 2
+    assert one["fiveHour"]["forecast"] == NOW_MS + hour * 1000 * 40 // 30, "30 % in the last hour, 40 % left"
+    assert one["sevenDay"]["forecast"] == NOW_MS + hour * 1000 * 78 // 2
     shares = [(it["sessionId"], it["percent"]) for it in one["fiveHour"]["shares"]]
     assert shares == [("s1", 40.0), ("s2", 20.0)] and other["fiveHour"]["forecast"] is None
     again = cm.Sessions(own_machine="k1")
     again.restore([(name, case.sessions.snapshot(name)) for name in ("", *case.sessions.sessions)])
-    assert again.limits(NOW_MS) == [one, other] and case.sessions.limits(NOW_MS + 8 * 24 * hour) == []
-    line("k2", "s2", 181, 3.0, 2, 23, five + 5 * 3600, seven)  # the next five hours
-    later = case.sessions.limits(NOW_MS + 181 * 60_000)[-1]
+    assert again.limits(NOW_MS) == [one, other] and limits(8 * 1440) == []
+    line(2, 181, 3.0, 2, 23, resets=(five + 5 * hour, seven))  # the next five hours
+    later = limits(181)[-1]
     assert later["machines"] == ["k1", "k2"] and later["fiveHour"]["percent"] == 2
     assert later["fiveHour"]["shares"] == [{"sessionId": "s2", "percent": 2.0}]
-    line("k1", "s1", 0, 9.0, 70, 22)  # of the window that is over, late
-    assert case.sessions.limits(NOW_MS + 181 * 60_000)[-1]["fiveHour"]["percent"] == 2
-    with_week = NOW_MS // 1000 + 11 * 86400
-    line("k2", "s2", 5 * 1440, 4.0, 1, 1, NOW_MS // 1000 + 5 * 86400 + 60, with_week)  # the next week
-    line("k1", "s1", 5 * 1440, 9.0, 1, 2, NOW_MS // 1000 + 5 * 86400 + 60, with_week)
-    (account,) = [it for it in case.sessions.limits(NOW_MS + 5 * DAY_MS) if "k1" in it["machines"]]
+    line(1, 0, 9.0, 70, 22)  # of the window that is over, late
+    assert limits(181)[-1]["fiveHour"]["percent"] == 2
+    following = now + 5 * day + 60, now + 11 * day
+    line(2, 5 * 1440, 4.0, 1, 1, resets=following)  # the next week
+    line(1, 5 * 1440, 9.0, 1, 2, resets=following)
+    (account,) = [it for it in limits(5 * 1440) if "k1" in it["machines"]]
     assert account["machines"] == ["k1", "k2"] and account["sevenDay"]["percent"] == 2
     case.hook("SessionStart", NOW_MS + 20 * DAY_MS, "k4", "s4")
-    line("k4", "s4", 20 * 1440, 1.0, 5, 6, NOW_MS // 1000 + 20 * 86400 + 60, NOW_MS // 1000 + 25 * 86400)
-    assert [it["machines"] for it in case.sessions.limits(NOW_MS + 20 * DAY_MS)] == [["k4"]]
+    line(4, 20 * 1440, 1.0, 5, 6, resets=(now + 20 * day + 60, now + 25 * day))
+    assert [it["machines"] for it in limits(20 * 1440)] == [["k4"]]
 
 
 @story_table("tables.txt", "contexts", "model, used, percent, size")
@@ -4956,12 +4949,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
     first.add(usage_line("s1", 5))
     second.add(usage_line("s2", 5))
     real = ee.totals_in
-
-    def slow(*arguments: Any) -> Any:
-        reading.set()
-        goes_on.wait(10)
-        return real(*arguments)
-
+    slow = lambda *given: (reading.set(), goes_on.wait(10), real(*given))[-1]  # noqa: E731
     monkeypatch.setattr(ee, "totals_in", slow)
     worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events))
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
