@@ -45,6 +45,7 @@ import os
 import pathlib
 import pickle
 import plistlib
+import pty
 import pwd
 import queue
 import random
@@ -10582,27 +10583,22 @@ answer_rows = (re.fullmatch(r"(\w+) (.*) → (.*)", line).groups() for line in s
 ANSWERS = [(kind, json.loads(answer), json.loads(decision)) for kind, answer, decision in answer_rows]
 
 
-def answer_printed(asked: dict[str, Any], line: bytes) -> bytes:
-    """Return what the hook prints for a line on its connection."""
-    reader, writer = os.pipe()
-    saved = os.dup(1)
-    os.dup2(writer, 1)
-    try:
-        ee.print_answer(asked, line)
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(writer)
-    with open(reader, "rb") as file:
-        return file.read()
+# What a hook reads and is no answer; lines that are too long or never end are in `deliver_and_wait`.
+ANSWER_RUBBISH = [
+    b"", b"\n", b'{"do": "allow"}x\n', random.Random(1).randbytes(10_000) + b"\n", b"[" * 100_000 + b"\n",
+    b'{"do": "deny", "message": "\xff"}\n',
+]  # fmt: skip
 
 
-def test_an_answer_is_printed_in_the_clients_form_or_not_at_all():
+def test_an_answer_is_printed_in_the_clients_form_or_not_at_all(capfd):
     for kind, answer, decision in ANSWERS:
-        printed = answer_printed(ANSWER_ASKED[kind], json.dumps(answer).encode() + b"\n")
+        ee.print_answer(ANSWER_ASKED[kind], json.dumps(answer).encode() + b"\n")
+        printed = capfd.readouterr().out
         output = {"decision": decision} if decision and "behavior" in decision else decision
         wanted = {"hookEventName": ANSWER_ASKED[kind]["hook_event_name"], **output} if decision else None
         assert (json.loads(printed)["hookSpecificOutput"] if printed else None) == wanted, (kind, answer)
+    assert not any(ee.print_answer(ANSWER_ASKED["Bash"], line) for line in ANSWER_RUBBISH)
+    assert capfd.readouterr().out == ""
 
 
 @given(st.sampled_from(list(ANSWER_ASKED.values())), st.binary(max_size=60) | st.recursive(
@@ -10621,6 +10617,16 @@ def test_whatever_comes_back_gives_nothing_or_one_decision(asked, line):
         assert output.get("action", output.get("decision", {}).get("behavior")) in behaviors
 
 
+def started_hook(command: str, asked: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a hook on a payload, and do not wait."""
+    shell, pipes = ["/bin/sh", "-c", command], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    hook = subprocess.Popen(shell, env=environment, start_new_session=True, **pipes)
+    with hook.stdin:
+        hook.stdin.write(json.dumps(asked).encode() + b"\n")
+    hook.stdin = None  # for `communicate`
+    return hook
+
+
 @dataclasses.dataclass
 class Asking:
     """A monitor with `install --answers`, the agents that ask, and a paired page."""
@@ -10634,15 +10640,8 @@ class Asking:
 
     def hook(self, asked: dict[str, Any], command: str = "") -> subprocess.Popen[bytes]:
         """Start the hook on a payload, as the client does, and do not wait."""
-        hook = subprocess.Popen(
-            ["/bin/sh", "-c", command or self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}, start_new_session=True,
-        )  # fmt: skip
-        assert hook.stdin
-        with hook.stdin:
-            hook.stdin.write(json.dumps(asked).encode() + b"\n")
-        hook.stdin = None  # for `communicate`
-        return hook
+        environment = {**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}
+        return started_hook(command or self.command, asked, environment)
 
     def ask(self, kind: str = "Bash", session: str = "s1", **more: Any) -> tuple[Any, str]:
         """Ask in a session; return the hook that waits, and the id of its event."""
@@ -10666,18 +10665,22 @@ class Asking:
         return [it["eventId"] for it in asks if it["answerable"]]
 
     def on_terminal(self, *arguments: str) -> str:
-        """Run a command in a terminal of its own; return what it prints."""
-        ours, theirs = os.openpty()
-        command = ["setsid", "--ctty", "--wait", sys.executable, "-m", "contextuate_monitor", *arguments]
-        terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        process = subprocess.Popen(command, cwd=ROOT, env=self.monitor.environment, **terminal)
-        os.close(theirs)
+        """Run a command in a process with a terminal of its own; return what it prints."""
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.environ.clear()
+            os.environ.update(self.monitor.environment)
+            with os.fdopen(0) as sys.stdin, os.fdopen(1, "w") as sys.stdout, os.fdopen(2, "w") as sys.stderr:
+                try:
+                    cm.main(arguments)
+                finally:
+                    sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
         said = b""
-        with contextlib.suppress(OSError):
-            while piece := os.read(ours, 4096):
+        with contextlib.suppress(OSError):  # it has ended
+            while piece := os.read(terminal, 4096):
                 said += piece
-        process.wait(20)
-        os.close(ours)
+        os.close(terminal)
+        os.waitpid(pid, 0)
         return said.decode()
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], Any]:
@@ -10687,6 +10690,11 @@ class Asking:
 
     def code(self) -> str:
         return self.on_terminal("answers", "pair").split()[0]
+
+    def pair_tab(self, tab: BrowserTab) -> None:
+        tab.page.click("text=Pair this browser")
+        tab.page.fill("dialog input", self.code())
+        tab.page.click("dialog .first")
 
     def pair(self) -> str:
         status, headers, _ = self.post("/pair", {"code": self.code()})
@@ -10699,6 +10707,7 @@ class Asking:
         sock = socket.create_connection(("127.0.0.1", port), 10, (source, 0))
         page = TestClient(websockets.sync.client.connect(
             f"ws://127.0.0.1:{port}/ws", sock=sock, additional_headers={"Cookie": cookie}, compression=None,
+            close_timeout=1,
         ))  # fmt: skip
         self.monitor.clients.append(page)
         page.hello = page.next("hello")
@@ -10709,15 +10718,11 @@ class Asking:
     def answer(self, page: TestClient, event_id: str, answer: Any, session: str = "s1") -> Any:
         """Answer from a page; return the outcome, or the error."""
         page.send(type="answer", sessionId=session, eventId=event_id, answer=answer, requestId=event_id)
-        found = lambda: [it for it in page.others if it["type"] in ("answered", "error")]  # noqa: E731
-        (message, *_) = eventually(lambda: found() or _more(page))
-        page.others.remove(message)
-        return message.get("outcome") or message["message"]
-
-
-def _more(page: TestClient) -> None:
-    with contextlib.suppress(TimeoutError):
-        page.others.append(json.loads(page.connection.recv(timeout=0.2)))
+        while True:
+            page.others += (messages := page.receive())
+            for message in messages:
+                if message["type"] in ("answered", "error"):
+                    return message.get("outcome") or message["message"]
 
 
 @pytest.fixture
@@ -10753,59 +10758,54 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
     hook.kill()
 
 
-ANSWER_RUBBISH = {
-    "nothing": b"", "an empty line": b"\n", "no end": b'{"do": "allow"}', "more": b'{"do": "allow"}x\n',
-    "random bytes": random.Random(1).randbytes(10_000) + b"\n", "deep": b"[" * 100_000 + b"\n",
-    "not UTF-8": b'{"do": "deny", "message": "\xff"}\n', "too long": b"x" * 300_000,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", list(ANSWER_RUBBISH))
-def test_a_hook_prints_nothing_for_what_is_no_answer(hook_alone, monitor, what):
+@pytest.mark.parametrize("line", [b'{"do": "allow"}', b" " * 300_000 + b'{"do": "allow"}\n'])
+def test_a_hook_prints_nothing_for_a_line_without_end_or_too_long(hook_alone, monitor, line):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(monitor.socket_path)
         listener.listen(1)
         command = hook_alone.installed.command.replace(" || ", " --answer || ", 1)
-        hook = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=monitor.environment)  # fmt: skip
-        with hook.stdin:
-            hook.stdin.write(json.dumps(ANSWER_ASKED["Bash"]).encode() + b"\n")
-        hook.stdin = None  # for `communicate`
-        connection, _ = listener.accept()
-        with connection:
+        hook = started_hook(command, ANSWER_ASKED["Bash"], monitor.environment)
+        with listener.accept()[0] as connection:
             assert b'"answerable":3600' in connection.recv(1 << 16)
             connection.sendall(ee.ACKNOWLEDGEMENT)
             with contextlib.suppress(OSError):
-                connection.sendall(ANSWER_RUBBISH[what])
+                connection.sendall(line)
             connection.shutdown(socket.SHUT_WR)
             assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
 
 
-def answer_status(asking: Any, *statuses: str) -> None:
-    for status in statuses:
-        about = {"machineId": "testbox", "timestamp": ee.now_ms() + 5, "pid": asking.client.pid}
-        asking.monitor.emit({
-            "eventType": "client_status", "sessionId": "s1", "data": {"status": status, "previous": "busy"}, **about,
-        })  # fmt: skip
+def test_a_hook_ends_silently_when_the_wait_is_over(asking):
+    def esc_in_the_terminal() -> None:
+        about = {
+            "eventType": "client_status",
+            "sessionId": "s1",
+            "machineId": "testbox",
+            "pid": asking.client.pid,
+        }
+        for status in ("waiting", "idle"):
+            data = {"status": status, "previous": "busy"}
+            monitor.emit({**about, "timestamp": ee.now_ms() + 5, "data": data})
 
+    def next_prompt() -> None:
+        monitor.emit(payload("UserPromptSubmit", prompt="go on"))
 
-ANSWER_ENDS = {
-    "Esc in the terminal": lambda it: answer_status(it, "waiting", "idle"),
-    "a prompt": lambda it: it.monitor.emit(payload("UserPromptSubmit", prompt="go on")),
-    "the client exits": lambda it: (it.client.kill(), it.client.wait()),
-    "the monitor is killed": lambda it: it.monitor.kill(),
-    "the monitor stops": lambda it: it.monitor.stop(),
-}  # fmt: skip
+    def end_of_the_client() -> None:
+        asking.client.kill()
+        asking.client.wait()
 
-
-@pytest.mark.parametrize("end", list(ANSWER_ENDS))
-def test_a_hook_ends_silently_when_the_wait_is_over(asking, end):
-    hook, event_id = asking.ask()
-    ANSWER_ENDS[end](asking)
-    assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
-    if "monitor" not in end:
+    monitor = asking.monitor
+    for end in (monitor.stop, monitor.kill):
+        hook, _ = asking.ask()
+        end()
+        assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
+        monitor.serve()
+    page = asking.page(asking.pair())
+    for end in (esc_in_the_terminal, next_prompt, end_of_the_client):
+        hook, event_id = asking.ask()
+        end()
+        assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
         assert asking.open_ids() == []
-        assert asking.answer(asking.page(asking.pair()), event_id, {"do": "allow"}) == "late"
+        assert asking.answer(page, event_id, {"do": "allow"}) == "late"
 
 
 def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
@@ -10819,7 +10819,8 @@ def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
         eventually(lambda: outcomes, what="the one that is too late")
         os.killpg(hook.pid, signal.SIGCONT)
 
-    pages = [asking.page(asking.pair()) for _ in range(2)]
+    cookie = asking.pair()
+    pages = [asking.page(cookie) for _ in range(2)]
     os.killpg(hook.pid, signal.SIGSTOP)
     at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
     assert sorted(outcomes) == ["delivered", "late"]
@@ -11067,9 +11068,7 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     first, _ = asking.ask("Bash", command_note="x", tool_input={"command": "make\nrm -r x", "timeout": 5})
     tab.shows("ask", "Allow Bash?", "make rm -r x", "timeout 5", "may look, and not answer")
     assert "Allow once" not in tab.text("ask")
-    tab.page.click("text=Pair this browser")
-    tab.page.fill("dialog input", asking.code())
-    tab.page.click("dialog .first")
+    asking.pair_tab(tab)
     always = ("Always: allow Bash(make:*) in this session", "Always: switch to the mode acceptEdits")
     tab.shows("ask", "Allow once", *always)
     tab.page.focus("#grid")
@@ -11127,9 +11126,7 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
 def test_what_is_typed_or_pressed_for_one_question_answers_no_other(asking, open_tab):
     tab = open_tab(asking.monitor, "#s=s1")
     first, _ = asking.ask("Bash", tool_input={"command": "make"})
-    tab.page.click("text=Pair this browser")
-    tab.page.fill("dialog input", asking.code())
-    tab.page.click("dialog .first")
+    asking.pair_tab(tab)
     tab.page.click("[data-act=r]")
     tab.page.keyboard.type("use a d")
     asking.monitor.emit(payload("SubagentStart", agent_id="a1", agent_type="x"))
@@ -11153,9 +11150,7 @@ def test_what_is_typed_or_pressed_for_one_question_answers_no_other(asking, open
 def test_an_answer_lost_with_the_connection_can_be_given_again(asking, open_tab):
     tab, lost = open_tab(asking.monitor, "#s=s1"), []
     hook, _ = asking.ask("Bash")
-    tab.page.click("text=Pair this browser")
-    tab.page.fill("dialog input", asking.code())
-    tab.page.click("dialog .first")
+    asking.pair_tab(tab)
     tab.shows("ask", "Allow once")
     wire = BrowserWire(
         tab, lambda message: message["type"] == "answer" and not lost and not lost.append(message)
@@ -12080,43 +12075,13 @@ def test_the_status_shows_how_much_is_on_disk(running):
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
-def test_what_arrived_after_the_clock_was_two_days_ahead_is_found(monitor):
-    begin = cm.now_ms() - 5 * DAY_MS
-    for word, days in (("ahead", 2), ("corrected", 0), ("later", 1)):  # and a start between them
-        store = cm.Journal(monitor.home + "/events")
-        store.open()
-        at = begin + days * DAY_MS
-        store.append([ee.build_event(payload("UserPromptSubmit", prompt=word), at, "testbox")], at)
-        store.close()
-    monitor.serve()
-    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "ready", what="the index")
-    for word in ("ahead", "corrected", "later"):
-        assert len(monitor.get(f"/api/search?q={word}")["results"]) == 1, word
-    assert monitor.get("/api/stats?from=0")["totals"]["prompts"] == 3
-
-
-def test_numbers_go_on_after_every_event_was_too_old(monitor):
-    retention_fill(monitor.home, (50, 60))
-    monitor.serve()
-    eventually(lambda: retention_days(monitor.home) == [])
-    assert in_process(monitor, "stop").returncode == 0
-    monitor.serve().emit(payload("UserPromptSubmit", prompt="again"))
-    assert monitor.stored_events()[-1]["seq"] == 5
-
-
-def test_events_that_are_linked_to_another_disk_count(monitor, tmp_path):
-    days = retention_fill(str(tmp_path), (0, 1, 2), size=9 << 20, sessions=1)
-    os.symlink(tmp_path / "events", monitor.home + "/events")
-    monitor.write_config({"retention": {"maxMegabytes": 22}})
-    monitor.serve()
-    eventually(lambda: retention_days(monitor.home) == [days[1], days[0]], what="the oldest day's end")
-    disk = eventually(lambda: monitor.get("/api/status")["disk"])
-    assert disk["bytes"] > 18 << 20
-
-
-def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any) -> None:
-    home, now = str(tmp_path), cm.now_ms()
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any, is_linked: bool) -> None:
+    home, now = str(tmp_path / "home"), cm.now_ms()
     days = retention_fill(home, (0, 1, 2, 3), size=1 << 20, sessions=1)
+    if is_linked:
+        os.rename(home + "/events", tmp_path / "disk")
+        os.symlink(tmp_path / "disk", home + "/events")
 
     def going(megabytes: int, kept: str = "", keep_days: int | None = None) -> list[str]:
         return cm.plan_retention(home, now, keep_days, megabytes << 20, frozenset([kept])).days
@@ -12133,6 +12098,7 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
     assert cm.delete_planned(home, plan) == {"s0-1.jsonl", "s0-2.jsonl", "s0-3.jsonl"}
     assert retention_days(home) == [days[0]]
     assert cm.plan_retention(home, now, None, None, frozenset()).days == []
+    assert install_text(home + "/last-seq") == "3\n", "no number is given twice"
 
 
 def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
@@ -12166,16 +12132,10 @@ def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     assert "deleted" in in_process(monitor, "prune").stdout
     assert retention_days(monitor.home) == sorted([days[0], days[3]])
     assert "nothing is too old" in in_process(monitor, "prune").stdout
-
-
-def test_prune_prints_why_nothing_can_be_deleted(running):
-    events = running.home + "/events"
-    os.rename(events, events + ".kept")
-    pathlib.Path(events).touch()
-    done = in_process(running, "prune")
+    os.rename(monitor.home + "/events", monitor.home + "/events.kept")
+    pathlib.Path(monitor.home + "/events").touch()
+    done = in_process(monitor, "prune")
     assert done.returncode == 1 and "cannot be deleted" in done.stderr
-    os.unlink(events)
-    os.rename(events + ".kept", events)
 
 
 def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
@@ -12279,15 +12239,14 @@ def test_a_spool_of_a_machine_without_a_clock_is_kept(tmp_path: Any) -> None:
     assert sorted(int(path.name.split("-")[0]) > 10**12 for path in tmp_path.glob("*.jsonl")) == [False, True]
 
 
-@pytest.mark.slow
 def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> None:
     monitor.serve(retention={"maxMegabytes": 16})
     in_process(monitor, "prune")
-    assert "maxMegabytes" not in monitor.command("status").stdout
-    monitor.emit(*(payload("UserPromptSubmit", f"s{number}", prompt="x " * 450_000) for number in range(20)))
+    assert "maxMegabytes" not in in_process(monitor, "status").stdout
+    retention_fill(monitor.home, (0,), size=17 << 20, sessions=1)
     in_process(monitor, "prune")
     for command in ("status", "doctor"):
-        assert "more than retention.maxMegabytes" in monitor.command(command, check=False).stdout
+        assert "more than retention.maxMegabytes" in in_process(monitor, command).stdout
 
 
 # ---------------------------------------------------------------------------
@@ -12448,24 +12407,8 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
 
 
 def test_odd_transcripts_are_read_as_far_as_they_make_sense(tmp_path):
-    def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
-        about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
-        about |= {"uuid": uuid, "message": {"content": content}}
-        return json.dumps({**about, **more}).encode()
-
-    lines = [
-        *(b"{ broken", b"[]", b""),
-        entry("user", 7, "x"),
-        entry("user", "a", None),
-        entry("user", "b", "x", timestamp="soon"),
-        entry("user", "c", [1, {"type": "tool_result"}, {"text": 5}]),
-        entry("assistant", "d", [{"type": "tool_use", "id": 5}]),
-        entry("user", "e", "meta", isMeta=True),
-        *(entry("user", "f", "hello"),) * 2,
-    ]
-    path = tmp_path / "s.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    skipped: list[str] = []
+    path, skipped = tmp_path / "s.jsonl", []
+    path.write_text("\n\n".join(story_parts("tables.txt")["odd transcript"]))
     reader = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader(""), skipped)
     events = reader.events([str(path)])
     assert skipped == [f"{path}: 2 lines are not JSON"]
@@ -12561,38 +12504,34 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
-    contents = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
-    path = running.home + "/odd.jsonl"
-    for content in contents:
-        ee.write_atomically(path, content)
-        assert in_process(running, "import", path).returncode in (0, 1), content
-    fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    odd = {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.json": "->/nowhere"}
-    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
-    os.mkfifo(fifo)
-    for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
-        refused = in_process(running, "import", path)
-        assert refused.returncode == 1 and words in refused.stderr
-    assert running.stored_events() == []
+def test_import_names_each_file_that_it_did_not_understand(running, tmp_path):
+    files = story_cases("tables.txt", "imports")
+    write_files(tmp_path, {name: as_text(content) for name, (content, _, _) in files.items()})
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\x00")
+    files |= {"fifo.jsonl": ["", 0, "is no regular file"], "bytes.jsonl": ["", 0, "it has no events"]}
+    for name, (_, count, words) in files.items():
+        done = in_process(running, "import", f"{tmp_path}/{name}")
+        assert (done.returncode, int(done.stdout.split()[0] if done.stdout else 0)) == (bool(words), count), (
+            name
+        )
+        assert f"/{name}: {words}\n" in done.stderr if words else done.stderr == "", name
+    write_files(tmp_path, {"settings.json": "{}", "x.txt": ""})  # which are ignored in a directory
     done = in_process(running, "import", str(tmp_path))
-    assert done.stdout.startswith("7 events imported") and done.stderr.count("skipped") == 4
-    for name in (fifo.name, *odd):
-        assert f"/p/{name}: " in done.stderr
+    assert done.returncode == 1 and done.stdout.startswith("0 events imported, 8 were stored already")
+    assert f"skipped {sum(words != '' for *_, words in files.values()) - 10} more" in done.stderr
 
 
-def test_import_says_what_to_do_when_the_monitor_takes_no_more(
-    running: RunningMonitor, tmp_path: Any
-) -> None:
+def test_import_says_what_to_do_when_the_monitor_takes_no_more(running, tmp_path):
     export = tmp_path / "export.ndjson"
     export.write_text(json.dumps({"id": "x", "eventType": "message", "sessionId": "far", "data": {}}) + "\n")
     os.kill(running.pid, signal.SIGSTOP)
     os.unlink(running.socket_path)  # as while it stops
-    refused = running.command("import", str(export), check=False)
+    refused = in_process(running, "import", str(export))
     assert refused.returncode == 1 and "import again" in refused.stderr.splitlines()[-1], refused.stderr
     os.kill(running.pid, signal.SIGCONT)
     eventually(lambda: os.path.exists(running.socket_path), what="the socket")
-    assert running.command("import", str(export)).stdout.startswith("1 events imported")
+    assert in_process(running, "import", str(export)).stdout.startswith("1 events imported")
 
 
 def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, tmp_path: Any) -> None:
@@ -12626,32 +12565,6 @@ def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, 
     half = in_process(running, "import", str(tmp_path))
     assert half.returncode == 1 and "raw/1-half.json: it has no events" in half.stderr
     assert running.sessions()["0123456789abcdef"]["label"] == "Mine"
-
-
-def test_the_first_line_of_an_export_may_be_long(tmp_path: Any) -> None:
-    events = [{"eventType": "message", "id": f"e{at}", "data": {"text": "x" * at}} for at in (70_000, 1)]
-    write_files(tmp_path, {"x.ndjson": "".join(json.dumps(event) + "\n" for event in events)})
-    skipped: list[str] = []
-    found = list(cm.export_events(str(tmp_path / "x.ndjson"), skipped))
-    assert [event["id"] for event in found] == ["e70000", "e1"] and not skipped
-
-
-def test_import_names_the_file_that_it_did_not_understand(running: RunningMonitor, tmp_path: Any) -> None:
-    event = json.dumps({**NODE, "id": "e", "sessionId": "s", "eventType": "message"})
-    transcript = "0000000a-0000-4000-8000-000000000000.jsonl"
-    line = {"type": "user", "uuid": "u", "sessionId": "s2", "timestamp": "2026-11-24T06:03:18.373Z"}
-    files = {
-        "export.jsonl": f'{event}\n[1]\n{{"a": 1}}\n\n', "whole.ndjson": event + "\n",
-        transcript: json.dumps({**line, "message": {"content": "hi"}}) + '\n{ broken\n\n{"type": "being wri',
-        "odd.jsonl": "no json\n", "settings.json": "{}",
-    }  # fmt: skip
-    write_files(tmp_path, files)
-    done = in_process(running, "import", str(tmp_path))
-    assert done.returncode == 1 and done.stdout.startswith("4 events imported")
-    said = [words.rpartition("/")[2] for words in done.stderr.splitlines() if "skipped" in words]
-    assert sorted(said) == sorted([
-        "export.jsonl: 2 lines are no events", "odd.jsonl: it has no events", f"{transcript}: 1 lines are not JSON",
-    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
