@@ -10638,6 +10638,11 @@ class Asking:
         self.command = self.monitor.installed_command("--answers").replace(" || ", " --answer || ", 1)
         self.client = subprocess.Popen(["sleep", "600"])
 
+    def remove(self) -> None:
+        """End the client."""
+        self.client.kill()
+        self.client.wait()
+
     def hook(self, asked: dict[str, Any], command: str = "") -> subprocess.Popen[bytes]:
         """Start the hook on a payload, as the client does, and do not wait."""
         environment = {**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}
@@ -10729,8 +10734,7 @@ class Asking:
 def asking(running: RunningMonitor) -> Iterator[Asking]:
     made = Asking(running)
     yield made
-    made.client.kill()
-    made.client.wait()
+    made.remove()
 
 
 def test_a_paired_page_answers_and_the_hook_prints_it(asking):
@@ -10789,10 +10793,6 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking):
     def next_prompt() -> None:
         monitor.emit(payload("UserPromptSubmit", prompt="go on"))
 
-    def end_of_the_client() -> None:
-        asking.client.kill()
-        asking.client.wait()
-
     monitor = asking.monitor
     for end in (monitor.stop, monitor.kill):
         hook, _ = asking.ask()
@@ -10800,7 +10800,7 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking):
         assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
         monitor.serve()
     page = asking.page(asking.pair())
-    for end in (esc_in_the_terminal, next_prompt, end_of_the_client):
+    for end in (esc_in_the_terminal, next_prompt, asking.remove):
         hook, event_id = asking.ask()
         end()
         assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
@@ -10808,8 +10808,7 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking):
         assert asking.answer(page, event_id, {"do": "allow"}) == "late"
 
 
-def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
-    hook, event_id = asking.ask()
+def test_one_of_two_pages_answers_whatever_else_names_the_question(asking):
     outcomes: dict[str, str] = {}
 
     def give(page: TestClient, do: str) -> None:
@@ -10821,22 +10820,15 @@ def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
 
     cookie = asking.pair()
     pages = [asking.page(cookie) for _ in range(2)]
+    hook, event_id = asking.ask()
+    line = json.dumps({"id": event_id, "answerable": 60, "hook": ANSWER_ASKED["Bash"]}, separators=(",", ":"))
+    with asking.monitor.connect() as other:
+        other.sendall(line.encode() + b"\n")
+        assert other.recv(1) == ee.ACKNOWLEDGEMENT and other.recv(1) == b""
     os.killpg(hook.pid, signal.SIGSTOP)
     at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
     assert sorted(outcomes) == ["delivered", "late"]
     assert asking.decision(hook)["behavior"] == outcomes["delivered"]
-
-
-def test_another_connection_that_names_the_same_question_does_not_end_it(asking):
-    page = asking.page(asking.pair())
-    hook, event_id = asking.ask()
-    line = json.dumps({"id": event_id, "answerable": 60, "hook": ANSWER_ASKED["Bash"]}, separators=(",", ":"))
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(asking.monitor.socket_path)
-        other.sendall(line.encode() + b"\n")
-        assert other.recv(1) == ee.ACKNOWLEDGEMENT and other.recv(1) == b""
-    assert asking.answer(page, event_id, {"do": "allow"}) == "delivered"
-    assert asking.decision(hook) == {"behavior": "allow"}
 
 
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
@@ -11017,49 +11009,41 @@ def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch)
     assert "hooks" not in monitor.client_settings()
 
 
-def test_answers_through_redis_are_signed_fresh_and_wanted():
-    with redis_parts() as make:
-        server = make(RedisServer)
-        remote = server.settings() | {"answers": {"remote": True}}
-        one, two = (make(RedisMachine, config=remote, machine_id=name) for name in ("one", "two"))
-        key = cm.secrets.token_hex(32).encode()
-        for machine in (one, two):
-            machine.serve()
-            machine.wait_until("connected")
-            ee.write_atomically(machine.home + "/answers.key", key + b"\n")
-        asking, other = Asking(one), Asking(two)
-        os.makedirs(one.home + "/hooks", exist_ok=True)
-        ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
-        page = other.page(other.pair())
-        try:
-            hook = asking.hook(ANSWER_ASKED["Bash"])
-            event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
-            place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
-            allow = {"do": "allow"}
-            forged = ((now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key))
-            for at, signed_id, by in forged:
-                mac = ee.signature(by, signed_id, allow, at, "n")
-                server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
-            server.cli("RPUSH", place, json.dumps({"answer": allow}))
-            server.cli("RPUSH", place, "x")
-            eventually(lambda: server.cli("LLEN", place) == "0", 20)
-            server.stop()
-            server.start()
-            two.wait_until("connected")
-            assert hook.poll() is None
-            began = time.monotonic()
-            deny = functools.partial(other.answer, page, event_id, {"do": "deny"})
-            outcome = eventually(lambda: (it := deny()) != "failed" and it, 30)
-            assert outcome == "delivered", time.monotonic() - began
-            assert asking.decision(hook)["behavior"] == "deny"
-            reports = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
-            assert "2 foreign, 1 old, 2 unsigned" in eventually(reports, 30)[0]["data"]["message"]
-            one.write_config({"answers": {"remote": False}})
-            assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
-        finally:
-            for each in (asking, other):
-                each.client.kill()
-                each.client.wait()
+def test_answers_through_redis_are_signed_fresh_and_wanted(make):
+    server = make(RedisServer)
+    remote = server.settings() | {"answers": {"remote": True}}
+    one, two = (make(RedisMachine, config=remote, machine_id=name) for name in ("one", "two"))
+    key = cm.secrets.token_hex(32).encode()
+    for machine in (one, two):
+        machine.serve()
+        machine.wait_until("connected")
+        ee.write_atomically(machine.home + "/answers.key", key + b"\n")
+    asking, other = make(Asking, one), make(Asking, two)
+    os.makedirs(one.home + "/hooks", exist_ok=True)
+    ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
+    page = other.page(other.pair())
+    hook = asking.hook(ANSWER_ASKED["Bash"])
+    event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
+    place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
+    allow = {"do": "allow"}
+    forged = ((now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key))
+    for at, signed_id, by in forged:
+        mac = ee.signature(by, signed_id, allow, at, "n")
+        server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
+    server.cli("RPUSH", place, json.dumps({"answer": allow}))
+    server.cli("RPUSH", place, "x")
+    eventually(lambda: server.cli("LLEN", place) == "0", 20)
+    server.stop()
+    server.start()
+    two.wait_until("connected")
+    assert hook.poll() is None
+    deny = functools.partial(other.answer, page, event_id, {"do": "deny"})
+    assert eventually(lambda: (outcome := deny()) != "failed" and outcome, 30) == "delivered"
+    assert asking.decision(hook)["behavior"] == "deny"
+    reports = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
+    assert "2 foreign, 1 old, 2 unsigned" in eventually(reports, 30)[0]["data"]["message"]
+    one.write_config({"answers": {"remote": False}})
+    assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
 
 
 @needs_browser
@@ -11204,12 +11188,13 @@ class IndexCase:
 
     def search(self, words: str = "", **wanted: Any) -> list[dict[str, Any]]:
         """Return every result, over all pages."""
-        page = self.history.search(cm.search_query({"q": words, "limit": 200, **wanted}))
-        results = page["results"]
-        while page["next"] is not None:
-            query = {"q": words, "limit": 200, **wanted, "cursor": page["next"]}
+        results: list[dict[str, Any]] = []
+        cursor = ""
+        while cursor is not None:
+            query = {"q": words, "limit": 200, **wanted, "cursor": cursor}
             page = self.history.search(cm.search_query(query))
             results += page["results"]
+            cursor = page["next"]
         return results
 
     def ids(self, words: str = "", **wanted: Any) -> list[str]:
@@ -11634,30 +11619,29 @@ def test_the_index_needs_no_newer_sqlite_than_systems_with_python_3_9_have() -> 
 def calls_by_hand(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of every call its tool, how it ended and how long it took, if that is known."""
     calls: dict[Any, dict[str, Any]] = {}
-    ends = {"PostToolUse": "ok", "PostToolUseFailure": "failed"}
-    for event in sorted(events, key=lambda event: event["seq"]):
+    for event in events:
         data, hook = event["data"], event["hookType"]
-
-        def call_of(call_id: str, tool: str, session: str = event["sessionId"]) -> dict[str, Any]:
-            return calls.setdefault((session, call_id), {"tool": tool, "how": "", "ms": None})
-
-        for one in data["tool_calls"] if hook == "PostToolBatch" else ():
-            call = call_of(one["tool_use_id"], one["tool_name"])
-            call["how"] = call["how"] or "failed"
-        if hook == "PreToolUse":
-            call_of(data["toolUseId"], data["toolName"])["begun"] = event["timestamp"]
-        if hook in ends:
-            how = "interrupted" if data.get("is_interrupt") else ends[hook]
-            call = call_of(data["toolUseId"], data["toolName"])
-            call |= {"how": how, "end": event["timestamp"], "ms": data.get("durationMs")}
+        own = {"tool_use_id": data.get("toolUseId"), "tool_name": data.get("toolName")}
+        for named in data.get("tool_calls", [own] if "ToolUse" in hook else []):
+            new = {"tool": named["tool_name"], "how": "", "ms": None}
+            call = calls.setdefault((event["sessionId"], named["tool_use_id"]), new)
+            if hook == "PreToolUse":
+                call["begun"] = event["timestamp"]
+            elif hook == "PostToolBatch":
+                call["how"] = call["how"] or "failed"
+            else:
+                how = (
+                    "ok" if hook == "PostToolUse" else "interrupted" if data.get("is_interrupt") else "failed"
+                )
+                call |= {"how": how, "end": event["timestamp"], "ms": data.get("durationMs")}
     for call in calls.values():
         if call["ms"] is None and {"begun", "end"} <= call.keys():
             call["ms"] = call["end"] - call["begun"]
     return list(calls.values())
 
 
-def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    tools: dict[str, Any] = {}
+def tools_by_hand(events: list[dict[str, Any]]) -> dict[str, Any]:
+    tools, calls = {}, calls_by_hand(events)
     for name in {call["tool"] for call in calls}:
         own = [call for call in calls if call["tool"] == name]
         outcomes = collections.Counter(call["how"] for call in own)
@@ -11674,16 +11658,13 @@ def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
 
 def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offset_minutes: int) -> None:
     """Compare the statistics with what counting gives: one event after the other, all durations in lists."""
-
-    def day(event: dict[str, Any]) -> str:
-        return time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
-
     events = [event for event in events if event["hookType"] != "Monitor"]
-    tools = tools_by_hand(calls_by_hand(events))
+    tools = tools_by_hand(events)
     rows = {row["toolName"]: row for row in figures["tools"]}
     assert {tool: {name: row[name] for name in tools[tool]} for tool, row in rows.items()} == tools
     days = {row["day"]: row["events"] for row in figures["days"] if row["events"]}
-    assert days == collections.Counter(map(day, events))
+    of_days = (time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60) for event in events)
+    assert days == collections.Counter(time.strftime("%Y-%m-%d", it) for it in of_days)
     machines = {row["machineId"]: row["events"] for row in figures["machines"]}
     assert machines == collections.Counter(event["machineId"] for event in events)
     prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
@@ -11735,8 +11716,7 @@ def test_statistics_are_what_counting_the_files_gives(indexed, seed):
     indexed.add(*work[:400])
     indexed.ready()
     indexed.add(*work[400:], day_ms=NOW_MS + DAY_MS)
-    indexed.ready()
-    events = indexed.events()
+    events = indexed.ready().events()
     for session, offset in itertools.product((None, "s1", "s4"), (0, 60, -570)):
         own = [event for event in events if session in (None, event["sessionId"])]
         check_statistics(indexed.figures(session, offset), own, offset)
@@ -11864,17 +11844,14 @@ def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: Inde
     book = cm.Sessions(own_machine="testbox")
     sent = itertools.chain.from_iterable(map(recorded, recording_names()))
     indexed.add(*(timed(hook, NOW_MS + number * 10) for number, hook in enumerate(sent)))
-    for event in sorted(indexed.events(), key=lambda event: event["seq"]):
+    for event in indexed.events():
         book.apply(event)
-    indexed.ready()
-    rows = {row["sessionId"]: row for row in indexed.figures()["sessions"]}
-    assert rows and len(book.sessions) == indexed.figures()["totals"]["sessions"]
+    assert book.sessions and len(book.sessions) == indexed.ready().figures()["totals"]["sessions"]
     for session_id, session in book.sessions.items():
-        figures = indexed.figures(session_id)
-        totals = figures["totals"]
+        totals, counts = indexed.figures(session_id)["totals"], session.counts
         for name in ("events", "prompts", "toolCalls"):
-            assert totals[name] == session.counts[name], (session_id, name)
-        assert totals["failures"] == session.counts["toolErrors"], session_id
+            assert totals[name] == counts[name], (session_id, name)
+        assert totals["failures"] == counts["toolErrors"], session_id
 
 
 # In the running monitor
@@ -12255,31 +12232,20 @@ def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> 
 
 
 def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
-    # The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
-    exports: list[tuple[str, str, Any]] = [
-        ("", "", lambda event: True),
-        ("tool=Bash&session=s0", "--tool Bash --session s0",
-         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
-        ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
-         lambda event: event["hookType"] == "PostToolUse"),
-        ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
-        ("machine=other", "--machine other", lambda event: False),
-        ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
-        ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
-        ("state=failed", "--state failed", lambda event: False),
-    ]  # fmt: skip
     for number in range(6):
         tool, session = ("Bash", "Read")[number % 2], f"s{number % 3}"
         about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": {"command": f"word{number}"}}
-        running.emit(payload("PreToolUse", session, **about), payload("PostToolUse", session, **about))
-    running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
-    stored = running.stored_events()
-    for query, options, chosen in exports:
+        for name in ("pre", "post"):
+            hook = payload(f"{name.title()}ToolUse", session, **about)
+            running.emit({"hook": hook, "id": f"{name}{number}"})
+    running.emit(*({"hook": payload("Stop", f"s{number}"), "id": f"stop{number}"} for number in (1, 2)))
+    stored = {event["id"]: event for event in running.stored_events()}
+    for query, (ids,) in story_cases("tables.txt", "exports").items():
         lines = running.request(f"/api/export?{query}")[2].decode().splitlines()
-        expected = [event["id"] for event in filter(chosen, stored)]
-        assert sorted(json.loads(line)["id"] for line in lines) == sorted(expected), query
-        printed = in_process(running, "export", *options.split()).stdout
-        assert sorted(printed.splitlines()) == sorted(lines)
+        exported = {event["id"]: event for event in map(json.loads, lines)}
+        assert exported == {name: stored[name] for name in ids.split()}, query
+        options = re.sub(r"(?:^|&)(\w+)=", r" --\1 ", query).replace("--q ", "").split()
+        assert sorted(in_process(running, "export", *options).stdout.splitlines()) == sorted(lines)
     target = running.home + "/events.ndjson"
     assert "14 events" in in_process(running, "export", "--output", target).stdout
     assert hook_mode_of(target) == 0o600
