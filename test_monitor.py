@@ -10933,22 +10933,16 @@ def test_a_suggestion_of_the_client_is_one_sentence(given: Any, words: str) -> N
 
 
 def test_the_command_shows_what_is_asked_and_answers_it(asking):
-    answers = [
-        ("Bash", "always 2", {"behavior": "allow", "updatedPermissions": ANSWER_ASKED["Bash"]["permission_suggestions"][1:]}, "command: make"),
-        ("Bash", "deny Not on Fridays", {"behavior": "deny", "message": "Not on Fridays"}, "always 1: allow Bash(make:*)"),
-        ("AskUserQuestion", "choose 2 1,2", None, "  1  Blue: sky"),
-        ("form", "accept name=Ada age=36", {"action": "accept", "content": {"name": "Ada", "age": 36}}, "demo asks: Who?"),
-    ]  # fmt: skip
     asking.page(asking.pair())  # for the form, which waits only for a page
     asking.ask(session="s")
     assert "no answer" in asking.on_terminal("answer", "s", "perhaps")
-    for number, (kind, words, decision, shown) in enumerate(answers):
+    for number, line in enumerate(story_blocks("answers")[2]):
+        asked, decision, shown = line.split(" → ")
+        kind, *words = asked.split()
         hook, _ = asking.ask(kind, f"s{number}")
         assert shown in asking.on_terminal("answer", f"s{number}")
-        said = asking.on_terminal("answer", f"s{number}", *words.split())
-        printed = asking.decision(hook)
-        chosen = printed.get("updatedInput", {}).get("answers")
-        assert printed == decision or chosen == {"Colour?": "Green", "Which?": ["Blue", "Green"]}, said
+        said = asking.on_terminal("answer", f"s{number}", *words)
+        assert asking.decision(hook) == json.loads(decision), said
     assert "asks nothing" in asking.on_terminal("answer", "s0")
     asking.ask("Bash", "odd", tool_input={"command": "make\nalways 1: less"})
     assert "\n    always 1: less" in asking.on_terminal("answer", "odd"), "no command poses as a line of ours"
@@ -11309,7 +11303,7 @@ def test_every_filter_takes_what_it_says(indexed, monkeypatch):
         ({"to": start}, lambda event: event["timestamp"] < start),
         ({"from": start, "to": start + 1}, lambda event: event["timestamp"] == start),
     ]
-    for (one, takes_one), (other, takes_other) in itertools.product(wanted, repeat=2):
+    for (one, takes_one), (other, takes_other) in itertools.combinations_with_replacement(wanted, 2):
         both = {**one, **other}
         if len(both) < len(one) + len(other):
             continue
@@ -11516,7 +11510,7 @@ def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(indexed, monke
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", place]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    indexed.add(*many_words(random.Random(1), range(3000)), index_prompt(9999, "quokka"))
+    indexed.add(*many_words(random.Random(1), range(1000)), index_prompt(9999, "quokka"))
     indexed.history = history = cm.History(indexed.store, place + "/index.db")
     try:
         history.start()
@@ -11524,7 +11518,7 @@ def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(indexed, monke
         assert "full" in status["error"] and indexed.ids("quokka") == ["e9999"]
         subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
         eventually(lambda: history.status()["state"] == "ready", 30)
-        assert indexed.counted() == 3001 and indexed.ids("quokka") == ["e9999"]
+        assert indexed.counted() == 1001 and indexed.ids("quokka") == ["e9999"]
     finally:
         history.stop()
         unmount(place)
@@ -11553,7 +11547,7 @@ def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) 
 def test_the_space_of_deleted_days_is_given_back(indexed: IndexCase) -> None:
     rng = random.Random(1)
     for part in range(4):
-        events = many_words(rng, range(part * 1000, part * 1000 + 500), f"s{part}")
+        events = many_words(rng, range(part * 1000, part * 1000 + 200), f"s{part}")
         indexed.add(*events, day_ms=NOW_MS + part * DAY_MS)
     indexed.ready()
     full = indexed.history.status()["bytes"]
@@ -11561,7 +11555,7 @@ def test_the_space_of_deleted_days_is_given_back(indexed: IndexCase) -> None:
         shutil.rmtree(f"{indexed.home}/events/{day}")
     indexed.history.rescan()
     eventually(lambda: indexed.is_complete() and indexed.history.status()["bytes"] < full * 0.5)
-    assert len(indexed.search()) == len(indexed.search("w*")) == 500
+    assert len(indexed.search()) == len(indexed.search("w*")) == 200
 
 
 def test_snapshots_come_back_with_their_checkpoint(saved: IndexCase) -> None:
@@ -11812,14 +11806,13 @@ def test_odd_events_of_other_programs_do_not_stop_the_index(indexed: IndexCase) 
 
 
 def test_statistics_of_a_time_range_leave_the_rest_out(indexed: IndexCase) -> None:
-    indexed.add(*(index_prompt(number * 60, "hi") for number in range(24 * 60)))
-    indexed.ready()
-    start, end = NOW_MS + 3 * 3_600_000 + 1, NOW_MS + 5 * 3_600_000
-    figures = indexed.history.statistics(start, end)
-    since, until, quarter = figures["from"], figures["to"], 900_000
+    indexed.add(*index_prompts(range(0, 86_400, 300)))
+    start, end, quarter = NOW_MS + 3 * 3_600_000 + 1, NOW_MS + 5 * 3_600_000, 900_000
+    figures = indexed.ready().history.statistics(start, end)
+    since, until = figures["from"], figures["to"]
     assert since <= start < since + quarter and until - quarter < end <= until
-    inside = [event for event in indexed.events() if since <= event["timestamp"] < until]
-    assert figures["totals"]["events"] == figures["totals"]["prompts"] == len(inside)
+    inside = sum(since <= event["timestamp"] < until for event in indexed.events())
+    assert figures["totals"]["events"] == figures["totals"]["prompts"] == inside
     empty = indexed.history.statistics(NOW_MS - 10 * DAY_MS, NOW_MS - 9 * DAY_MS)
     assert empty["totals"]["events"] == 0 and empty["tools"] == empty["days"] == []
 
@@ -11905,16 +11898,6 @@ def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
         assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
     for day in ("9999-12-31", "2026-1-5"):
         assert shared.request(f"/api/stats?from={day}&to={day}")[0] == 200
-
-
-def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
-    sessions = cm.Sessions()
-    said = {"status": "exited", "name": "other", "nameSource": "user"}
-    for machine, kind, data in (("x", "user_prompt", {}), ("y", "client_status", {**said, "status": "idle"}),
-                                ("y", "client_status", said)):  # fmt: skip
-        about = {"eventType": kind, "sessionId": "a", "pid": 7, "machineKey": machine, "data": data}
-        session = sessions.apply(ee.build_event(about, NOW_MS, "m"))
-    assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
 
 
 @story_table("tables.txt", "ranges", "start, end, zone, first, last")
@@ -12115,15 +12098,6 @@ def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     assert done.returncode == 1 and "cannot be deleted" in done.stderr
 
 
-def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
-    store, now = journal_opened(tmp_path / "events"), cm.now_ms()
-    for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
-        store.append([ee.build_event(index_prompt(number, "x"), now, "m")], now - age * DAY_MS)
-    store.close()
-    assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).files == ()
-    assert len(cm.plan_retention(str(tmp_path), now + 40 * DAY_MS, 30, None, frozenset()).files) >= 2
-
-
 @pytest.mark.slow
 def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor):
     retention_fill(monitor.home, range(90), sessions=5)
@@ -12151,6 +12125,7 @@ class ClockStory:
     wall_ms: int = NOW_MS
     steady_ms: int = 0
     boot: int = 0
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         self.patch.setattr(cm, "now_ms", lambda: self.wall_ms)
@@ -12162,8 +12137,10 @@ class ClockStory:
     def step(self, verb: str, words: str) -> None:
         """Do one step: a capital letter stores an event of that session; `soon`: the next is in its second."""
         words, soon = words.removesuffix("soon").strip(), words.endswith("soon")
-        days = {"y": 365, "d": 1, "h": 1 / 24, "": 0}[words[-1:]]
+        days = {"y": 365, "d": 1, "h": 1 / 24}.get(words[-1:], 0)
         amount = int(float(words[:-1] or 0) * days * DAY_MS)
+        if verb == "limit":
+            self.limit = int(words)
         if verb in ("pass", "set", "off"):
             self.wall_ms += amount
             self.steady_ms += amount if verb == "pass" else 0
@@ -12184,8 +12161,9 @@ class ClockStory:
         if self.memory and not soon:
             self.memory.compare(self.store.seq)
 
-    def kept(self, limit: int | None = None) -> str:
-        plan = cm.plan_retention(self.home, self.wall_ms, 30, limit, frozenset(), self.memory.steps)
+    def kept(self) -> str:
+        steps = self.memory.steps if self.memory else ()
+        plan = cm.plan_retention(self.home, self.wall_ms, 30, self.limit, frozenset(), steps)
         left = {file.path for file in self.store.files()} - {file.path for file in plan.files}
         return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
 
@@ -12200,13 +12178,6 @@ def test_events_are_deleted_by_their_real_age(tmp_path: Any, monkeypatch: Any, r
         for step in steps.split("; "):
             story.step(*step.partition(" ")[::2])
         assert story.kept() == kept, steps
-
-
-def test_the_oldest_by_real_age_is_deleted_first(tmp_path: Any, monkeypatch: Any) -> None:
-    story = ClockStory(str(tmp_path), monkeypatch)
-    for step in "start; A; pass 5d; stop; off 1h; set -56y; start; B; set +56y; pass 2d; C".split("; "):
-        story.step(*step.partition(" ")[::2])
-    assert [story.kept(limit) for limit in (1 << 20, 900, 0)] == ["ABC", "BC", "C"]
 
 
 def test_a_spool_of_a_machine_without_a_clock_is_kept(tmp_path: Any) -> None:
@@ -12437,13 +12408,7 @@ def test_what_no_person_typed_is_no_imported_prompt(tmp_path, flag, content):
     assert (session["counts"]["prompts"], session["label"]) == (1, "fix <b>it</b>")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "counts"),
-    [
-        ("denied", "permission_denied", (1, 0)), ("stopped", "tool_error", (0, 1)),
-        ("interrupted", "client_status", (0, 1)), ("api-error", "client_status", (0, 1)),
-    ],
-)  # fmt: skip
+@story_table("tables.txt", "import ends", "name, kind, counts")
 def test_import_says_how_calls_and_turns_ended(tmp_path, name, kind, counts):
     about, stamp = {"sessionId": IMPORT_A}, "2026-11-20T10:00:01.000Z"
     use = {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "make"}}
@@ -12455,7 +12420,7 @@ def test_import_says_how_calls_and_turns_ended(tmp_path, name, kind, counts):
     found = [event["eventType"] for event in events]
     assert found == ["session_start", "user_prompt", "tool_call", kind, "session_end"]
     counted = imported(tmp_path)[IMPORT_A]["counts"]
-    assert (counted["toolErrors"], counted["interrupted"]) == counts
+    assert [counted["toolErrors"], counted["interrupted"]] == counts
 
 
 @story_table("tables.txt", "titles", "titles, label")
