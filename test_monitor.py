@@ -11149,12 +11149,13 @@ class IndexCase:
         self.history = cm.History(self.store, self.path)
         self.started = False
 
-    def add(self, *events: dict[str, Any], day_ms: int = NOW_MS) -> None:
+    def add(self, *events: dict[str, Any], day_ms: int = NOW_MS) -> IndexCase:
         """Store events as if they arrived at `day_ms`; payloads are made events."""
         built = [ee.build_event(given, given.get("timestamp", day_ms), "testbox") for given in events]
         stored = self.store.append(built, day_ms)
         assert None not in stored
         self.history.add(stored)
+        return self
 
     def start(self) -> IndexCase:
         if not self.started:
@@ -11257,8 +11258,7 @@ index_texts = st.lists(
 @given(index_texts, st.data())
 def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], data: Any) -> None:
     with contextlib.closing(IndexCase()) as case:
-        case.add(*(index_prompt(number, text, f"s{number % 2}") for number, text in enumerate(texts)))
-        case.ready()
+        case.add(*(index_prompt(number, text, f"s{number % 2}") for number, text in enumerate(texts))).ready()
         for _ in range(6):
             source = cm.fold(data.draw(st.sampled_from(texts)))
             start = data.draw(st.integers(0, len(source)))
@@ -11398,15 +11398,13 @@ def test_an_idle_index_looks_only_now_and_then(indexed, monkeypatch):
     looks, is_removed = [], cm.IndexFile.is_removed
     noted = lambda file: looks.append(time.monotonic()) or is_removed(file)  # noqa: E731
     monkeypatch.setattr(cm.IndexFile, "is_removed", noted)
-    indexed.add(index_prompt(1, "word"))
-    indexed.ready()
+    indexed.add(index_prompt(1, "word")).ready()
     eventually(lambda: time.monotonic() > looks[-1] + 1, what="a second without a look")
 
 
 def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     long = "before " * 100 + "the needle in\n   here " + "after " * 100
-    indexed.add(*hooks("result find hay => " + long))
-    (result,) = indexed.ready().search('needle "here after"')
+    (result,) = indexed.add(*hooks("result find hay => " + long)).ready().search('needle "here after"')
     assert result["field"] == "toolOutput"
     text = "".join(piece["text"] for piece in result["snippet"])
     assert text.startswith("…") and text.endswith("…") and len(text) < 260 and "\n" not in text
@@ -11429,8 +11427,7 @@ def damage_index(case: IndexCase, damage: str) -> None:
 def saved(indexed: IndexCase) -> IndexCase:
     """A stopped index with events of three sessions, SNAPSHOTS and the checkpoint 2."""
     indexed.add(index_prompt(1, "all"), index_prompt(2, "all", "s\ud8001"))
-    indexed.add(*index_prompts(range(3, 300), "all"))
-    indexed.ready()
+    indexed.add(*index_prompts(range(3, 300), "all")).ready()
     indexed.history.save_snapshots(indexed.history.generation, {"s1": b"old", "": b"machines"}, None)
     indexed.history.save_snapshots(indexed.history.generation, SNAPSHOTS, 2)
     indexed.history.stop()  # writes what is queued
@@ -11570,8 +11567,7 @@ def test_snapshots_come_back_with_their_checkpoint(saved: IndexCase) -> None:
 
 def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, monkeypatch: Any) -> None:
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.1)
-    indexed.add(index_prompt(1, "one"))
-    indexed.ready()
+    indexed.add(index_prompt(1, "one")).ready()
     history = indexed.history
     first = history.generation
     history.save_snapshots(first, {"s1": b"a"}, 1)
@@ -11698,10 +11694,8 @@ def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_statistics_are_what_counting_the_files_gives(indexed, seed):
     work = index_work(random.Random(seed), 300)
-    indexed.add(*work[:400])
-    indexed.ready()
-    indexed.add(*work[400:], day_ms=NOW_MS + DAY_MS)
-    events = indexed.ready().events()
+    indexed.add(*work[:400]).ready()
+    events = indexed.add(*work[400:], day_ms=NOW_MS + DAY_MS).ready().events()
     for session, offset in itertools.product((None, "s1", "s4"), (0, 60, -570)):
         own = [event for event in events if session in (None, event["sessionId"])]
         check_statistics(indexed.figures(session, offset), own, offset)
@@ -11772,8 +11766,7 @@ def test_the_clients_own_cost_counts_before_an_estimate(indexed: IndexCase) -> N
 def test_token_totals_that_come_as_events_are_no_events_of_their_session(indexed: IndexCase) -> None:
     totals = {**index_usage(60, "a", claude_opus_4_5=(5000, 500)), "eventType": "usage", "hookType": ""}
     with_turn = index_usage(0, "a", claude_opus_4_5=(1000, 100))  # as older monitors stored them
-    indexed.add(with_turn, totals, {**totals, "id": "alone", "sessionId": "b"})
-    figures = indexed.ready().figures()
+    figures = indexed.add(with_turn, totals, {**totals, "id": "alone", "sessionId": "b"}).ready().figures()
     assert (figures["totals"]["events"], figures["totals"]["sessions"]) == (1, 2)
     assert figures["totals"]["tokenUsage"]["totalInput"] == 10_000
     assert {row["sessionId"]: row["events"] for row in figures["sessions"]} == {"a": 1, "b": 0}
@@ -11810,8 +11803,7 @@ def test_statistics_of_a_time_range_leave_the_rest_out(indexed: IndexCase) -> No
 
 @pytest.mark.parametrize("zone", ZONE_TIMES)
 def test_days_and_hours_are_those_of_the_zone_across_a_clock_change(indexed: IndexCase, zone: str) -> None:
-    indexed.add(*zone_calls(zone))
-    figures = indexed.ready().history.statistics(0, 1 << 53, None, cm.time_zone(zone))
+    figures = indexed.add(*zone_calls(zone)).ready().history.statistics(0, 1 << 53, None, cm.time_zone(zone))
     assert figures["timeZone"] == zone
     groups = (("day", figures["days"]), ("hour", figures["hours"]))
     days, hours = ({row[key]: row["toolCalls"] for row in it if row["toolCalls"]} for key, it in groups)
@@ -11940,9 +11932,9 @@ def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, mon
     def protect(event: Any, privacy: Any) -> Any:
         if event["id"] == "1":
             raise MemoryError
-        return protected(event, privacy)
+        return really_protect(event, privacy)
 
-    protected, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
+    really_protect, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
     monkeypatch.setattr(ee, "protect", protect)
     ingest = cm.Ingest(here, cm.Journal(str(tmp_path / "events")), lambda event: None)
     lines = [json.dumps(hook_wrapped(payload("Stop"), id=str(number))).encode() for number in range(3)]
@@ -11958,16 +11950,15 @@ SECOND_DELIVERIES = stories("deliveries", " → ")
 @pytest.mark.parametrize("rule", SECOND_DELIVERIES)
 def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
     ((story, kept),) = SECOND_DELIVERIES[rule]
-    journal = cm.Journal(str(tmp_path / "events"))
     here = cm.Settings(str(tmp_path), "", "box", ee.load_config("", cm.KEYS)[0])
-    ingest = cm.Ingest(here, journal, lambda event: None)
+    ingest = cm.Ingest(here, cm.Journal(f"{tmp_path}/events"), lambda event: None)
     for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
         data = {"message": "same", **({name: value} if name else {})}
         about = {"id": str(number), "sessionId": "s", "machineId": "box", "pid": 9, "data": data}
         event = {**about, "timestamp": NOW_MS + int(at), "hookType": hook, "eventType": ee.EVENT_TYPES[hook]}
         ingest.take([ee.encode_json(event)])
     ingest.close()
-    assert "".join(cm.line_id(line) for line in journal.lines()) == kept
+    assert "".join(map(cm.line_id, cm.Journal(f"{tmp_path}/events").lines())) == kept
 
 
 # ---------------------------------------------------------------------------
