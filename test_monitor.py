@@ -10759,7 +10759,6 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
     for answer in (it[1] for it in ANSWERS if it[0] == "Bash" and it[2] is None):
         assert "does not fit" in asking.answer(page, event_id, answer, "broken")
     assert hook.poll() is None
-    hook.kill()
 
 
 @pytest.mark.parametrize("line", [b'{"do": "allow"}', b" " * 300_000 + b'{"do": "allow"}\n'])
@@ -10863,7 +10862,6 @@ def test_pairing_needs_the_code_of_a_terminal(asking):
         page.send(type="end_pairing", pairing=pairing["id"])
     eventually(lambda: asking.monitor.get("/api/status")["answers"]["pairings"] == [])
     assert not asking.page(cookie).hello["mayAnswer"] and hook.poll() is None
-    hook.kill()
 
 
 def test_a_code_is_valid_for_two_minutes(monkeypatch):
@@ -10899,22 +10897,19 @@ def test_an_agent_does_not_answer_itself(asking):
         return list(monitor.get("/api/status")["answers"]["refused"])
 
     monitor = asking.monitor
-    cookie = asking.pair()
     hook, event_id = asking.ask()
-    about = {"type": "answer", "sessionId": "s1", "eventId": event_id}
-    message = json.dumps({**about, "answer": {"do": "allow"}})
+    message = {"type": "answer", "sessionId": "s1", "eventId": event_id, "answer": {"do": "allow"}}
     known = {
         **monitor.environment, "CLAUDECODE": "1", "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
         "MONITOR": f"{sys.executable} -m contextuate_monitor", "HOOKS": monitor.socket_path, "ID": event_id,
         "WS": monitor.url.rstrip("/").replace("http", "ws"), "WS2": f"ws://127.0.0.1:{monitor.ws_port}",
-        "MESSAGE": message, "COOKIE": cookie, "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
+        "MESSAGE": json.dumps(message), "COOKIE": asking.pair(), "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
         "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
     }  # fmt: skip
     for name, ((attempt, _),) in stories("attempts", "\n").items():
         before = len(refused())
-        attempt = attempt.replace("$MONITOR", known["MONITOR"])
-        shell, options = ["bash", "-c", attempt + "; true"], {"cwd": ROOT, "timeout": 60, "env": known}
-        said = subprocess.run(shell, capture_output=True, text=True, **options)
+        shell = ["bash", "-c", attempt.replace("$MONITOR", known["MONITOR"]) + "; true"]
+        said = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, timeout=60, env=known)
         assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
         assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
         if name != "a made-up event":
@@ -11020,8 +11015,11 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
     place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
     allow = {"do": "allow"}
-    forged = ((now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key))
-    for at, signed_id, by in forged:
+    for at, signed_id, by in (
+        (now, event_id, b"0" * 64),
+        (now, "another", key),
+        (now - 300_000, event_id, key),
+    ):
         mac = ee.signature(by, signed_id, allow, at, "n")
         server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
     server.cli("RPUSH", place, json.dumps({"answer": allow}))
@@ -12333,24 +12331,23 @@ IMPORT_OLD = usage_entries("user first question; m1 100/10", IMPORT_A)
 IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId": "{IMPORT_A}"', f'"sessionId": "{IMPORT_B}"')
 IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
-IMPORT_SUMS = usage_entries("sums opus 200/20 startTime=5", IMPORT_B)
-IMPORT_UNMARKED = IMPORT_COPY.replace("u-", "v-")
 IMPORT_SHOWN = (1, 100, "fork question")
-# A session's transcript; what its fork begins with and ends with; the prompts, input tokens and label of the fork.
+# A session's transcript; what its fork begins with; the prompts, input tokens and label of the fork.
 IMPORT_FORKS = {
-    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, "", IMPORT_SHOWN),
-    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), "", IMPORT_SHOWN),
-    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, "", IMPORT_SHOWN),
-    "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS, IMPORT_SHOWN),
-    "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_UNMARKED, "", (2, 100, "first question")),
-    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, "", (2, 200, "first question")),
-    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, "", IMPORT_SHOWN),
+    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, IMPORT_SHOWN),
+    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), IMPORT_SHOWN),
+    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, IMPORT_SHOWN),
+    "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SHOWN),
+    "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_COPY.replace("u-", "v-"), (2, 100, "first question")),
+    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, (2, 200, "first question")),
+    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, IMPORT_SHOWN),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", IMPORT_FORKS)
 def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
-    origin, copied, sums, shown = IMPORT_FORKS[rule]
+    origin, copied, shown = IMPORT_FORKS[rule]
+    sums = usage_entries("sums opus 200/20 startTime=5", IMPORT_B) if "sums" in rule else ""
     fork = copied + IMPORT_OWN + sums
     write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": fork})
     write_files(tmp_path, {f"x/{IMPORT_A}.jsonl": f"->p/{IMPORT_A}.jsonl", "y": "->p"})  # read once
@@ -12845,8 +12842,7 @@ def benchmark_tables(text: str) -> dict[str, list[tuple[str, str]]]:
 def test_the_tables_of_benchmarks_have_their_rows_and_goals() -> None:
     import bench
 
-    with open(bench.DOCUMENT, encoding="utf-8") as file:
-        tables = benchmark_tables(file.read())
+    tables = benchmark_tables(install_text(bench.DOCUMENT))
     expected = {bench.ALL: [row for name in bench.BENCHMARKS for row in bench.rows_of(name, bench.SMALL)]}
     expected |= {name: bench.rows_of(name, bench.FULL) for name in tables.keys() & bench.BENCHMARKS}
     assert tables == {title: [(row.name, row.goal) for row in rows] for title, rows in expected.items()}
