@@ -7523,24 +7523,18 @@ REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
 
-def redis_ports() -> Iterator[int]:
-    """Give each port once: no outgoing connection and no other test is given it while its server is down."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10
-    first = 11_000 + 1_000 * worker  # and 10,000 above it for the bus of a cluster, below outgoing ports
-    for port in random.Random().sample(range(first, first + 1_000), 1_000):
-        with socket.socket() as sock:
-            nobody_answers = sock.connect_ex(("127.0.0.1", port)) != 0
-        if nobody_answers:
-            yield port
-
-
-REDIS_PORTS = redis_ports()
-REDIS_PORTS_LOCK = threading.Lock()
+REDIS_FIRST_PORT = 11_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10)
+# 10,000 above them are the ports for the bus of a cluster; all are below those of outgoing connections.
+REDIS_PORTS = iter(random.Random().sample(range(REDIS_FIRST_PORT, REDIS_FIRST_PORT + 1_000), 1_000))
 
 
 def redis_free_port() -> int:
-    with REDIS_PORTS_LOCK:
-        return next(REDIS_PORTS)
+    """Return each port once: no outgoing connection and no other test gets it while its server is down."""
+    for port in REDIS_PORTS:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("every port has been used")
 
 
 class RedisCertificates:
@@ -7610,10 +7604,6 @@ class RedisServer:
             self.process.wait(30)
             self.process = None
 
-    def freeze(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
     def thaw(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
@@ -7647,10 +7637,6 @@ class RedisServer:
         """Count its connections of one type: "normal" (ours included) or "pubsub"."""
         return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
 
-    def cut_connections(self) -> None:
-        for kind in ("normal", "pubsub"):
-            self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
-
     def settings(self, **more: Any) -> dict[str, Any]:
         redis = {"host": "127.0.0.1", "port": self.port, **more}
         if self.certificates is not None:
@@ -7674,8 +7660,18 @@ class RedisMachine(RunningMonitor):
     def stop(self) -> None:
         assert in_process(self, "stop").returncode == 0
 
+    @functools.cached_property
+    def hook_process(self) -> subprocess.Popen[str]:
+        """A process that runs the hook for each payload, so that not each has to start an interpreter."""
+        command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT, str(ee.ACKNOWLEDGEMENT_DEADLINE_S)]
+        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        return subprocess.Popen(command, env=self.environment, text=True, **pipes)
+
     def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
-        hook_call(self.hook, payload("PreToolUse", session, tool_use_id=marker, **fields), self.environment)
+        """Run the hook; it has returned, and printed nothing, when this returns."""
+        said = payload("PreToolUse", session, tool_use_id=marker, **fields)
+        print(json.dumps(said), file=self.hook_process.stdin, flush=True)
+        assert json.loads(self.hook_process.stdout.readline()) == [0, ""]
 
     def spool(self, marker: str, session: str = "s1", **fields: Any) -> None:
         """Put one event into the spool as a hook does, without starting a process."""
@@ -7726,6 +7722,8 @@ class RedisMachine(RunningMonitor):
             eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
 
     def remove(self) -> None:
+        if "hook_process" in self.__dict__:
+            self.hook_process.communicate()
         clean_up(self)
         self.end_publisher()
         shutil.rmtree(self.home, ignore_errors=True)
@@ -7918,8 +7916,13 @@ REDIS_TROUBLES = {
         lambda team: team.server.stop(), REDIS_AWAY, {**REDIS_AWAY, "attempt": "[3-9]"}, arrives=False, hooks=180
     ),
     "Redis is killed": RedisTrouble(lambda team: team.server.stop(signal.SIGKILL), REDIS_AWAY, REDIS_AWAY, arrives=False),
-    "Redis is frozen": RedisTrouble(lambda team: team.server.freeze(), REDIS_AWAY, REDIS_AWAY, arrives=False),
-    "every connection is cut": RedisTrouble(lambda team: team.server.cut_connections(), times=50),
+    "Redis is frozen": RedisTrouble(
+        lambda team: team.server.process.send_signal(signal.SIGSTOP), REDIS_AWAY, REDIS_AWAY, arrives=False
+    ),
+    "every connection is cut": RedisTrouble(
+        lambda team: [team.server.cli("CLIENT", "KILL", "TYPE", it, "SKIPME", "yes") for it in ("normal", "pubsub")],
+        times=50,
+    ),
     "the publishers are killed": RedisTrouble(RedisTeam.end_publishers, times=8),
     "a monitor is killed": RedisTrouble(lambda team: team.monitors[1].kill(), arrives=False, times=3),
     "no right to XADD": redis_refused("xadd", redis_cli("ACL", "SETUSER", "default", "-xadd")),
@@ -7992,36 +7995,45 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
-class SlowLink:
-    """A way to a Redis on which the bytes to it (or, with `down`, from it) pass at 20 kB a second."""
+class Relay:
+    """A port that passes what it gets to another one, and back; `change` takes each piece, and if it is a request."""
 
-    def __init__(self, server: RedisServer, down: bool = False) -> None:
-        self.server, self.down = server, down
+    def __init__(self, port: int, change: Any, piece_bytes: int = 1 << 16) -> None:
+        self.target, self.change, self.piece_bytes = ("127.0.0.1", port), change, piece_bytes
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):
+        with self.listener, contextlib.suppress(OSError):
             while True:
                 near, far = self.listener.accept()[0], socket.socket()
                 for sock in (near, far):  # little is under way
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                far.connect(("127.0.0.1", self.server.port))
-                for ends, is_slow in (((near, far), not self.down), ((far, near), self.down)):
-                    threading.Thread(target=self._pass, args=(*ends, is_slow), daemon=True).start()
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * self.piece_bytes)
+                far.connect(self.target)
+                for ends in ((near, far, True), (far, near, False)):
+                    threading.Thread(target=self._pass, args=ends, daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, is_slow: bool) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, is_request: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(2048):
-                time.sleep(len(data) / 20_000 * is_slow)
-                target.sendall(data)
+            while data := source.recv(self.piece_bytes):
+                target.sendall(self.change(data, is_request))
         for sock in (source, target):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def remove(self) -> None:
-        self.listener.close()
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+
+
+def slow_link(server: RedisServer, is_slow_up: bool) -> Any:
+    """Return a way to a Redis on which the bytes to it, or those from it, pass at 20 kB a second."""
+
+    def change(data: bytes, is_request: bool) -> bytes:
+        time.sleep(len(data) / 20_000 * (is_request == is_slow_up))
+        return data
+
+    return contextlib.closing(Relay(server.port, change, 2048))
 
 
 def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
@@ -8029,31 +8041,27 @@ def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
     with contextlib.closing(redis.Redis(port=server.port)) as client:
         pipeline = client.pipeline(transaction=False)
         for number in range(75):  # 100 s of the link
-            about = {"id": f"id-{number}", "sessionId": "far", "machineId": "far", "eventType": "user_prompt"}
-            event = {
-                **about,
-                "hookType": "UserPromptSubmit",
-                "data": {"message": f"{number} " + "word " * 5000},
-            }
+            event = {"id": f"id-{number}", "sessionId": "far", "machineId": "far", "eventType": "user_prompt"}
+            event |= {"hookType": "UserPromptSubmit", "data": {"message": f"{number} " + "word " * 5000}}
             pipeline.xadd(REDIS_STREAM, {"event": json.dumps(event)})
         pipeline.execute()
-    link = make(SlowLink, server, down=True)
-    watcher = make(RedisMachine, config=server.settings(port=link.port, maxRetries=None)).serve()
-    watcher.gets(5, "far")
+    with slow_link(server, is_slow_up=False) as link:
+        config = server.settings(port=link.port, maxRetries=None)
+        make(RedisMachine, config=config).serve().gets(5, "far")
 
 
 @pytest.mark.slow
 def test_a_backlog_leaves_over_a_slow_link(make: Any) -> None:
     server = make(RedisServer)
-    link = make(SlowLink, server)
-    machine = make(RedisMachine, config=server.settings(port=link.port))
-    for number in range(15):  # 9 s of the link
-        machine.spool(f"small-{number}", text="words " * 1000)
-    machine.spool("large", **{f"text{number}": "words " * 10_000 for number in range(1)})  # 6 s
-    machine.say("last")
-    eventually(lambda: machine.publisher().get("state") == "publishing", 60, "what it does")
-    assert machine.spooled(), "it is said only at the end"
-    machine.publishes_all()
+    with slow_link(server, is_slow_up=True) as link:
+        machine = make(RedisMachine, config=server.settings(port=link.port))
+        for number in range(15):  # 9 s of the link
+            machine.spool(f"small-{number}", text="words " * 1000)
+        machine.spool("large", text="words " * 10_000)  # 6 s
+        machine.say("last")
+        eventually(lambda: machine.publisher().get("state") == "publishing", 60, "what it does")
+        assert machine.spooled(), "it is said only at the end"
+        machine.publishes_all()
     markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
     assert list(dict.fromkeys(markers)) == [*(f"small-{number}" for number in range(15)), "large", "last"]
 
@@ -8208,22 +8216,21 @@ def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
     assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
 
 
-def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
-    machine = team.emitters[1]
+def test_one_publisher_serves_any_number_of_hooks(team):
+    machine, session, seen = team.emitters[1], "one-publisher", set()
     machine.end_publisher()
-    flow = RedisFlow(team, "one-publisher")
-    shares = [f"box1-{number}" for number in range(80)]
-    seen: set[int] = set()
+    markers = [f"box1-{number}" for number in range(80)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        hooks = [pool.submit(machine.say, marker, flow.session) for marker in shares]
+        said = [payload("PreToolUse", session, tool_use_id=marker) for marker in markers]
+        hooks = [pool.submit(hook_call, machine.hook, hook, machine.environment) for hook in said]
         while not all(hook.done() for hook in hooks):
             seen.update(machine.publishers())
     [hook.result() for hook in hooks]
     seen.update(machine.publishers())
     assert len(seen) == 1
     for monitor in team.monitors:
-        monitor.gets(80, flow.session)
-        assert sorted(monitor.arrivals(flow.session)["box1"]) == sorted(shares)
+        monitor.gets(80, session)
+        assert sorted(monitor.arrivals(session)["box1"]) == sorted(markers)
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
@@ -10256,26 +10263,13 @@ def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
     tab.shows("drawer", "The monitor cannot read this event", "make")
 
 
-def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
-    def pump(source: socket.socket, target: socket.socket, is_request: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data.replace(old, new) if is_request else data)
-            target.shutdown(socket.SHUT_WR)
-
-    while True:
-        here, there = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
-        for ends in ((here, there, True), (there, here, False)):
-            threading.Thread(target=pump, args=ends, daemon=True).start()
-
-
 @pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
 def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
     port = monitor.serve(server={"auth": "token"}).port
     token = monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
-    cut = f" /{prefix}".encode() if prefix else b" /"
-    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, port, cut, b" /"):
-        monitor.about["port"] = listener.getsockname()[1]
+    change = lambda data, is_request: data.replace(f" /{prefix}".encode(), b" /") if is_request else data  # noqa: E731
+    with contextlib.closing(Relay(port, change)) as tunnel:
+        monitor.about["port"] = tunnel.port
         tab = open_tab(monitor, prefix + token)
         tab.emit("prompt go; call make")
         tab.row_with("make")  # the WebSocket's own port refuses this Origin
@@ -10286,15 +10280,17 @@ def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
 
 
 def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMonitor, open_tab: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        hosts = (f"Host: localhost:{port}".encode(), f"Host: localhost:{running.port}".encode())
-        with serving(forward, listener, running.port, *hosts):
-            running.about["port"] = port
-            tab = open_tab(running)
-            denied = "Access denied: requests from other sites are refused; a proxy must pass the Host"
-            tab.shows("banner", denied)
-            tab.said.clear()  # what the browser says of the refusals
+    def change(data: bytes, _is_request: bool) -> bytes:
+        return data.replace(b"Host: localhost:%d" % proxy.port, b"Host: localhost:%d" % port)
+
+    port = running.port
+    with contextlib.closing(Relay(running.port, change)) as proxy:
+        running.about["port"] = proxy.port
+        tab = open_tab(running)
+        tab.shows(
+            "banner", "Access denied: requests from other sites are refused; a proxy must pass the Host"
+        )
+        tab.said.clear()  # what the browser says of the refusals
 
 
 def test_a_visible_page_keeps_notifications_back(make: Any, monitor: RunningMonitor, open_tab: Any) -> None:
