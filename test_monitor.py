@@ -8523,23 +8523,12 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     machine.serve().gets(8 + kept)
     assert machine.wait_until("connected")["gaps"] == 1
     assert machine.arrivals()["testbox"][-1] == "609"
-
-
-def test_a_deleted_stream_that_a_late_clock_fills_is_read_from_its_start(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    machine.say("1")
-    machine.publishes_all()
-    machine.serve().gets(1)
-    eventually(lambda: machine.redis()["position"])
-    machine.stop()
+    machine.stop()  # the stream is deleted, and a late clock fills it: it is read from its start
     path = machine.home + "/redis-position.json"
-    saved = cm.read_state(path)
-    saved["position"] = f"{ee.now_ms() + 86_400_000}-0"
-    ee.write_atomically(path, cm.encode_json(saved))
-    machine.say("2")
-    machine.publishes_all()
-    machine.serve().gets(2)
+    later = {**cm.read_state(path), "position": f"{ee.now_ms() + 86_400_000}-0"}
+    ee.write_atomically(path, cm.encode_json(later))
+    publish(610, 610)
+    machine.serve().gets(9 + kept)
 
 
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
@@ -8707,8 +8696,11 @@ def test_a_failover_loses_and_doubles_no_event(make, kind):
     for number, marker in enumerate(wanted):
         if number == 40:
             servers.primary.stop(signal.SIGKILL)
+        if number == 80:
+            eventually(
+                lambda: any("role:master" in it.cli("INFO", "replication") for it in servers.replicas), 30
+            )
         emitter.say(marker)
-    eventually(lambda: any("role:master" in it.cli("INFO", "replication") for it in servers.replicas), 30)
     emitter.publishes_all()
     for machine in (emitter, other):
         machine.gets(len(wanted))
@@ -8734,27 +8726,25 @@ def test_debug_holds_a_hook_up_for_a_second_at_most(make, host):
     assert min(taken_s) < 2.0  # of which its start takes up to one on a slow machine
 
 
-def test_two_machines_of_one_account_share_its_limits(make: Any) -> None:
-    server = make(RedisServer)
-    machines = [make(RedisMachine, config=server.settings(), machine_id=name) for name in ("left", "right")]
-    machines[0].serve().wait_until("connected")
+def test_two_machines_of_one_account_share_its_limits(team: RedisTeam) -> None:
     five, seven = (int(time.time()) + hours * 3600 for hours in (3, 60))
-    for machine, percent in zip(machines, (41, 42.5)):
+    for machine, percent in zip(team.emitters, (41, 42.5)):
         in_process(machine, "install", "--status-line")
-        command = machine.client_settings()["statusLine"]["command"]
-        machine.say("start", machine.machine_id)
-        line = status_line(machine.machine_id, five=(percent, five), seven=(7, seven))
-        shown = status_line_call(command, line, machine.environment)
+        machine.say("start", f"of-{machine.machine_id}")
+        line = status_line(f"of-{machine.machine_id}", five=(percent, five), seven=(7, seven))
+        shown = status_line_call(
+            machine.client_settings()["statusLine"]["command"], line, machine.environment
+        )
         assert shown[::2] == ("Opus 5.5 · 4 % · $0.30\n".encode(), 0)
-
-    def limits() -> list[dict[str, Any]]:
-        return [it for it in machines[0].get("/api/status")["limits"] if len(it["machines"]) == 2]
-
-    (account,) = eventually(limits, 30, "one account of two machines")
-    assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
-    keys = {machine["machineKey"] for machine in machines[0].get("/api/status")["machines"]}
-    assert set(account["machines"]) == keys and len(keys) == 2
-    assert {it["costSource"] for it in machines[0].get("/api/sessions")["sessions"]} == {"client"}
+    keys = {ee.machine_key(machine.home) for machine in team.emitters[:2]}
+    for monitor in team.monitors:
+        (account,) = eventually(
+            lambda it=monitor: [
+                each for each in it.get("/api/status")["limits"] if set(each["machines"]) == keys
+            ]
+        )
+        assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
+        assert {monitor.sessions()[f"of-box{n}"]["costSource"] for n in range(2)} == {"client"}
 
 
 # ---------------------------------------------------------------------------
@@ -8798,12 +8788,9 @@ def test_a_directory_mounted_at_another_path_delivers_through_the_spool(running)
 
 
 @needs_containers
-def test_a_container_reports_through_redis_from_a_directory_of_its_own(make):
-    server = make(RedisServer)
-    host = make(RedisMachine, config=server.settings())
-    host.start()
-    host.wait_until("connected")
-    guest = make(RedisMachine, config=server.settings(), machine_id="guest")
+def test_a_container_reports_through_redis_from_a_directory_of_its_own(team):
+    host, guest = team.monitors[0], team.emitters[0]
+    guest.end_publisher()
     hook = f"printf %s {shlex.quote(json.dumps(payload('Stop', 'far')))} | CLAUDE_PID=$$ {guest.hook}"
     with in_container(guest, "sh", "-c", f"{hook}; sleep 60"):
         host.gets(1, "far")
