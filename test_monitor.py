@@ -8800,23 +8800,6 @@ def test_a_container_reports_through_redis_from_a_directory_of_its_own(team):
     assert not ee.machine_key(host.home).startswith(base) and host.sessions()["far"]["state"] == "idle"
 
 
-@needs_containers
-def test_a_container_reports_by_http_hooks_with_the_token_only(running):
-    token = cm.read_token(running.home + "/token")
-    code = (
-        "import sys, urllib.request as u; url, body, token = sys.argv[1:]; "
-        "headers = {'Content-Type': 'application/json', 'Authorization': 'Bearer ' + token}; "
-        "print(u.urlopen(u.Request(url, body.encode(), headers)).status)"
-    )
-    given = json.dumps(payload("UserPromptSubmit", "web", prompt="x"))
-    post = (PYTHON, "-c", code, running.url + "api/hooks", given, token)
-    assert said_in_container(running, *post) == "200\n"
-    session = running.sessions()["web"]
-    # What they lack: the name of the machine, and the process.
-    assert (session["machineId"], session["pid"], session["state"]) == ("testbox", None, "working")
-    assert session["machineKey"] == ee.machine_key(running.home)
-
-
 # ---------------------------------------------------------------------------
 # Safe and unbreakable: strangers, other users, hostile bytes, and bad days for disks, clocks and processes
 #
