@@ -8452,6 +8452,11 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
         server.stop()
         about = machine.wait_until("given_up")
         assert (about["maxRetries"], about["attempt"]) == (2, 2) and about["reason"]
+        said = json.dumps(machine.get("/api/status"))
+        assert (
+            "given up, attempt 2 of 2: " in said
+            and "no longer tries (attempt 2 of 2): Redis at 127.0.0.1" in said
+        )
         assert machine.request("/health")[0] == 200
         machine.say(f"away-{number}")
         server.start()
@@ -9691,13 +9696,10 @@ class BrowserTab:
 
 
 class BrowserWire:
-    """The page's connection to the monitor: `cut` takes it away until `mend`.
+    """The page's connection to the monitor: `cut` takes it away until `mend`."""
 
-    `keeps` takes each message in either direction, and returns True for those that are not to be passed on.
-    """
-
-    def __init__(self, tab: BrowserTab, keeps: Any = lambda message: False) -> None:
-        self._tab, self._keeps = tab, keeps
+    def __init__(self, tab: BrowserTab) -> None:
+        self._tab = tab
         self.page: Any = None
         self._is_cut = False
         tab.page.route_web_socket("**/*", self._opened)
@@ -9707,9 +9709,7 @@ class BrowserWire:
         self.page = page
         if self._is_cut:
             return  # to close it in here would block Playwright for Python 3.9
-        monitor = page.connect_to_server()
-        page.on_message(lambda text: self._keeps(json.loads(text)) or monitor.send(text))
-        monitor.on_message(lambda text: self._keeps(json.loads(text)) or page.send(text))
+        page.connect_to_server()
 
     def cut(self) -> None:
         """Close the connection; one that is tried gets no word until `mend` closes it."""
@@ -9941,6 +9941,7 @@ BROWSER_LOOKS: dict[str, Any] = {
     "fits": lambda tab, *_: tab.page.evaluate("look.fits()"),
     "end": lambda tab, _, __, words: tab.page.evaluate("(words) => look.ends(words)", words),
     "copied": browser_copied,
+    "pages": lambda tab, _, __, words: tab.page.pdf().count(b"/Type /Page\n") == int(words),
     "true": lambda tab, _, __, words: tab.page.evaluate(words),
 }
 
@@ -10073,12 +10074,6 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running,
     assert tab.store("store.rows.every((row) => row.outcome === 'done')")
     assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
     tab.said.clear()
-
-
-def test_a_table_of_many_rows_is_printed_without_empty_pages(tab: BrowserTab) -> None:
-    tab.monitor.emit(*many_calls(range(200), "s1"))
-    tab.row_with("step-199")
-    assert tab.page.pdf().count(b"/Type /Page\n") == 1
 
 
 def test_what_is_seen_and_saved_in_one_tab_is_in_every_tab_of_the_browser(running, open_tab):
@@ -10218,21 +10213,6 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
 
 
-def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
-    error = {"type": "error", "request": "get_event_detail", "message": "could not be read: an I/O error"}
-
-    def refuse_details(message: dict[str, Any]) -> bool:
-        if message["type"] == "get_event_detail":
-            wire.page.send(json.dumps(error))
-        return bool(message["type"] == "get_event_detail")
-
-    tab.emit("call make")
-    tab = open_tab(tab.monitor)
-    wire = BrowserWire(tab, refuse_details)
-    tab.row_with("make").click()
-    tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
 @pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
 def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
     port = monitor.serve(server={"auth": "token"}).port
@@ -10278,27 +10258,6 @@ def test_a_visible_page_keeps_notifications_back(make: Any, monitor: RunningMoni
     eventually(server.titles, what="the message once the page is hidden")
 
 
-def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_tab: Any) -> None:
-    server = make(RedisServer)
-    config = {**server.settings(), "redis": {"port": server.port, "maxRetries": 1}}
-    machine = make(RedisMachine, config=config)
-    server.stop()
-    machine.start()
-    machine.wait_until("given_up")
-    tab = open_tab(machine)
-    gave_up = "Redis did not answer, and the monitor no longer tries (attempt 1 of 1): Redis at localhost"
-    tab.shows("banner", gave_up)
-    other = open_tab(machine, "#status")
-    other.shows("status", "given up")
-    server.start()
-    tab.page.click("[data-testid=banner] >> text=Reconnect")
-    tab.hides("banner")
-    other.shows("status", "connected")
-    machine.say("after", "from-redis")
-    eventually(lambda: "from-redis" in dict(tab.rail()), 30)
-    other.shows("status", "1 event")
-
-
 def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
     tab = open_tab(crowded, script="look.noteAlerts()", permissions=["notifications"])
@@ -10318,26 +10277,6 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     eventually(lambda: tab.rows("make old", "done"))
     assert len(tab.page.evaluate("alerts")) == 1
     protocol_post(crowded, type="delete_session", sessionId="asks")
-
-
-def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab, open_tab: Any) -> None:
-    held: list[dict[str, Any]] = []
-
-    def hold_pages(message: dict[str, Any]) -> bool:
-        held.extend([message] if message["type"] == "events" else [])
-        return bool(message["type"] == "events")
-
-    tab.emit("+0 call make 0; +60 call make 1; +120 call make 2", start_ms=cm.now_ms() - 3_600_000)
-    tab = open_tab(tab.monitor, "#s=s1")
-    wire = BrowserWire(tab, hold_pages)
-    tab.row_with("make 2")
-    (page_of_rows,) = eventually(lambda: held)
-    tab.press("y")
-    tab.shows("replay", "Loading\u2026")
-    tab.page.evaluate("new Promise((seen) => requestAnimationFrame(() => requestAnimationFrame(seen)))")
-    wire.page.send(json.dumps(page_of_rows))
-    tab.shows("replay", " of 2 min")
-    eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
 
 
 def agent_words(text: str) -> dict[str, Any]:
