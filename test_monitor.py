@@ -9851,9 +9851,13 @@ def edited(old: str, new: str, session: str = "s1") -> list[dict[str, Any]]:
     return call_and_result("Edit", reply, session=session, tool_input=given)
 
 
+def browser_selector(text: str) -> str:
+    return re.sub(r"<([\w-]+)>", r"[data-testid=\1]", text)
+
+
 def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
     act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
-    verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
+    verb, _, what = browser_selector(act).partition(" ")
     if verb in ("fill", "select", "menu", "give", "send", "tool", "event", "gauges", "hears"):
         part, _, words = what.removesuffix(":").partition(": ")
         BROWSER_ACTS[verb](tab, part, words)
@@ -10401,8 +10405,8 @@ def shared_demo() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-@pytest.mark.parametrize("screen", story_parts("tables.txt")["screens"])
-def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
+@story_table("tables.txt", "screens", "acts, part")
+def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, acts, part):
     # Colours are the same at every width, the other rules are the same in every colour.
     ways: list[tuple[str, int, dict[str, Any]]] = [
         ("light", 1440, {}),
@@ -10412,7 +10416,7 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
     tab = open_tab(shared_demo)
-    for act in screen.split("; "):
+    for act in acts.split("; "):
         browser_acts(tab, act)
         tab.until("contextuate.store.loaded && contextuate.store.status")
     Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
@@ -10420,7 +10424,7 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, screen):
         tab.page.emulate_media(color_scheme=scheme)
         browser_acts(tab, f"width {width}")
         options = {"resultTypes": ["violations"], **rules}
-        report = tab.page.evaluate("(options) => axe.run(document, options)", options)
+        report = tab.page.evaluate("(given) => axe.run(...given)", [browser_selector(part), options])
         found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
         assert found == [], (scheme, width)
 
