@@ -8355,70 +8355,52 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
 # -- a Redis that is no Redis ---------------------------------------------------
 
 
-class StubbornServer:
-    """A TCP server that accepts and never answers as Redis would.
+class DrippingServer:
+    """A server that sends a byte of an endless answer now and then, so that no read of its answer times out."""
 
-    `manner`: "silent" says nothing, "drip" sends a byte of an endless answer now and then, "half" begins the
-    first answer and stops, "deaf" does not even accept: its queue is full, so that further SYNs are dropped.
-    """
-
-    FIRST = {"silent": b"", "drip": b"$100000\r\n", "half": b"+O"}
-
-    def __init__(self, manner: str) -> None:
-        self.manner, self.port = manner, redis_free_port()
-        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=0 if manner == "deaf" else 16)
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.listener.settimeout(0.05)
-        self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
 
     def _serve(self) -> None:
-        while not self.stopping.wait(0.05):
-            with contextlib.suppress(OSError):
-                if self.manner != "deaf":
-                    self.connections.append(self.listener.accept()[0])
-                    self.connections[-1].sendall(self.FIRST[self.manner])
-                elif len(self.connections) < 40:  # until nothing more fits, and again when one has timed out
-                    self.connections.append(socket.socket())
-                    self.connections[-1].setblocking(False)
-                    self.connections[-1].connect(("127.0.0.1", self.port))
-            for sock in self.connections if self.manner == "drip" else ():
+        with contextlib.ExitStack() as connections, self.listener:
+            accepted: list[socket.socket] = []
+            while not self.stopping.is_set():
                 with contextlib.suppress(OSError):
-                    sock.send(b"x")
+                    accepted.append(connections.enter_context(self.listener.accept()[0]))
+                    accepted[-1].sendall(b"$100000\r\n")
+                for sock in accepted:
+                    with contextlib.suppress(OSError):
+                        sock.send(b"x")
 
     def remove(self) -> None:
         self.stopping.set()
         self.thread.join()
-        for sock in (self.listener, *self.connections):
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
 
 
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> None:
-    def meet(manner: str) -> None:
-        stubborn = make(StubbornServer, manner)
-        redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
-        machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner).serve()
-        machine.spool("first")
-        eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
-        eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
-        assert machine.publisher()["state"] in ("waiting", "connecting")
-        for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
-            assert re.search(r"answer|[Tt]ime|reach", sentence), sentence
-        machine.spool("second")
-        os.kill(machine.pid, signal.SIGTERM)
-        eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
-        machine.serve()
-        stubborn.remove()
-        make(RedisServer, password="p", port=stubborn.port)
-        os.kill(machine.pid, signal.SIGHUP)
-        machine.gets(2)
-        assert machine.arrivals() == {manner: ["first", "second"]}
-
-    at_once(*(functools.partial(meet, manner) for manner in ("silent", "drip", "half", "deaf")))
+    redis = {"host": "127.0.0.1", "port": redis_free_port(), "password": "p", "maxRetries": None}
+    dripping = make(DrippingServer, redis["port"])
+    machine = make(RedisMachine, config={"mode": "redis", "redis": redis}).serve()
+    machine.spool("first")
+    eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
+    eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
+    assert machine.publisher()["state"] in ("waiting", "connecting")
+    for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
+        assert re.search(r"answer|[Tt]ime|reach", sentence), sentence
+    machine.spool("second")
+    os.kill(machine.pid, signal.SIGTERM)
+    eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
+    machine.serve()
+    dripping.remove()
+    make(RedisServer, password="p", port=redis["port"])
+    os.kill(machine.pid, signal.SIGHUP)
+    machine.gets(2)
+    assert machine.arrivals() == {"testbox": ["first", "second"]}
 
 
 # -- giving up, and coming back -------------------------------------------------
@@ -10166,21 +10148,6 @@ def test_every_colour_of_a_terminal_can_be_read_in_both_themes(tab):
         assert tab.page.evaluate("look.contrast()") >= 4.5, scheme
 
 
-def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> None:
-    markdown = install_text(ROOT + "/.ci/stories/answer.md")
-    tab.monitor.emit(payload("Stop", last_assistant_message=markdown))
-    tab.row_with("What I did").click()
-    tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
-    formatted = {
-        "h3": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
-        "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
-    }  # fmt: skip
-    for selector, words in formatted.items():
-        assert tab.page.text_content(f".drawer .md {selector}") == words
-    assert tab.page.query_selector_all(".drawer :is(a, b, img)") == []
-    assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
-
-
 @pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
 def test_a_tunnel_of_one_port_to_any_other_is_enough(prefix, monitor, open_tab):
     port = monitor.serve(server={"auth": "token"}).port
@@ -10400,36 +10367,6 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     page = b"<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>"
     ee.write_atomically(folder + "/index.html", page)
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
-
-
-def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
-    tab = open_tab(tab.monitor, script="look.noteAlerts()", permissions=["notifications"])
-    tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
-    tab.load()
-    tab.emit("@short prompt short work; @long prompt long work")
-    eventually(lambda: tab.counts() == {"working": 2})
-    tab.page.evaluate("look.noteTitles()")
-    short = 0  # waits that the page has seen for less than a second: on a busy machine some last longer
-    for number in range(10):
-        began = time.monotonic()
-        tab.emit(f"@short call rm {number}; @short ask rm {number}")
-        eventually(lambda: tab.counts().get("waiting") == 1)
-        tab.emit(f"@short result rm {number} => done")
-        eventually(lambda: "waiting" not in tab.counts())
-        if time.monotonic() - began > 0.9:
-            tab.page.evaluate("said.length = alerts.length = 0")
-            continue
-        assert tab.page.evaluate("said.concat(alerts)") == []
-        short += 1
-    if not short:
-        pytest.skip("the machine is too busy to answer within a second")
-    tab.emit("@long call make; @long ask make")
-    eventually(lambda: tab.page.title() == "(1) Contextuate Monitor")
-    assert [title for title, _ in tab.page.evaluate("alerts")][-1:] == ["long work needs you"]
-    eventually(lambda: tab.page.inner_text("#announce") == "1 session needs you")
-    tab.emit("@long result make => done")
-    eventually(lambda: tab.page.title() == "Contextuate Monitor")
-    assert tab.page.inner_text("#announce") == "No session needs you"
 
 
 # ---------------------------------------------------------------------------
