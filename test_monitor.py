@@ -8240,13 +8240,8 @@ REDIS_PASSWORD = "correct-horse-battery-9217"
 REDIS_WRONG_PASSWORD = "wrong-staple-4711"
 
 
-def redis_cases(name: str) -> dict[str, tuple[str, dict[str, Any], str]]:
-    """Return the cases of a file by their titles: server, keys of the section `redis`, what comes of it."""
-    cases = {title: (*row[0][0].partition(" {"), row[0][1]) for title, row in stories(name, " → ").items()}
-    return {title: (server, json.loads("{" + keys), then) for title, (server, _, keys, then) in cases.items()}
-
-
-REDIS_FAULTS, REDIS_WAYS = redis_cases("redis-faults"), redis_cases("redis-ways")
+REDIS_FAULTS = story_cases("tables.txt", "faults of Redis")
+REDIS_WAYS = story_cases("tables.txt", "ways to Redis")
 
 
 @pytest.fixture(scope="module")
@@ -8347,7 +8342,7 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
             "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
             "streamState": "ok" if has_stream else "off",
         }, name  # fmt: skip
-        assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream)), name
+        assert server.cli("-n", str(database), "EXISTS", f"{channel}:stream") == str(int(has_stream)), name
 
     at_once(*(functools.partial(go, name) for name in REDIS_WAYS))
 
@@ -10328,11 +10323,11 @@ def shared_demo() -> Iterator[RunningMonitor]:
 @story_table("tables.txt", "screens", "acts, part")
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, acts, part):
     # Colours are the same at every width, the other rules are the same in every colour.
-    ways: list[tuple[str, int, dict[str, Any]]] = [
-        ("light", 1440, {}),
-        ("dark", 1440, {"runOnly": ["color-contrast"]}),
-        ("light", 360, {"rules": {"color-contrast": {"enabled": False}}}),
-    ]
+    only_colours, no_colours = (
+        {"runOnly": ["color-contrast"]},
+        {"rules": {"color-contrast": {"enabled": False}}},
+    )
+    ways = (("light", 1440, {}), ("dark", 1440, only_colours), ("light", 360, no_colours))
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
     tab = open_tab(shared_demo)
