@@ -9714,6 +9714,7 @@ BROWSER_ACTS: dict[str, Any] = {
     "mend": lambda tab, *_: tab.wire.mend(),
     "hears": lambda tab, _, words: tab.page.evaluate("(fields) => look.hear(fields)", json.loads(words)),
     "talk": lambda tab, *_: emit_talk(tab.monitor),
+    "turns": lambda tab, *_: emit_hundred_turns(tab.monitor),
     "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
     "edit": lambda tab, texts, _: tab.monitor.emit(*edited(*texts.split())),
 }
@@ -10215,16 +10216,6 @@ def emit_hundred_turns(monitor: RunningMonitor) -> None:
     for turn in range(100):
         monitor.emit(*hooks(f"prompt turn {turn}"), *many_calls(range(turn * 20, turn * 20 + 20), "s1"))
         monitor.emit(agent_words(f"- step {turn}\n- *done*"))
-
-
-def test_a_conversation_of_a_hundred_turns_counts_all_its_calls(tab: BrowserTab) -> None:
-    emit_hundred_turns(tab.monitor)
-    tab.page.reload()
-    tab.page.click("[data-session-id=s1]")
-    tab.until("contextuate.store.rows.filter((row) => row.isCall).length === 2000")  # before they are needed
-    tab.page.click("[data-mode=conversation]")
-    turns = "[...document.querySelectorAll('.turn')]"
-    tab.until(f"{turns}.length === 100 && {turns}.every((turn) => turn.innerText.includes('20 calls, '))", 60)
 
 
 ZONE_TIMES = {name: times for name, (times,) in story_cases("tables.txt", "zones").items()}
