@@ -9594,10 +9594,13 @@ class BrowserTab:
 
 
 class BrowserWire:
-    """The page's connection to the monitor: `cut` takes it away until `mend`."""
+    """The page's connection to the monitor: `cut` takes it away until `mend`.
 
-    def __init__(self, tab: BrowserTab) -> None:
-        self._tab = tab
+    `keeps` takes each message in either direction, and returns True for those that are not to be passed on.
+    """
+
+    def __init__(self, tab: BrowserTab, keeps: Any = lambda message: False) -> None:
+        self._tab, self._keeps = tab, keeps
         self.page: Any = None
         self._is_cut = False
         tab.page.route_web_socket("**/*", self._opened)
@@ -9607,7 +9610,9 @@ class BrowserWire:
         self.page = page
         if self._is_cut:
             return  # to close it in here would block Playwright for Python 3.9
-        page.connect_to_server()
+        monitor = page.connect_to_server()
+        page.on_message(lambda text: self._keeps(json.loads(text)) or monitor.send(text))
+        monitor.on_message(lambda text: self._keeps(json.loads(text)) or page.send(text))
 
     def cut(self) -> None:
         """Close the connection; one that is tried gets no word until `mend` closes it."""
