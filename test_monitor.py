@@ -91,9 +91,7 @@ from hypothesis import strategies as st
 import contextuate_monitor as cm
 import emit_event as ee
 
-# ---------------------------------------------------------------------------
-# Helpers and fixtures
-# ---------------------------------------------------------------------------
+# ---- Helpers and fixtures ----------------------------------------------------------------------------------
 
 # A busy machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -570,13 +568,10 @@ def client_script(*payloads: dict[str, Any], then: str = "sleep 60") -> list[str
     return ["sh", "-c", "; ".join([*calls, then])]
 
 
-# ---------------------------------------------------------------------------
-# The hook as a process: it always exits with 0 and prints nothing
-#
+# ---- The hook as a process: it always exits with 0 and prints nothing --------------------------------------
 # The installed command, through /bin/sh. One installation serves every test: CONTEXTUATE_HOME says whose
 # spool it is. In that copy the default socket is a path of our own, so that no test reaches a developer's
 # monitor.
-# ---------------------------------------------------------------------------
 
 
 class HookInstallation(NamedTuple):
@@ -1067,9 +1062,7 @@ def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monke
     assert b"machineKey" not in ee.wrap(b"{}", {})
 
 
-# ---------------------------------------------------------------------------
-# Config: relaxed JSON, one table of keys
-# ---------------------------------------------------------------------------
+# ---- Config: relaxed JSON, one table of keys ---------------------------------------------------------------
 
 hook_scalars = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False)
 hook_scalars |= st.integers(-(10**20), 10**20) | st.text(max_size=20) | st.integers(0xD800, 0xDFFF).map(chr)
@@ -1165,9 +1158,7 @@ def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
     assert "unknown key" in in_process(monitor, "start", "--no-open").stderr
 
 
-# ---------------------------------------------------------------------------
-# Event model: from anything that is one JSON object to one event
-# ---------------------------------------------------------------------------
+# ---- Event model: from anything that is one JSON object to one event ---------------------------------------
 
 HOOK_DATA_NAMES = {name: ours for name, (ours,) in story_cases("hook.txt", "data names").items()}
 HOOK_REQUIRED = dict.fromkeys("id sessionId machineId workingDirectory hookType eventType".split(), str)
@@ -1337,9 +1328,7 @@ def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(
     assert stored.event["machineId"] == fields.get("machineId", "unknown" if remote else "box")
 
 
-# ---------------------------------------------------------------------------
-# Redaction: secrets out, long fields cut
-# ---------------------------------------------------------------------------
+# ---- Redaction: secrets out, long fields cut ---------------------------------------------------------------
 
 HOOK_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 HOOK_ALPHABETS = {"": HOOK_LETTERS, "hex": "0123456789abcdef", "base32": "ABCDEFGHIJ234567"}
@@ -1668,9 +1657,7 @@ def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
     assert shown["beside"] == shown["data"]["x"]
 
 
-# ---------------------------------------------------------------------------
-# Spool: what waits while no monitor takes it
-# ---------------------------------------------------------------------------
+# ---- Spool: what waits while no monitor takes it -----------------------------------------------------------
 
 
 def spool_line(event_id: str, session: str = "s1") -> bytes:
@@ -1850,9 +1837,7 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
     assert [event["id"] for event in monitor.stored_events()[3:]] == during
 
 
-# ---------------------------------------------------------------------------
-# Journal: events on disk, one file per day and session
-# ---------------------------------------------------------------------------
+# ---- Journal: events on disk, one file per day and session -------------------------------------------------
 
 DAY_MS = 86_400_000
 STORE_SESSIONS = ("s1", "s2", "../../etc/x", "odd id \u2028")
@@ -2257,9 +2242,7 @@ def test_the_index_reads_a_page_of_older_events_without_other_files(tmp_path, jo
     history.stop()
 
 
-# ---------------------------------------------------------------------------
-# Hook installation: what is merged, what is refused, what the shell makes of the command
-# ---------------------------------------------------------------------------
+# ---- Hook installation: what is merged, what is refused, what the shell makes of the command ---------------
 
 INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hooks/emit_event.py")
 INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
@@ -2702,13 +2685,10 @@ def test_install_and_uninstall_do_what_their_dry_runs_show(monitor):
     assert not os.path.exists(monitor.home + "/hooks") and install_text(path) == "{,}"
 
 
-# ---------------------------------------------------------------------------
-# WebSocket framing, the opening handshake, the protocol of both ports
-#
+# ---- WebSocket framing, the opening handshake, the protocol of both ports ----------------------------------
 # RFC 6455 as a whole is the fuzzing client's (room "Safe and unbreakable"); here is what it cannot see. Frames
 # come from another author's serializer where they are valid, and are made by hand where they are not.
 # What a running monitor sends is read from raw sockets or by that author's client.
-# ---------------------------------------------------------------------------
 
 PROTOCOL_KEY, PROTOCOL_ACCEPT = (
     "dGhlIHNhbXBsZSBub25jZQ==",
@@ -3795,11 +3775,8 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
     assert changes == whole
 
 
-# ---------------------------------------------------------------------------
-# Sessions: what each event says about who works, who waits and who is gone
-#
+# ---- Sessions: what each event says about who works, who waits and who is gone -----------------------------
 # Pure: events in, sessions out. Where the real client was recorded the recording is replayed; the rest are stories.
-# ---------------------------------------------------------------------------
 
 SESSION_MACHINE = "box"
 SESSION_STORIES = install_text(ROOT + "/.ci/stories/sessions.txt")  # their notation is at its head
@@ -4614,12 +4591,9 @@ def test_without_a_status_line_the_context_is_estimated(model, used, percent, si
     assert (shown["costUsd"], shown["costSource"]) == expected
 
 
-# ---------------------------------------------------------------------------
-# Token usage: what transcripts say, read once, and what it costs
-#
+# ---- Token usage: what transcripts say, read once, and what it costs ---------------------------------------
 # The recorded transcripts end with the client's own sums (`cost-state`): ours must be the same, to the token and
 # to the cent.
-# ---------------------------------------------------------------------------
 
 
 def story_blocks(name: str) -> list[list[str]]:
@@ -5801,11 +5775,8 @@ def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path
     worker.close()
 
 
-# ---------------------------------------------------------------------------
-# Registry: the client's status, from its recorded files to the state on the page
-#
+# ---- Registry: the client's status, from its recorded files to the state on the page -----------------------
 # The recordings of the real client have its hooks, its registry file and its screen side by side.
-# ---------------------------------------------------------------------------
 
 CLIENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "client-registry")
 SCREENS = {  # state on the page → what the client's screen, or its file, may show
@@ -6031,11 +6002,8 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
 
 
-# ---------------------------------------------------------------------------
-# Agents: the hooks of other programs, from their recorded payloads to the states on the page
-#
+# ---- Agents: the hooks of other programs, from their recorded payloads to the states on the page -----------
 # Recorded with the real programs: Codex 0.169, Gemini CLI 0.61, Copilot CLI 1.0.102, Qwen Code 0.24, Kimi Code 2.1.
-# ---------------------------------------------------------------------------
 
 AGENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "agents")
 AGENT_LETTERS = {
@@ -6209,9 +6177,7 @@ def test_hooks_that_are_one_list_in_kimis_file_are_refused(monitor, monkeypatch,
         cm.plan_install(str(tmp_path), "kimi")
 
 
-# ---------------------------------------------------------------------------
-# Notifications: what is due to whom; sent once, to servers that fail in every way
-# ---------------------------------------------------------------------------
+# ---- Notifications: what is due to whom; sent once, to servers that fail in every way ----------------------
 
 
 class NoticeServer:
@@ -6491,9 +6457,7 @@ def test_sixty_waits_are_sent_once_also_over_restarts_and_failures(make, monitor
     assert "target 2 (ntfy)" in log and not [it for it in places if secret[-12:] in it or "/topic" in it]
 
 
-# ---------------------------------------------------------------------------
-# Processes: the installed hook, the monitor, the command line, kills and bad days
-# ---------------------------------------------------------------------------
+# ---- Processes: the installed hook, the monitor, the command line, kills and bad days ----------------------
 
 # Runs the hook for each payload on its standard input, in a process of its own that need not start an interpreter;
 # answers each with what that hook said.
@@ -7378,9 +7342,7 @@ def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-# ---------------------------------------------------------------------------
-# Doctor: each broken link is named, with what to do
-# ---------------------------------------------------------------------------
+# ---- Doctor: each broken link is named, with what to do ----------------------------------------------------
 
 
 def examine(monitor: RunningMonitor) -> tuple[int, dict[str, list[dict[str, str]]]]:
@@ -7513,11 +7475,8 @@ def test_doctor_names_two_registrations_and_a_broken_file(examined, monkeypatch,
     assert "Stop would come twice" in twice and str(project) in twice
 
 
-# ---------------------------------------------------------------------------
-# Redis mode: many machines, several monitors, and a Redis that misbehaves
-#
+# ---- Redis mode: many machines, several monitors, and a Redis that misbehaves ------------------------------
 # Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
-# ---------------------------------------------------------------------------
 
 REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
@@ -8673,9 +8632,7 @@ def test_two_machines_of_one_account_share_its_limits(team: RedisTeam) -> None:
         assert {monitor.sessions()[f"of-box{n}"]["costSource"] for n in range(2)} == {"client"}
 
 
-# ---------------------------------------------------------------------------
-# Containers: an agent in a container reports to the monitor of its host
-# ---------------------------------------------------------------------------
+# ---- Containers: an agent in a container reports to the monitor of its host --------------------------------
 
 
 @needs_containers
@@ -8726,12 +8683,9 @@ def test_a_container_reports_through_redis_from_a_directory_of_its_own(team):
     assert not ee.machine_key(host.home).startswith(base) and host.sessions()["far"]["state"] == "idle"
 
 
-# ---------------------------------------------------------------------------
-# Safe and unbreakable: strangers, other users, hostile bytes, and bad days for disks, clocks and processes
-#
+# ---- Safe and unbreakable: strangers, other users, hostile bytes, and bad days for disks, clocks and processes
 # What other rooms test of this stands there: Host, Origin, token and paths in the room of the protocol, kills and
 # full disks in the room of processes.
-# ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -9310,12 +9264,9 @@ def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
     assert spoken.request("/health")[0] == 200
 
 
-# ---------------------------------------------------------------------------
-# Browser: the page in headless Chromium against a real monitor
-#
+# ---- Browser: the page in headless Chromium against a real monitor -----------------------------------------
 # Most tests share one page and one monitor (`tab`), which has no session when a test begins. What is sent to the
 # monitor is written as a story, see `hooks`. .ci/stories/page.txt says what the page shows of which events.
-# ---------------------------------------------------------------------------
 
 
 def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
@@ -10314,11 +10265,8 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
-# ---------------------------------------------------------------------------
-# Answers: a person answers on the page or in a terminal; an agent does not
-#
+# ---- Answers: a person answers on the page or in a terminal; an agent does not -----------------------------
 # The installed hook with --answer, a real monitor, a paired client. What the hook prints is the client's form.
-# ---------------------------------------------------------------------------
 
 asked_rows = (line.split(" ", 2) for line in story_blocks("answers")[0])
 ANSWER_ASKED = {kind: payload(hook, **json.loads(fields)) for kind, hook, fields in asked_rows}
@@ -10874,11 +10822,8 @@ def test_an_answer_lost_with_the_connection_can_be_given_again(asking, open_tab)
     assert asking.decision(hook)["behavior"] == "allow" and lost
 
 
-# ---------------------------------------------------------------------------
-# Index: search and statistics over everything stored
-#
+# ---- Index: search and statistics over everything stored ---------------------------------------------------
 # What the index answers is compared with reading every file, which is slow and plain.
-# ---------------------------------------------------------------------------
 
 
 class IndexCase:
@@ -11703,9 +11648,7 @@ def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
     assert "".join(map(cm.line_id, cm.Journal(f"{tmp_path}/events").lines())) == kept
 
 
-# ---------------------------------------------------------------------------
-# Retention: whole days of events go, the oldest first
-# ---------------------------------------------------------------------------
+# ---- Retention: whole days of events go, the oldest first --------------------------------------------------
 
 
 def retention_days(home: str) -> list[str]:
@@ -11901,9 +11844,7 @@ def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> 
         assert "more than retention.maxMegabytes" in in_process(monitor, command).stdout
 
 
-# ---------------------------------------------------------------------------
-# Export: events as they are
-# ---------------------------------------------------------------------------
+# ---- Export: events as they are ----------------------------------------------------------------------------
 
 
 def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
@@ -11928,9 +11869,7 @@ def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
     assert status == 400 and json.loads(body)["field"] == "format"
 
 
-# ---------------------------------------------------------------------------
-# Import: history from before the monitor was there
-# ---------------------------------------------------------------------------
+# ---- Import: history from before the monitor was there -----------------------------------------------------
 
 IMPORT_TRANSCRIPTS = sorted(os.listdir(RECORDED + "/transcripts"))
 
@@ -12201,9 +12140,7 @@ def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, 
     assert running.sessions()["0123456789abcdef"]["label"] == "Mine"
 
 
-# ---------------------------------------------------------------------------
-# Metrics: read by Prometheus' own parser
-# ---------------------------------------------------------------------------
+# ---- Metrics: read by Prometheus' own parser ---------------------------------------------------------------
 
 
 def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -12248,9 +12185,7 @@ def test_prometheus_reads_what_is_measured(running):
     assert measured["index_bytes"][()] > 0
 
 
-# ---------------------------------------------------------------------------
-# The source itself: its rooms and their order
-# ---------------------------------------------------------------------------
+# ---- The source itself: its rooms and their order ----------------------------------------------------------
 
 
 def uses_of_names(code: types.CodeType) -> Iterator[tuple[int, set[str]]]:
@@ -12329,9 +12264,7 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
     assert any(name.endswith(" event_row") for name in names) and 30 < len(names) <= 70
 
 
-# ---------------------------------------------------------------------------
-# Documentation: README.md and .docs/ say what the program does
-# ---------------------------------------------------------------------------
+# ---- Documentation: README.md and .docs/ say what the program does -----------------------------------------
 
 
 DOCUMENT_NAMES = ("README.md", *(f".docs/{it}" for it in os.listdir(ROOT + "/.docs") if it.endswith(".md")))
@@ -12572,9 +12505,7 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
         strict.wrap_socket(sock, server_hostname="localhost").close()
 
 
-# ---------------------------------------------------------------------------
-# Benchmarks: their tables in .docs/benchmarks.md
-# ---------------------------------------------------------------------------
+# ---- Benchmarks: their tables in .docs/benchmarks.md -------------------------------------------------------
 
 
 def benchmark_tables(text: str) -> dict[str, list[tuple[str, str]]]:

@@ -57,7 +57,7 @@ import contextuate_monitor as cm
 import emit_event as ee
 import test_monitor as tests
 
-# Rows and figures -----------------------------------------------------------
+# ---- Rows and figures ----
 
 
 class BenchError(Exception):
@@ -140,7 +140,7 @@ def percentile(ordered: list[float], percent: int) -> float:
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
-# Sizes, and the table of benchmarks -----------------------------------------
+# ---- Sizes, and the table of benchmarks ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ def rows_of(name: str, sizes: Sizes) -> list[Figure]:
     return [Figure(name, unit, limit_is, goal) for name, unit, limit_is, goal in cells]
 
 
-# Helpers --------------------------------------------------------------------
+# ---- Helpers ----
 
 Call = Callable[[], object]
 
@@ -280,7 +280,7 @@ def memory_mb(pid: int, field: str = "VmRSS") -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
-# Hook: the process that Claude Code waits for -------------------------------
+# ---- Hook: the process that Claude Code waits for ----
 
 WARM_UP_PAIRS = 3
 
@@ -404,7 +404,7 @@ def bench_storm(sizes: Sizes) -> Iterator[Measured]:
         yield paired(pairs)
 
 
-# Ingest: from the socket to the file ----------------------------------------
+# ---- Ingest: from the socket to the file ----
 
 
 def minimal_work(lines: bytes) -> bytes:
@@ -881,7 +881,7 @@ def client_memory_kb(count: int) -> float:
                 return max(0.01, (memory_mb(monitor.pid) - before_mb) * 1024 / count)
 
 
-# Latency: from the hook to a WebSocket client -------------------------------
+# ---- Latency: from the hook to a WebSocket client ----
 
 HOOKS_PER_S, EVENTS_PER_S = 20, (100, 1000)  # more hook processes would fill a small machine
 
@@ -960,7 +960,7 @@ def send_at_rate(machine: tests.RedisMachine, rate: int, count: int, hook: list[
     result.send(count / (time.monotonic() - begin))
 
 
-# Idle, growth and start -----------------------------------------------------
+# ---- Idle, growth and start ----
 
 IDLE_SESSIONS = 13  # open, each with a client's process
 IDLE_EVENTS = 10_000
@@ -1119,7 +1119,7 @@ def page_answers(monitor: tests.RunningMonitor) -> bool:
     return status == 200 and body.rstrip().endswith(b"</html>")
 
 
-# History: search and statistics ---------------------------------------------
+# ---- History: search and statistics ----
 
 HISTORY_DAYS, HISTORY_SESSIONS = 30, 600
 HISTORY_TOOLS = ("Bash", "Read", "Edit", "Write", "Grep", "Glob", "WebFetch", "Agent")
@@ -1236,7 +1236,7 @@ def bench_history(sizes: Sizes) -> Iterator[Measured]:
         yield Measured(history.status()["bytes"] / size * 100)
 
 
-# Transcripts ----------------------------------------------------------------
+# ---- Transcripts ----
 
 
 def transcript_lines(turn: int, call: int) -> str:
@@ -1282,7 +1282,7 @@ def bench_reader(sizes: Sizes) -> Iterator[Measured]:
         yield Measured(statistics.median(costs))
 
 
-# Redaction ------------------------------------------------------------------
+# ---- Redaction ----
 
 
 @benchmark(
@@ -1314,7 +1314,7 @@ def bench_redact(_sizes: Sizes) -> Iterator[Measured]:
         )
 
 
-# Page: frames, work and memory in headless Chromium -------------------------
+# ---- Page: frames, work and memory in headless Chromium ----
 
 PAGE_EVENTS_PER_S = 1000
 
@@ -1596,7 +1596,7 @@ def bench_rest(sizes: Sizes) -> Iterator[Measured]:
         yield Measured(at_rest(monitor.pid, sizes.idle_s)[0])
 
 
-# Document and main ----------------------------------------------------------
+# ---- Document and main ----
 
 DOCUMENT = os.path.join(setup.ROOT, ".docs", "benchmarks.md")
 ALL = "All benchmarks at small sizes"  # the title of one table; those at full size have the benchmark's name

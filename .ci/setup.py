@@ -68,7 +68,7 @@ def report(message: str) -> None:
     print(f"setup: {message}", flush=True)
 
 
-# Environment and programs ---------------------------------------------------
+# ---- Environment and programs ----
 
 
 def set_up() -> None:
@@ -119,7 +119,7 @@ def install_programs(missing: list[str]) -> None:
         report(f"{manager} failed; try: sudo {' '.join(install)}")
 
 
-# Command line of test_monitor.py --------------------------------------------
+# ---- Command line of test_monitor.py ----
 
 
 def main() -> NoReturn:
