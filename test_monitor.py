@@ -2553,17 +2553,22 @@ def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, 
         (lambda place: cm.read_settings(f"{place}/file/settings.json"), "file/settings"),
         (lambda place: cm.write_settings(f"{place}/file", '{"a": 1}', "{}"), "nothing was changed"),
         (lambda place: cm.write_settings(f"{place}/gone", '{"a": 1}', "{}"), "nothing was changed"),
+        (
+            lambda place: cm.write_settings(f"{place}/fixed", "{}", install_text("/proc/version")),
+            "cannot be written",
+        ),
         (lambda place: cm.plan_install("/h", project=place, line=True), "without --project"),
     ],
 )
 def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "fixed").symlink_to("/proc/version")
     (tmp_path / "file").write_text("{ }")
     with pytest.raises(cm.CommandError, match=words) as caught:
         act(str(tmp_path))
     assert "\n" not in str(caught.value)
-    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "fixed", "loop", "pipe"]
     assert (tmp_path / "file").read_text() == "{ }"
 
 
@@ -4102,7 +4107,7 @@ def session_steps(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         yield event, book.to_json(book.apply(event))
 
 
-# Recordings ----------------------------------------------------------------
+# -- recordings ---------------------------------------------------------------
 
 SESSION_MOMENTS = install_text(os.path.join(ROOT, ".ci/stories/moments.txt"))
 
@@ -4151,9 +4156,6 @@ def test_all_recordings_in_one_book_do_not_disturb_each_other():
     assert together == alone
 
 
-# What goes beyond one story -------------------------------------------------
-
-
 @pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
 @pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
 def test_no_session_is_silent_for_the_time_that_our_clock_was_set_by(machine, step_ms):
@@ -4180,9 +4182,6 @@ def test_sessions_are_listed_newest_first_but_for_hidden_and_deleted_ones():
     story.do("usage 7")
     assert listed(True) == ["s2"], "token totals do not bring it back"
     story.play("prompt new words → events 1, calls 0, errors 0, interrupted 0, prompts 1, tokens -")
-
-
-# Other programs' events, and any fields ---------------------------------------
 
 
 @story_table("tables.txt", "other programs", "event, facts")
@@ -4229,9 +4228,6 @@ def test_fields_of_wrong_types_never_raise(said):
         story.wait(50_000)
     for session in story.book.each_json(True):
         json.loads(ee.encode_json(session))
-
-
-# Order ---------------------------------------------------------------------
 
 
 def session_essence(shown: list[dict[str, Any]]) -> list[Any]:
@@ -4297,9 +4293,6 @@ def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, 
     assert session_essence(ends[0]) == session_essence(ends[1])
 
 
-# Snapshots -----------------------------------------------------------------
-
-
 def session_restored(book: cm.Sessions) -> cm.Sessions:
     """Return a book made from the snapshots of another, as after a restart."""
     restored = cm.Sessions(own_machine=SESSION_MACHINE)
@@ -4346,9 +4339,6 @@ def test_the_skew_of_a_machine_is_the_least_delay_lately():
         slow = say(1030)
     assert slow is not None and 1000 < slow <= 1030, "a clock that drifts is followed"
     assert say(500, "m") == 0
-
-
-# Rows ----------------------------------------------------------------------
 
 
 def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
@@ -5087,9 +5077,6 @@ def test_looks_kills_and_failures_in_any_order_lose_and_double_nothing(seed):
         reader.close()
 
 
-# What was said ---------------------------------------------------------------
-
-
 def words_of(events: Iterable[dict[str, Any]]) -> str:
     """Return what was said in some events, as usage-words.txt says it."""
     said = [event for event in events if event["eventType"] == ee.WORDS]
@@ -5269,9 +5256,6 @@ def test_branch_and_project_come_from_the_files_of_git(tmp_path):
     assert "git" not in agent["data"]
 
 
-# Where subagents come from ---------------------------------------------------
-
-
 def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
     """Copy a recording's transcripts; return its payloads with their paths in the copy."""
     path = usage_transcript(name)
@@ -5349,9 +5333,6 @@ def test_a_forks_origin_is_the_last_session_whose_messages_it_copied(tmp_path, n
     path = tmp_path / "fork.jsonl"
     path.write_text("\n".join(lines) + "\n")
     assert usage_read(tmp_path, str(path), "fork")["origin"] == "origin"
-
-
-# In sessions ----------------------------------------------------------------
 
 
 def usage_data(output: int) -> dict[str, Any]:
@@ -5467,7 +5448,7 @@ def test_through_redis_totals_come_once_after_the_event_they_belong_to(team):
     assert len({event["id"] for event in streamed()}) == 3
 
 
-# Loading ----------------------------------------------------------------------
+# -- loading ------------------------------------------------------------------
 #
 # What is stored is read behind the page, and the state is that of one pass in the order of arrival. It is made up
 # here: what a month of work leaves behind, in any size, out of recorded turns.
@@ -6788,9 +6769,6 @@ def test_a_process_ends_and_a_later_one_does_not_count_for_an_earlier_time(clien
     assert not cm.ran_at(client.pid, ee.now_ms())
 
 
-# The command line
-
-
 def test_the_short_status_is_the_same_by_file_and_by_module(monitor: RunningMonitor) -> None:
     def short(is_fast: bool = True) -> tuple[str, int]:
         """Return what both forms print, and their exit status; if `is_fast`, without other imports."""
@@ -7363,6 +7341,8 @@ def levels(findings: dict[str, list[dict[str, str]]], check: str) -> list[str]:
 def examined(shared: RunningMonitor) -> Iterator[RunningMonitor]:
     """A running monitor, for which nothing is installed."""
     yield shared
+    shared.write_config({})
+    os.chmod(shared.home, 0o700)
     for path in (shared.home + "/hooks", shared.claude_home):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -7400,15 +7380,6 @@ def test_doctor_knows_a_hook_registered_for_one_project(examined, monkeypatch, t
     assert found["level"] == "ok" and str(tmp_path) in found["words"]
 
 
-def test_doctor_names_the_wrong_key_in_the_configuration(monitor):
-    monitor.write_config({"server": {"port": "many"}})
-    status, findings = examine(monitor)
-    assert status == 1 and list(findings) == ["config"]
-    assert "server.port: expected an integer" in findings["config"][0]["words"]
-    monitor.write_config({"sever": {"port": 1}})
-    assert levels(examine(monitor)[1], "config") == ["ok", "warn"]
-
-
 @needs_root
 def test_doctor_reports_a_socket_of_another_user(running):
     os.chown(running.socket_path, 4242, 4242)
@@ -7421,20 +7392,21 @@ def test_a_host_that_is_no_name_is_refused_with_the_key_to_change():
         cm.bind_tcp("a..b", 0, "server.port", "--port")
 
 
-def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
+def test_doctor_reports_a_port_in_use(monitor):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monitor.write_config({"server": {"port": port, "wsPort": 0}})
-        os.chmod(monitor.home, 0o755)
         status, findings = examine(monitor)
-    assert status == 1 and levels(findings, "files") == ["warn"]
-    assert str(port) in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
+    assert (
+        status == 1 and levels(findings, "ports") == ["fail"] and str(port) in findings["ports"][0]["words"]
+    )
 
 
 @story_table("tables.txt", "doctor", "settings, options, commands, status, finding, words")
 def test_doctor_runs_what_is_registered_and_names_what_is_wrong(
-    examined, settings, options, commands, status, finding, words
+    examined, monkeypatch, settings, options, commands, status, finding, words
 ):
+    monkeypatch.setattr(cm, "HOOK_DEADLINE_S", 3.0)
     os.mkdir(examined.claude_home)
     pathlib.Path(examined.claude_home, "settings.json").write_text(json.dumps(settings))
     in_process(examined, "install", *options.split())
@@ -8769,9 +8741,6 @@ def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
-# -- files and sockets ----------------------------------------------------------
-
-
 def safe_open_modes(home: str, until: threading.Event) -> set[str]:
     """Return what of ours was ever open to others, looking without a pause until told to stop."""
     seen = set()
@@ -8956,9 +8925,6 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly(monkeypatch) -> None:
     verdicts = {case: (str(result.behavior), str(result.behavior_close)) for case, result in results.items()}
     good = {("Behavior.OK", "BehaviorClose.OK"), ("Behavior.INFORMATIONAL", "BehaviorClose.INFORMATIONAL")}
     assert {case: verdict for case, verdict in verdicts.items() if verdict not in good} == {}
-
-
-# -- bad days -------------------------------------------------------------------
 
 
 def safe_prompt(number: int, **more: Any) -> bytes:
@@ -11281,9 +11247,6 @@ def test_the_index_needs_no_newer_sqlite_than_systems_with_python_3_9_have() -> 
         assert not re.search(r"ON CONFLICT DO UPDATE|\bRETURNING\b|\biif\(", install_text(module.__file__))
 
 
-# Statistics
-
-
 def calls_by_hand(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of every call its tool, how it ended and how long it took, if that is known."""
     calls: dict[Any, dict[str, Any]] = {}
@@ -11515,9 +11478,6 @@ def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: Inde
         for name in ("events", "prompts", "toolCalls"):
             assert totals[name] == counts[name], (session_id, name)
         assert totals["failures"] == counts["toolErrors"], session_id
-
-
-# In the running monitor
 
 
 def index_ready(monitor: RunningMonitor, timeout_s: float = 60) -> dict[str, Any]:
