@@ -3113,9 +3113,6 @@ def test_a_whole_event_comes_with_and_without_its_number(spoken):
     assert (missing["event"], missing["requestId"], missing["eventId"]) == (None, 1, "no")
 
 
-# -- what the user does --------------------------------------------------------
-
-
 def protocol_updates(client: TestClient, **expected: dict[str, Any]) -> None:
     """Wait until each of these sessions has had an update with its fields."""
     while expected:
@@ -3237,9 +3234,6 @@ def test_hello_comes_first_and_the_status_whenever_it_changes(running):
     assert running.get("/api/status")["demo"] is True
     running.websocket()
     assert running.get("/api/status")["clients"] == 2, "at once"
-
-
-# -- clients that are slow or silent -------------------------------------------
 
 
 def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
@@ -8121,6 +8115,19 @@ def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
     assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
 
 
+def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
+    machine, markers = team.emitters[1], [f"box1-{number}" for number in range(80)]
+    machine.end_publisher()
+    said = [payload("PreToolUse", "at-once", tool_use_id=marker) for marker in markers]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        hooks = [pool.submit(hook_call, machine.hook, hook, machine.environment) for hook in said]
+        seen = {pid for hook in hooks if hook.result() == "" for pid in machine.publishers()}
+    assert len(seen) == 1
+    for monitor in team.monitors:
+        monitor.gets(80, "at-once")
+        assert sorted(monitor.arrivals("at-once")["box1"]) == sorted(markers)
+
+
 @pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, closed: str) -> None:
     machine = make(RedisMachine, config={"mode": "redis", "redis": {"port": redis_free_port()}})
@@ -8246,9 +8253,6 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
     at_once(*(functools.partial(go, name) for name in REDIS_WAYS))
 
 
-# -- a Redis that is no Redis ---------------------------------------------------
-
-
 class DrippingServer:
     """A server that sends a byte of an endless answer now and then, so that no read of its answer times out."""
 
@@ -8295,9 +8299,6 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> No
     os.kill(machine.pid, signal.SIGHUP)
     machine.gets(2)
     assert machine.arrivals() == {"testbox": ["first", "second"]}
-
-
-# -- giving up, and coming back -------------------------------------------------
 
 
 def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) -> None:
@@ -8433,8 +8434,6 @@ def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> Non
     machine.publishes_all()  # by itself
     assert [json.loads(event)["data"]["toolUseId"] for event in server.streamed()] == ["first"]
 
-
-# -- the publisher's exit -------------------------------------------------------
 
 # Emits at moments around the exit of the publisher that the event before had started. A new publisher is a fork of
 # this process: 150 new interpreters would take long. Half of them pause before or after they give their lock back, as
