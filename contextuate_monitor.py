@@ -7575,7 +7575,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
     disk, stored, lag = status["disk"] or {}, events["stored"], index["lagEvents"]
-    kept = f", {human_size(disk['bytes'])} since {disk['oldestDay'] or 'today'}" if "bytes" in disk else ""
+    kept = f", {human_size(disk['bytes'])} with the index" if "bytes" in disk else ""
+    kept += f", since {disk['oldestDay'] or 'today'}" if kept else ""
     facts = {
         "mode": "local, this machine" if status["mode"] == "local" else "redis, many machines",
         "events": f"{stored:,} event{'s' * (stored != 1)} stored since the start, "
@@ -7873,7 +7874,7 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
         raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
     if response.status != 200:
-        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
+        raise CommandError(str(answer.get("error") or f"the monitor answered {response.status}"))
     return answer
 
 
@@ -9893,11 +9894,13 @@ def command_doctor(args: argparse.Namespace) -> int:
         advice = f"\n{'':16}→ {finding.advice}" if finding.advice and finding.level != "ok" else ""
         if not args.json:
             print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}{advice}", flush=True)
-    broken = sum(finding.level == "fail" for finding in found)
+    levels = [finding.level for finding in found]
+    broken = levels.count("fail")
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        print(f"\n{broken} failed: begin with the first" if broken else "\nAll checks passed.")
+        warned = "No check failed; see what says warn." if "warn" in levels else "All checks passed."
+        print(f"\n{broken} failed: begin with the first" if broken else f"\n{warned}")
     return 1 if broken else 0
 
 
@@ -10095,11 +10098,13 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     if not args.output:
         sys.stdout.buffer.writelines(in_chunks(lines))
         sys.stdout.buffer.flush()
-        return 0 if counter.count else 1
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
-        file.writelines(in_chunks(lines))
-    print(f"{counter.count} events written to {args.output}")
+    else:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
+            file.writelines(in_chunks(lines))
+        print(f"{counter.count} events written to {args.output}")
+    if not counter.count:
+        print_status("no event matches")
     return 0 if counter.count else 1
 
 
@@ -10203,7 +10208,7 @@ OPTIONS = {  # what `add_argument` takes
     "--output": _option("file to write to (default: standard output)", metavar="FILE"),
     "paths": _option("files or directories (default: all transcripts)", nargs="*", metavar="PATH"),
     "action": _option("what to do", choices=("install", "remove", "status")),
-    "--live": _option("live events (default 300 s)", type=int, default=300, metavar="SECONDS"),
+    "--live": _option("live events (default 300 s; 0: none)", type=int, default=300, metavar="SECONDS"),
     "--remove": _switch("delete the demo's sessions"),
 }
 _SERVING = "--port --ws-port --host --foreground --no-open --detached"

@@ -155,7 +155,7 @@ def story_cases(name: str, part: str) -> dict[str, list[Any]]:
 
 
 def story_table(name: str, part: str, arguments: str) -> Any:
-    """Give a test the cases of a part of a story file, with their titles where it has an argument more."""
+    """Parametrize a test by a part's rows; where it has an argument more than a row has values, by their titles, too."""
     cases, count = story_cases(name, part), arguments.count(",") + 1
     rows = [values[0] if count == 1 else [title, *values][-count:] for title, values in cases.items()]
     return pytest.mark.parametrize(arguments, rows, ids=cases)
@@ -4409,7 +4409,7 @@ SESSION_WORK = st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "Se
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), SESSION_WORK, st.integers(1, 9000)), max_size=30))
-def test_looking_when_something_is_due_reports_what_looking_always_does(steps):
+def test_ticks_only_when_due_report_what_ticks_always_report(steps):
     books = [cm.Sessions(quiet_ms=120_000, ended_ms=9_000_000) for _ in range(2)]
     now = 1_000_000
     for number, (session, hook, seconds) in enumerate(steps):
@@ -5007,7 +5007,7 @@ def test_a_prompt_reported_by_its_hook_does_not_come_again_after_a_restart(trans
     assert words_of(ee.UsageReader(transcript.home).events(looks[1])) == ""
 
 
-def test_the_first_look_has_totals_also_where_the_machine_has_just_started(transcript, monkeypatch):
+def test_totals_come_at_the_first_look_even_right_after_boot(transcript, monkeypatch):
     monkeypatch.setattr(ee.time, "monotonic", lambda: 5.0)
     transcript.add(usage_line("m1", 2))
     found = transcript.reader.events({**usage_event(transcript.path), "states": {}}, is_end=False)
@@ -5711,6 +5711,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
     expected = {it["sessionId"]: it for it in json.loads(install_text(folder + "/expected-sessions.json"))}
     old_monitor.start()
     # The hook that the old version installed sends to the new monitor, and the old spool comes in.
+    old_monitor.write_config({"sessions": {}})  # with too large a value the hook takes the default socket
     call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
     assert hook_call(f"{PYTHON} -I -S {home}/hooks/emit_event.py", call, old_monitor.environment) == ""
     eventually(lambda: not os.listdir(home + "/spool"), what="the old spool")
@@ -6064,7 +6065,7 @@ def test_tokens_and_evidence_come_from_an_agents_transcript(tmp_path, agent, out
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
-def test_an_exit_code_after_the_result_makes_a_call_of_codex_only_failed(number):
+def test_an_exit_code_after_the_result_marks_only_calls_of_codex_failed(number):
     events = [agent_event("codex/exec-fail", *it) for it in enumerate(agent_payloads("codex/exec-fail"))][:5]
     data = {"toolName": "Bash", "toolUseId": events[2]["data"]["toolUseId"], "exitCode": 3, "error": "bad"}
     late = {**events[number - 1], "id": "late", "hookType": "", "eventType": "tool_error", "data": data}
@@ -7350,8 +7351,8 @@ def test_doctor_finds_nothing_wrong_where_nothing_is(running):
     assert "reached the monitor" in findings["probe"][0]["words"]
     (event,) = running.get("/api/events?limit=10")["events"]
     assert event["data"]["message"].startswith("doctor ")
-    words = in_process(running, "doctor").stdout
-    assert words.startswith("ok   config") and words.endswith("All checks passed.\n")
+    end = "All checks passed.\n" if shutil.which("claude") else "No check failed; see what says warn.\n"
+    assert re.fullmatch(r"(?s)ok   config.*\n\n" + re.escape(end), in_process(running, "doctor").stdout)
 
 
 def test_doctor_reports_a_monitor_that_does_not_run_and_loses_no_event(monitor):
