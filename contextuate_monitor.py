@@ -10180,7 +10180,9 @@ OPTIONS = {  # what `add_argument` takes
     "--detached": _switch(argparse.SUPPRESS),
     "--short": _switch("one line, for a prompt; `python3 -m` is faster"),
     "--token": _switch("with the token, for another user or another machine"),
-    "what": _option("pair: a code for a browser; key: the one for Redis", choices=("pair", "key")),
+    "what": _option(
+        "pair: a code for a browser; key: the one for Redis", choices=("pair", "key"), metavar="pair|key"
+    ),
     "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
     "answer": _option(
         "allow, always, deny …; without it, print what is asked", nargs="*", default=[], metavar="ANSWER"
