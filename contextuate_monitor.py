@@ -8416,8 +8416,9 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             emit_event.write_atomically(target, text.encode())
     except OSError as error:
-        if backup is not None and os.path.exists(backup):
-            os.unlink(backup)
+        if backup:
+            with contextlib.suppress(OSError):  # perhaps it was not written either
+                os.unlink(backup)
         words = f"{path} cannot be written, nothing was changed: {error.strerror or error}"
         raise CommandError(f"{words}; correct this, then try again") from error
     return backup
@@ -9899,8 +9900,8 @@ def command_doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        warned = "No check failed; see what says warn." if "warn" in levels else "All checks passed."
-        print(f"\n{broken} failed: begin with the first" if broken else f"\n{warned}")
+        passed = "No check failed; see what says warn." if "warn" in levels else "All checks passed."
+        print(f"\n{broken} failed: begin with the first" if broken else f"\n{passed}")
     return 1 if broken else 0
 
 
