@@ -127,6 +127,7 @@ def install_text(path: object) -> str:
     return pathlib.Path(str(path)).read_text(encoding="utf-8")
 
 
+@functools.cache
 def story_parts(name: str) -> dict[str, list[str]]:
     """Return the parts of a file of .ci/stories, whose notation is at its head: title → lines."""
     _, *parts = re.split(r"^=== (.*)\n", install_text(os.path.join(ROOT, ".ci/stories", name)), flags=re.M)
@@ -281,6 +282,9 @@ class RunningMonitor:
         """Start what `start` starts, by `fork_server`: half a second less for each test."""
         if config:
             self.write_config(config)
+        if "redis" in (self.config.get("mode"), config.get("mode")):  # else it runs a Python to find redis-py
+            ee.make_private_directory(self.home + "/hooks")
+            ee.write_atomically(self.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
         read_end, write_end = os.pipe()
         socket.send_fds(fork_server(), [json.dumps(self.environment).encode()], [write_end])
         os.close(write_end)
@@ -8901,15 +8905,6 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
     return {result.case_id: result for result in results}
 
 
-def safe_given_up_early(result: Any) -> bool:
-    """True if the client closed before the time was over that it says it gave the case.
-
-    It (kosoku 0.1.0) does so now and then on a busy machine, whatever the server does.
-    """
-    allowed = re.search(r"not .* within (\d+) seconds", result.result)
-    return allowed is not None and result.duration < int(allowed.group(1)) * 1000
-
-
 @pytest.mark.slow
 def test_the_public_case_list_of_rfc_6455_passes_strictly(monkeypatch) -> None:
     monkeypatch.setattr(cm, "PING_INTERVAL_S", 3600.0)  # the client answers a ping amid its unfinished frame
@@ -8918,9 +8913,8 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly(monkeypatch) -> None:
         # 12 and 13 are of compression, which is declined
         results = safe_run_cases(port, exclude_cases=["12.*", "13.*"], concurrency=4)
         assert len(results) == 301
-        for _ in range(5):
-            again = [case for case, result in results.items() if safe_given_up_early(result)]
-            if again:
+        for _ in range(5):  # the client waits for a second at most, which a busy machine may need
+            if again := [case for case, result in results.items() if result.dropped_by_me]:
                 results.update(safe_run_cases(port, cases=again))
     verdicts = {case: (str(result.behavior), str(result.behavior_close)) for case, result in results.items()}
     good = {("Behavior.OK", "BehaviorClose.OK"), ("Behavior.INFORMATIONAL", "BehaviorClose.INFORMATIONAL")}
