@@ -6691,8 +6691,9 @@ def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, t
 
 
 def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running, make):
-    other = make(RedisMachine, config={"server": {"port": running.port}})
-    refused = in_process(other, "start", "--no-open")
+    other = make(RedisMachine)
+    assert "command line: server.port: expected" in in_process(other, "start", "--port", "70000").stderr
+    refused = in_process(other, "start", "--no-open", "--port", str(running.port))
     assert refused.returncode == 1 and "--port" in refused.stderr
     assert f"port {running.port} is in use" in refused.stderr
     other.config = {"socketPath": running.socket_path}
