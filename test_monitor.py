@@ -6693,9 +6693,11 @@ def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, t
 def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running, make):
     other = make(RedisMachine)
     assert "command line: server.port: expected" in in_process(other, "start", "--port", "70000").stderr
-    refused = in_process(other, "start", "--no-open", "--port", str(running.port))
-    assert refused.returncode == 1 and "--port" in refused.stderr
-    assert f"port {running.port} is in use" in refused.stderr
+    by_option = in_process(other, "start", "--no-open", "--port", str(running.port))
+    other.write_config({"server": {"port": running.port}})
+    for refused in (by_option, in_process(other, "start", "--no-open")):
+        assert refused.returncode == 1 and "--port" in refused.stderr
+        assert f"port {running.port} is in use" in refused.stderr
     other.config = {"socketPath": running.socket_path}
     other.write_config({})
     for _ in range(2):
@@ -8412,6 +8414,7 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     assert "\nConnected to Redis at 127.0.0.1" in machine.command("start", "--no-open").stdout
+    assert install_text(machine.home + "/hooks/publisher-python") == sys.executable + "\n"
     for marker, session in (("a", "private"), ("b", "private"), ("c", "s1")):
         machine.know().say(marker, session)
     machine.gets(2, "private")
