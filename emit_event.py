@@ -1771,8 +1771,7 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
     """Return the beginning of a malformed line for a log: without secrets; "" at level `metadata`."""
     if privacy.metadata_only:
         return ""
-    text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
-    shown = redact_text(text)
+    shown = redact_text(text := line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace"))
     return shown[: max(0, len(shown) - max(0, len(text) - limit))]
 
 
@@ -1824,7 +1823,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
-_MARKS = b'"usage" "cost-state" "toolDenial "[Request <status>killed "max_turns "commandMode "popAll'.split()
+_MARKS = b'"usage" "toolDenial "[Request "cost-state" <status>killed "max_turns "commandMode "popAll'.split()
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled" "CommandExecution"'
@@ -1874,16 +1873,17 @@ class TranscriptParser:
     """Find MessageUsage, CostState and events (words, evidence) in lines; copies of a line have one id."""
 
     def __init__(self, agent_id: str = "", program: str = "") -> None:
-        self._agent_id = agent_id
-        self._program = program  # of AGENTS; "": Claude Code
+        self._agent_id, self._program = agent_id, program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
+        self._counted: Any = None  # id, request and usage of the message in the line before
         self.model = ""  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         has_words = has_words and not self._program
-        is_prompt = has_words and b'"user"' in line and b'"tool_result"' not in line
-        if is_prompt or any(map(line.__contains__, self._marks)):
+        is_result = b'"tool_result"' in line and not self._program  # the first three marks can be in one
+        is_prompt = has_words and b'"user"' in line and not is_result
+        if is_prompt or any(map(line.__contains__, _MARKS[:3] if is_result else self._marks)):
             with contextlib.suppress(MalformedEvent):
                 return list(self.facts_in(as_message(parse_event_line(line)), line, has_words))
         return []
@@ -1899,7 +1899,7 @@ class TranscriptParser:
         if self._program:
             yield from self._program_usage(entry, inner, line)
             return
-        kind, message, sums = (entry.get(name) for name in ("type", "message", "modelUsage"))
+        kind, message, sums = map(entry.get, ("type", "message", "modelUsage"))
         if kind == "cost-state" and isinstance(sums, dict):
             begun, session_id = entry.get("startTime"), id_or(entry.get("sessionId"), "")
             models = {id_or(it, ""): _counts_of(sums[it], _CLIENT_COUNTS) for it in sums if _is_id(it)}
@@ -1918,6 +1918,9 @@ class TranscriptParser:
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
         if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
+        if not texts and (message_id, request, usage) == self._counted:
+            return  # each line of a message has all of its usage
+        self._counted = message_id, request, usage
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
@@ -2015,7 +2018,8 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+    it = hashlib.sha256(content).hexdigest()
+    return f"{it[:8]}-{it[8:12]}-4{it[13:16]}-{'89ab'[int(it[16], 16) % 4]}{it[17:20]}-{it[20:32]}"
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
@@ -2038,8 +2042,7 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
-    tokens = (value if type(value) is int and 0 <= value < 1 << 40 else 0 for value in values)
-    *others, created, for_an_hour = tokens
+    *others, created, for_an_hour = (it if type(it) is int and 0 <= it < 1 << 40 else 0 for it in values)
     return (*others, created, min(created, for_an_hour))  # type: ignore[return-value]
 
 
@@ -2862,17 +2865,14 @@ class Publisher:
             size += len(line)
             try:
                 self._add(parse_event_line(line))
-                continue
-            except MalformedEvent as error:
-                reason = str(error)
             except MemoryError:
                 raise  # the next publisher reads it again
             except Exception as error:  # no line may stop those after it
                 shown = type(error).__name__ if self._privacy.metadata_only else repr(error)
-                reason = f"could not be built: {shown}"
-            with contextlib.suppress(OSError):
-                log_failure(f"not an event ({reason}): {shown_head(line, 200, self._privacy)!r}")
-                keep_in_quarantine(self._home + "/quarantine.log", line, reason, self._privacy)
+                reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {shown}"
+                with contextlib.suppress(OSError):
+                    log_failure(f"not an event ({reason}): {shown_head(line, 200, self._privacy)!r}")
+                    keep_in_quarantine(self._home + "/quarantine.log", line, reason, self._privacy)
         return bool(self._batch)
 
     def _add(self, given: JsonObject) -> None:
@@ -3192,8 +3192,7 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
             client = None
             time.sleep(0.5)
     if dropped:
-        words = (f"{count} {why}" for why, count in dropped.items())
-        text = "Answers through Redis were refused: " + ", ".join(words)
+        text = "Answers through Redis were refused: " + ", ".join(f"{dropped[it]} {it}" for it in dropped)
         hook = {"session_id": asked.get("session_id"), "message": text}
         append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
         ensure_publisher(home)
