@@ -2940,7 +2940,7 @@ def protocol_exchange(port: int, data: bytes) -> tuple[int, list[tuple[str, str]
 
 
 def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, Any]]:
-    """Make some events of a session, told apart by their prompt."""
+    """Make some events of a session, each with its own prompt."""
     return [payload("UserPromptSubmit", session, prompt=f"{session} {at}", **fields) for at in range(count)]
 
 
@@ -6198,7 +6198,7 @@ class NoticeServer:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def titles(self, path: str = "/topic") -> list[str]:
-        """Return the titles that came on a path, with what ntfy is told to replace."""
+        """Return the titles that came on a path, with what ntfy shall replace."""
         found = [headers["title"] for _, came_to, headers, _ in self.received if came_to == path]
         return [base64.b64decode(it.split("?")[3]).decode() for it in found]
 
@@ -6448,7 +6448,7 @@ import emit_event
 emit_event.ACKNOWLEDGEMENT_DEADLINE_S = float(sys.argv[2])
 for line in sys.stdin.buffer:
     reader, writer = os.pipe()
-    told, said = os.pipe()
+    errors, said = os.pipe()
     pid = os.fork()
     if not pid:
         os.dup2(reader, 0), os.dup2(said, 2)
@@ -6457,7 +6457,7 @@ for line in sys.stdin.buffer:
     os.close(reader), os.close(said)
     os.write(writer, line)
     os.close(writer)
-    with open(told, encoding="utf-8") as file:
+    with open(errors, encoding="utf-8") as file:
         words = file.read()
     print(json.dumps([os.waitpid(pid, 0)[1], words]), flush=True)
 """
@@ -8664,7 +8664,7 @@ def test_a_container_reports_through_redis_from_a_directory_of_its_own(team):
 
 
 # ---- Safe and unbreakable: strangers, other users, hostile bytes, and bad days for disks, clocks and processes
-# What other rooms test of this stands there: Host, Origin, token and paths in the room of the protocol, kills and
+# What other rooms test of this is there: Host, Origin, token and paths in the room of the protocol, kills and
 # full disks in the room of processes.
 
 
@@ -8750,7 +8750,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
 
 
 def safe_open_modes(home: str, until: threading.Event) -> set[str]:
-    """Return what of ours was ever open to others, looking without a pause until told to stop."""
+    """Return what of ours was ever open to others, looking without a pause until `until` is set."""
     seen = set()
     while not until.is_set():
         for folder, folders, names in os.walk(home):
@@ -9372,7 +9372,7 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
 
     Calls are of Bash: `call make`, then `result make took 3 => its output` or `failure make => its error`; `ask make`
     asks for permission, `batch 1 2` ends `make 1` and `make 2`; `question WORDS`, `reply WORDS` are of AskUserQuestion;
-    `play NAME` is a recording; `60x STEP` is a step for each number from 0 on, which stands for its #.
+    `play NAME` is a recording; `60x STEP` is a step for each number from 0 on, which replaces its #.
     With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
@@ -10489,7 +10489,7 @@ def test_one_of_two_pages_answers_whatever_else_names_the_question(asking):
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
     asked = {"agent_id": "a1", "agent_type": "Explore"}
     hook = asking.hook({**ANSWER_ASKED["Bash"], **asked})
-    assert hook.communicate(timeout=10)[0] == b"", "nobody is looking"
+    assert hook.communicate(timeout=10)[0] == b"", "no page is open"
     page = asking.page(asking.pair())
     hook, _ = asking.ask("form", "s2", **asked)
     page.send(type="set_visible", visible=False)
@@ -11364,7 +11364,7 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
         index_usage(0, "a", claude_opus_4_5=(1000, 100)),
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
         index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
-        index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
+        index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # once more
         {**index_usage(30, "b", strange_model=(10, 1)), **elsewhere},
         {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
     )
