@@ -183,6 +183,7 @@ class Settings:
     config_path: str
     machine_id: str
     values: dict[str, Any]
+    options: JsonObject = dataclasses.field(default_factory=dict)  # of `start`, kept by `restart`
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -331,9 +332,8 @@ def load_settings(
         user = f"user {os.getuid()} has no home directory"
         warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
-        rule = KEYS[key]
-        if not rule.accepts(value):
-            raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
+        if not KEYS[key].accepts(value):
+            raise ConfigError(f"command line: {key}: expected {KEYS[key].expected}, got {value!r}")
         values[key] = value
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
     _ = settings.notify_targets
@@ -2739,8 +2739,7 @@ class Sessions:
     def snapshot(self, session_id: str) -> bytes:
         """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
         rest = (self._machines, self._unnamed.open, self._accounts, self._edits)
-        state = _values(self.sessions[session_id]) if session_id else rest
-        return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
+        return pickle.dumps((_SNAPSHOT_FORMAT, _values(self.sessions[session_id]) if session_id else rest), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Restore (session id, snapshot) into empty Sessions; raise ValueError if one cannot be used."""
@@ -3228,6 +3227,8 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     machine, tool, kind = map(texts.get, ("machine", "tool", "type"))
     times = (wanted.get("from") or 0, 1 << 53 if wanted.get("to") is None else wanted["to"])
     terms, before = parse_terms(texts.get("q", "")[:1000]), int(cursor) if cursor else None
+    if texts.get("q", "").strip('*" ') and not terms:  # no letter and no digit
+        session_ids = frozenset()
     return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
 
 
@@ -3405,8 +3406,7 @@ class IndexFile:
         if kind == "status_line":
             cost_usd = gauges_of(event["data"].get("gauges"), timestamp)[0]["costUsd"]
             models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
-        items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
-        for model, used in items:
+        for model, used in itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ():
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
@@ -4010,8 +4010,7 @@ EXPORT_CHUNK_LINES = 100
 
 def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that match a query, in order of arrival."""
-    stored = readable(journal.lines(query.only_session))
-    return (line for _, event, line in stored if query.takes(event))
+    return (line for _, event, line in readable(journal.lines(query.only_session)) if query.takes(event))
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -4122,7 +4121,7 @@ def plan_retention(
     total = 0  # measured after its parts, which may grow meanwhile
     linked = [journal.root] if os.path.islink(journal.root) else []  # events on another disk
     for folder, _, names in itertools.chain(*map(os.walk, (home, *linked))):
-        for name in names:
+        for name in names if not folder.startswith(home + "/venv") else ():  # that of `.docs/redis.md`
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size
     with_index = 1 + index_size / max(1, events)
@@ -4146,8 +4145,7 @@ def plan_retention(
         chosen = [file for file in of_day if file.name not in kept_names]
         if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
-        is_known = journal.in_order or real_day != day
-        last = 0 if is_known else max(file.last_seq for file in of_day)
+        last = 0 if journal.in_order or real_day != day else max(file.last_seq for file in of_day)
         if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
             to_delete += chosen
             size += sum(file.size for file in chosen)
@@ -5535,8 +5533,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             headers.append(("Content-Length", str(len(body))))
         elif self.request_version != "HTTP/1.0":
             headers.append(("Transfer-Encoding", "chunked"))
-            chunks = (b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
-            body = itertools.chain(chunks, [b"0\r\n\r\n"])
+            body = itertools.chain((b"%x\r\n%b\r\n" % (len(it), it) for it in body), [b"0\r\n\r\n"])
         else:
             self.close_connection = True
         if self.close_connection:
@@ -6459,7 +6456,8 @@ class Ingest:
                 self._quarantine(line, error)
                 continue
             ids = {event["id"], self._second.first_id(event, text)}
-            if any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids):
+            is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
+            if is_known and (remote or "imported" not in event):  # an import looks at what is stored itself
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -7163,7 +7161,7 @@ class Monitor:
             self.journal.seq = int(file.read(14))  # if damaged, later numbers still fit into _SEQ
         self.journal.open()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
-        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
+        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port, "options": settings.options}
         self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
         self.loading = {"done": 0, "total": self.journal.seq}
         self.hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
@@ -7633,8 +7631,8 @@ def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: J
         words = "Events of this machine wait in the spool, since Redis does not accept them"
         add("publisher", "fail", words, publisher.get("reason"), "The publisher sends them when it does.")
     if redis.get("gaps"):
-        words = f"{redis['gaps']} times the stream was trimmed before it was read: events may be missing"
-        add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
+        words = f"{redis['gaps']} times the stream lacked events that were not read yet: some may be missing"
+        add("gaps", "warn", words, None, "Raise redis.streamMaxLength, or let Redis save its data.")
 
 
 def status_problems(
@@ -7863,7 +7861,7 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
     """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     about = needed_monitor(settings)
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
-    connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
+    connection = http.client.HTTPConnection(host, about["port"], timeout=120 if "/message" in path else 15)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
     method, body = ("GET", None) if message is None else ("POST", encode_json(message))
     try:
@@ -7872,7 +7870,8 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
             response = connection.getresponse()
             answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
+        words = f"the monitor ({about['process']}) does not answer: {error}"
+        raise CommandError(f"{words}; if it still does not, run: restart") from None
     if response.status != 200:
         raise CommandError(str(answer.get("error") or f"the monitor answered {response.status}"))
     return answer
@@ -8753,12 +8752,12 @@ class Doctor:
             status = ask_monitor(self._settings, "/api/status")
             problems, facts = status["problems"], status["facts"]
             words = f"{about['process']}, version {status['version']}, mode {status['mode']}"
-            if (status["version"], status["mode"]) == (__version__, mode):
+            path = about["socketPath"]
+            if (status["version"], status["mode"], path) == (__version__, mode, self._settings["socketPath"]):
                 yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
             else:
                 advice = "run: python3 contextuate_monitor.py restart"
-                yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
-            path = about["socketPath"]
+                yield _warn("monitor", f"{words}, {path}: not as configured for {__version__}", advice)
             is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
             advice = "set socketPath to a place of your own"
             yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
@@ -8804,8 +8803,7 @@ class Doctor:
             return
         words = f"pid {state['pid']}, {state['published']} events published"
         words = "; ".join(reasons) or f"{words}, the last to {state['subscribers']} subscribers"
-        level = "fail" if state.get("reason") else "warn" if reasons else "ok"
-        yield Finding(level, "publisher", words)
+        yield Finding("fail" if state.get("reason") else "warn" if reasons else "ok", "publisher", words)
 
     def _probe(self) -> Findings:
         """Run the hook as Claude Code does, and look for its event where it should arrive."""
@@ -9125,7 +9123,10 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[tuple[str, 
     transcripts: dict[str, list[str]] = {}
     exports: list[str] = []
     for given in paths:
-        for path in _json_files(given, skipped) if os.path.isdir(given) else [given]:
+        walk = os.walk(given, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
+        inside = (os.path.join(folder, name) for folder, _, names in walk for name in names)
+        named = (it for it in inside if re.search(r"/[^./][^/]*\.json[^/]*(?<!\.meta\.json)$", it))
+        for path in sorted(named) if os.path.isdir(given) else [given]:
             try:
                 with open_regular(path) as file:
                     lines = list(itertools.islice(iter(functools.partial(file.readline, 1 << 20), b""), 50))
@@ -9143,13 +9144,6 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[tuple[str, 
     sources = sorted(transcripts.items(), key=lambda source: min(map(os.path.getmtime, source[1])))
     exports.sort(key=lambda path: path.endswith("/meta.json"))  # sums of tokens after the events
     return [*sources, ("", exports)]
-
-
-def _json_files(folder: str, skipped: list[str]) -> list[str]:
-    walk = os.walk(folder, onerror=lambda error: skipped.append(f"{error.filename}: {error.strerror}"))
-    paths = (os.path.join(directory, name) for directory, _, names in walk for name in names)
-    named = (path for path in paths if re.search(r"/[^./][^/]*\.json[^/]*$", path))
-    return sorted(path for path in named if not path.endswith(".meta.json"))
 
 
 def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
@@ -9400,6 +9394,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
     given = {key: getattr(args, name, None) for key, name in options.items()}
     settings, warnings = load_settings(args.config, {key: it for key, it in given.items() if it is not None})
+    names = ("config", *options.values())
+    settings.options.update((it, value) for it in names if (value := getattr(args, it, None)) is not None)
     for warning in warnings:
         print_status(f"warning: {warning}")
     return settings
@@ -9431,8 +9427,7 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     if redis["state"] == "connected":
         lines.append(f"Connected to Redis at {redis['server']}.")
     elif redis["state"] != "off":
-        reason = redis["reason"] or "Redis does not answer"
-        lines.append(f"Not connected yet, the monitor keeps trying: {reason}")
+        lines.append(f"Not connected yet, trying again: {redis['reason'] or 'Redis does not answer'}")
     if not os.path.exists(hook_script(settings.home)):
         lines.append("Next: python3 contextuate_monitor.py install   (then start Claude Code)")
     try:
@@ -9458,8 +9453,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     command = [*program, "start", "--foreground", "--detached"]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
-    for name, value in options.items():
-        command += [] if value is None else [name, str(value)]
+    command += [str(it) for option in options.items() if option[1] is not None for it in option]
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(
         command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
@@ -9580,6 +9574,9 @@ def command_restart(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
+        if about.get("options") and not has_options:
+            vars(args).update(about["options"])
+            settings = settings_of(args)
     return command_start(settings, args)
 
 
@@ -9930,7 +9927,8 @@ def command_sessions(settings: Settings, args: argparse.Namespace) -> int:
         elif session["stuck"] and session["state"] == "working":
             detail = session["stuck"][0]["detail"] or detail
         since = human_duration(now_ms() - session["stateSince"])
-        text = f"{session['state']:<8} {since:>7}  {session['label']:<40.40} {session['machineId']:<14.14} "
+        text = f"{session['state']:<8} {since:>7}  {session['sessionId'][:8]:<8}  {session['label']:<40.40} "
+        text += f"{session['machineId']:<14.14} "
         print(safe_line(without_colours(text + detail)))
     return 0
 
@@ -9954,7 +9952,7 @@ def command_go(settings: Settings, args: argparse.Namespace) -> int:
     elif session["machineKey"] != settings.machine_key:
         raise CommandError(f"it runs on {safe_line(session['machineId'])}, {where}; run `go` there")
     elif "command" not in terminal:
-        raise CommandError(f"it runs {where}, pid {session['pid']}; no command brings that to the front")
+        raise CommandError(f"it runs {where}; no command brings that to the front")
     else:
         run_steps([terminal["command"]])
     return 0
@@ -10096,13 +10094,15 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
         place = "/api/sessions/" + urllib.parse.quote(wanted["session"] or "?", "")
         page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         lines = session_page(page, ask_monitor(settings, place), lines)
+    chunks = in_chunks(lines)
     if not args.output:
-        sys.stdout.buffer.writelines(in_chunks(lines))
+        sys.stdout.buffer.writelines(chunks)
         sys.stdout.buffer.flush()
     else:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        first = next(chunks, b"")  # without one, the content of a file that is there stays
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if first else 0)
         with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
-            file.writelines(in_chunks(lines))
+            file.writelines(itertools.chain([first], chunks))
         print(f"{counter.count} events written to {args.output}")
     if not counter.count:
         print_status("no event matches")
@@ -10288,6 +10288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, StartError, CommandError, SearchError) as error:
         print_status(f"error: {error}")
         return 2 if isinstance(error, (ConfigError, SearchError)) else 1
+    except UnicodeEncodeError as error:
+        print_status(f"error: {error.object!a} is not UTF-8 text")
+        return 2
     except OSError as error:  # an unusable file or directory
         print_status(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return 1

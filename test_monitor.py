@@ -827,8 +827,7 @@ def test_hook_and_status_line_survive_a_broken_installation(hook_installed, moni
     shutil.copytree(hook_installed.directory, copy)
     hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook")
     hook = hook_installed.command.replace(hook_installed.directory, copy)
-    script = copy + "/emit_event.py"
-    shown = cm.status_line_command(PYTHON, script, "cat; exit 3")
+    shown = cm.status_line_command(PYTHON, copy + "/emit_event.py", "cat; exit 3")
     for name in ("lib/status_line.py", "lib"):
         shutil.rmtree(copy + "/lib/__pycache__", ignore_errors=True)
         ee.set_aside(f"{copy}/{name}")
@@ -1828,8 +1827,7 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
     taken = ee.take_segment(path)  # and then the monitor that took it died
     assert ee.take_segment(taken) == taken
     monitor.serve()
-    drained = {"segments": 0, "bytes": 0, "dropped": 3}
-    eventually(lambda: monitor.get("/api/status")["spool"] == drained)
+    eventually(lambda: monitor.get("/api/status")["spool"] == {"segments": 0, "bytes": 0, "dropped": 3})
     events = monitor.stored_events()
     assert [event["id"] for event in events] == [before[0]["id"], "one", "two"]
     assert events[0]["timestamp"] == before[0]["timestamp"]
@@ -2707,8 +2705,7 @@ PROTOCOL_KEY, PROTOCOL_ACCEPT = (
 
 def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
     """Serialize one valid frame with the other author's code."""
-    frame = websockets.frames.Frame(websockets.frames.Opcode(opcode), payload, fin)
-    return frame.serialize(mask=True)
+    return websockets.frames.Frame(websockets.frames.Opcode(opcode), payload, fin).serialize(mask=True)
 
 
 def protocol_feed(data: bytes, sizes: list[int], new_parsers: bool = False) -> list[Any]:
@@ -3596,8 +3593,7 @@ def test_a_body_that_no_route_wants_is_not_taken_for_the_next_request(spoken):
         inner = protocol_get(host, path="/api/nothing")
         outer = protocol_get(host, f"Content-Length: {len(inner)}", path=path)
         stream = protocol_stop(spoken.port, outer + inner + protocol_get(host, "Connection: close"))
-        statuses = re.findall(rb"^HTTP/1\.1 (\d+) ", stream, re.M)
-        assert statuses in ([b"200", b"200"], [b"400"], [b"200"]), path
+        assert re.findall(rb"^HTTP/1\.1 (\d+) ", stream, re.M) in ([b"200", b"200"], [b"400"], [b"200"]), path
 
 
 @pytest.fixture(scope="module")
@@ -6837,7 +6833,7 @@ def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -
 
 @story_table("tables.txt", "commands", "command, status, words")
 def test_a_command_that_cannot_run_says_why_in_one_line(monitor, command, status, words):
-    refused = in_process(monitor, *command.split())
+    refused = in_process(monitor, *command.replace("\\xff", "\udcff").split())
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (status, "", 1)
     assert refused.stderr.startswith("contextuate: error: ") and words in refused.stderr
 
@@ -6860,7 +6856,7 @@ def test_start_status_url_test_event_restart_stop(monitor: RunningMonitor) -> No
     for command, word in (("status", ""), ("url", "start"), ("test-event", "spool")):
         refused = in_process(monitor, command)
         assert refused.returncode == 1 and word in refused.stderr
-    started = in_process(monitor, "start", "--no-open").stdout
+    started = in_process(monitor, "start", "--no-open", "--port", str(redis_free_port())).stdout
     address = re.search(r"http://localhost:\d+/", started)
     assert address and "install" in started
     assert "already running" in in_process(monitor, "start", "--no-open").stdout
@@ -6872,7 +6868,7 @@ def test_start_status_url_test_event_restart_stop(monitor: RunningMonitor) -> No
     assert {event["hookType"] for event in monitor.stored_events()} == {"Notification"}
     before = status()["pid"]
     in_process(monitor, "restart", "--no-open")
-    assert status()["pid"] != before
+    assert status()["pid"] != before and in_process(monitor, "url").stdout.strip() == address.group()
     pathlib.Path(monitor.home + "/monitor.config.json").write_text('{"mode": "cloud"}')  # a broken one
     stopped = in_process(monitor, "stop")
     assert "stopped" in stopped.stdout and "mode: expected" in stopped.stderr
@@ -6933,7 +6929,7 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
 
     running.emit(*recorded("i-perm")[:5])
     words = in_process(running, "sessions").stdout
-    assert words.startswith("waiting") and "permission" in words
+    assert re.match(r"waiting +\d \w  3e0ddc52  ", words) and "permission" in words
     as_json = json.loads(in_process(running, "sessions", "--json", "--all").stdout)
     assert as_json == list(running.sessions().values())
     exported, target = printed("export"), running.home + "/out.ndjson"
@@ -6942,8 +6938,8 @@ def test_sessions_and_export_print_what_the_page_shows(running: RunningMonitor) 
     for options, (code, words) in story_cases("tables.txt", "empty exports").items():
         done = in_process(running, "export", *options.split())
         assert (done.returncode, done.stdout, words in done.stderr) == (code, "", True), options
-    assert in_process(running, "export", "--tool", "Nothing", "--output", target).returncode == 1
     assert "5 events" in in_process(running, "export", "--output", target).stdout
+    assert in_process(running, "export", "--tool", "Nothing", "--output", target).returncode == 1
     assert install_text(target).splitlines() == exported
     for number in range(5):
         failed = {"tool_name": "Edit", "tool_use_id": f"t{number}", "error": "\x1b[31mno match"}
@@ -8346,7 +8342,7 @@ def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     server.stop()
-    assert "\nNot connected yet, the monitor keeps trying: " in machine.command("start", "--no-open").stdout
+    assert "\nNot connected yet, trying again: " in machine.command("start", "--no-open").stdout
     eventually(lambda: machine.know().redis()["attempt"] >= 2)
     server.start()
     machine.wait_until("connected")
@@ -9171,9 +9167,9 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         assert in_process(monitor, "doctor").returncode in (0, 1)
 
 
-def test_a_broken_configuration_stops_no_running_monitor(running):
+def test_a_broken_configuration_stops_no_running_monitor(hook_installed, running):
     broken = """{ [] {"socketPath":5} {"mode":"moon"} \0\0 {"limits":{"fieldBytes":-1}}""".split(" ")
-    command, config = running.installed_command(), running.home + "/monitor.config.json"
+    command, config = hook_installed.command, running.home + "/monitor.config.json"
     good = install_text(config)
     for content in ("", *broken):
         ee.write_atomically(config, content.encode())
@@ -11677,9 +11673,11 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any,
     assert going(4, "s0-3.jsonl") == [days[2]]
     assert going(99, keep_days=1) == [days[3], days[2]]
     ee.write_atomically(home + "/quarantine.log", b"x" * (3 << 20))
+    os.mkdir(home + "/venv")
+    (tmp_path / "home/venv/redis.so").write_bytes(b"x" * (1 << 20))
     assert going(5) == [days[3], days[2], days[1]]
     plan = cm.plan_retention(home, now, None, 5 << 20, frozenset())
-    assert plan.total == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert plan.total == sum(path.stat().st_size for path in tmp_path.rglob("*[!o]") if path.is_file())
     assert cm.delete_planned(home, plan) == {"s0-1.jsonl", "s0-2.jsonl", "s0-3.jsonl"}
     assert retention_days(home) == [days[0]]
     assert cm.plan_retention(home, now, None, None, frozenset()).days == []
@@ -11931,7 +11929,9 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     ]  # fmt: skip
     whole = {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}
     ee.write_atomically(node_export, json.dumps(whole, indent=1).encode())
-    for count in (len(expected) + 2, 0):
+    for count in (len(expected) + 2, 0, 2):
+        if count == 2:  # what a person deletes can be imported again
+            running.websocket("rows").ask("session_deleted", type="delete_session", **common)
         done = in_process(running, "import", export, node_export)
         assert done.stdout.startswith(f"{count} events imported")
     stored = {event["id"]: event for event in running.stored_events()}
