@@ -765,7 +765,7 @@ class Journal:
     def append(
         self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
     ) -> list[StoredEvent | None]:
-        """Number and write the events, one write per file; None for one that cannot be: `error` says why."""
+        """Number and write the events, one write per file; None for one that was not: `error` says why."""
         stored: list[StoredEvent | None] = []
         by_session: dict[str, list[StoredEvent]] = {}
         for seq, (event, text) in enumerate(zip(events, encoded or map(encode_json, events)), self.seq + 1):
@@ -972,7 +972,7 @@ class JournalFile:
         return next(filter(None, map(line_seq, self._whole_lines(0, _TAIL_BYTES))), self.last_seq)
 
     def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes, str]]:
-        """Yield (seq or -seq, line, day), first one without line, so that a merge opens files one by one."""
+        """Yield (seq or -seq, line, day), first without a line: a merge reads a file in its turn."""
         yield (-self.last_seq if backwards else self.first_seq), b"", self.day
         if not backwards:
             segments = self._whole_lines(self._offset_of(after + 1) if self.first_seq <= after else 0, block)
@@ -1321,7 +1321,7 @@ class Session:
     received: int  # when its last event arrived
     seq: int = 0  # of the last event that was applied
     last_timestamp: int = 0  # the last one of its machine: an event with a lower one was overtaken
-    clock: int = 0  # the time of the last event, or since when it is known to run too long
+    clock: int = 0  # time of the last event, or when it had been busy for too long
     state: str = "idle"
     user_label: str = ""
     title: str = ""
@@ -1632,7 +1632,7 @@ def apply_event(
     if session.waits:
         over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
         _end_waits(session, event, kind, at, over)
-    # An end that is known already has its reason, or the error that caused it, from a late event.
+    # A late event may bring the reason of a known end, or the error that caused it.
     is_cause = kind == "turn_error" and session.turn in ("idle", "ended")
     explains_end = is_cause and session.turn_since - at < REORDER_WINDOW_MS
     explains_end = explains_end or (kind == "session_end" and session.end_reason == "replaced")
@@ -3918,7 +3918,7 @@ class History:
             try:
                 file = IndexFile(self._path)
                 with contextlib.closing(file.db):
-                    self._state = "building"  # from here on snapshots are queued, for this generation or none
+                    self._state = "building"  # from here on `save` takes snapshots, of this generation only
                     self.generation += file.is_new or was_open
                     self._indexed = file.indexed
                     self._fill(file)
@@ -4025,8 +4025,8 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 #
 # Owns: which files are deleted, and deleting them. Knows: the files of our directory. Today's files are kept.
 # What a kill interrupted is planned again the next time.
-# The name of a day is what our clock showed then. ClockMemory remembers each time that it was set, so that
-# days before have their real age; on a day on which it was set, no event is too old.
+# Our clock names the days. ClockMemory remembers each time that it was set, and corrects the age of the days
+# before; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
 RETENTION_INTERVAL_S = 300.0
@@ -4774,7 +4774,7 @@ class RedisLink(threading.Thread):
         self._at_once = threading.Event()  # set: connect without waiting, or end
         self._closing = False
         self._client: Any = None  # while connected
-        self._last_alive = 0.0  # last reply of Redis or the loop (time.monotonic), whose delay is no silence
+        self._last_alive = 0.0  # time.monotonic() of Redis's last reply, or of the last wait for the loop
         loop.call_every(1.0, self._check)
         self.start()
 
@@ -4996,7 +4996,7 @@ class Access:
     def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
         """Raise RequestError: 421 for a foreign Host (DNS rebinding), 403 for another site's Origin, 401.
 
-        `port` received it. What `writes` needs our Origin or a bearer token: browsers add cookies themselves.
+        `port` received it. To write takes our Origin or a bearer token: browsers add cookies themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
@@ -5565,7 +5565,7 @@ AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE
 
 
 def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
-    """Return what shows that a process descends from an agent's or one of `clients` (pids), else ""."""
+    """Return what shows that a process is an agent's, one of `clients` (pids) or below, else ""."""
     while pid > 0:
         variables: set[str] = set()
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
@@ -6438,7 +6438,7 @@ class Ingest:
         self, lines: Sequence[bytes], remote: bool = False, late: Sequence[bool] = ()
     ) -> tuple[list[bool], list[StoredEvent]]:
         """Store lines; return for each whether it is settled (or no event), and the stored events."""
-        # `remote`: through Redis, where others may publish. `late`: it waited, its delay measures no clock.
+        # `remote`: through Redis, where others may publish. `late`: it waited, so it measures no clock.
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
         self.counts["received"] += len(lines)
@@ -7411,7 +7411,7 @@ class Monitor:
         if self.journal.error != self.store_error:
             self.store_error = self.journal.error
             if self.store_error:
-                log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
+                log.error("events cannot be written, hooks keep them while they can: %s", self.store_error)
             else:
                 log.info("events can be written again")
             self._send_status()
@@ -7648,7 +7648,7 @@ def status_problems(
     add_redis_problems(add, status["redis"] or {}, status["publisher"] or {})
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
     if not store["ok"]:
-        words = "Events cannot be written, hooks keep them in the spool"
+        words = "Events cannot be written, hooks keep them in the spool while they can"
         advice = "Free space on its disk, or make it writable; the monitor then continues by itself."
         add("store", "fail", words, store["error"], advice)
     if unsaved_bytes:

@@ -1195,8 +1195,8 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, and requires nothing after a run of unbounded length that may overlap
-    with the next run: its time would be quadratic. Its last group that matched, else the match, is replaced.
+    A pattern begins with a fixed text. It must need nothing after an unbounded run that may overlap with the
+    next one: its time would be quadratic. Its last group that matched, else the match, is replaced.
     A `folded` one matches the text in lower case; a token's is what follows its hint, which begins a word.
     """
 
@@ -2824,7 +2824,7 @@ class Publisher:
         self._enter("stopped")
         self._write_state()  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-        # A hook appends before it tries the lock, so if refused, its append is seen here.
+        # A hook appends before it tries the lock: the event of one that failed is seen here.
         is_next = self._current_basis() != self._basis or spool_segments(self._spool)
         if is_redis and is_next and not self.stopping:
             ensure_publisher(self._home)
