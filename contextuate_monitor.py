@@ -3918,7 +3918,9 @@ class History:
             try:
                 file = IndexFile(self._path)
                 with contextlib.closing(file.db):
-                    self._state = "building"  # from here on `save` takes snapshots, of this generation only
+                    self._state = (
+                        "building"  # from here on snapshots are queued; those of this generation are saved
+                    )
                     self.generation += file.is_new or was_open
                     self._indexed = file.indexed
                     self._fill(file)
@@ -9394,8 +9396,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
     given = {key: getattr(args, name, None) for key, name in options.items()}
     settings, warnings = load_settings(args.config, {key: it for key, it in given.items() if it is not None})
-    names = ("config", *options.values())
-    settings.options.update((it, value) for it in names if (value := getattr(args, it, None)) is not None)
+    used = {"config": args.config and settings.config_path, **{it: given[key] for key, it in options.items()}}
+    settings.options.update((name, value) for name, value in used.items() if value is not None)
     for warning in warnings:
         print_status(f"warning: {warning}")
     return settings

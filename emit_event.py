@@ -1822,7 +1822,7 @@ _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_crea
 _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
-# Only lines with one of these are parsed: most of a transcript is output of tools.
+# Only lines with one of these are parsed, with one of the first three where a tool's result is in it.
 _MARKS = b'"usage" "toolDenial "[Request "cost-state" <status>killed "max_turns "commandMode "popAll'.split()
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
@@ -1881,7 +1881,7 @@ class TranscriptParser:
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         has_words = has_words and not self._program
-        is_result = b'"tool_result"' in line and not self._program  # the first three marks can be in one
+        is_result = b'"tool_result"' in line and not self._program
         is_prompt = has_words and b'"user"' in line and not is_result
         if is_prompt or any(map(line.__contains__, _MARKS[:3] if is_result else self._marks)):
             with contextlib.suppress(MalformedEvent):
