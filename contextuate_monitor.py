@@ -3918,9 +3918,7 @@ class History:
             try:
                 file = IndexFile(self._path)
                 with contextlib.closing(file.db):
-                    self._state = (
-                        "building"  # from here on snapshots are queued; those of this generation are saved
-                    )
+                    self._state = "building"  # from here on snapshots are queued, for this generation or none
                     self.generation += file.is_new or was_open
                     self._indexed = file.indexed
                     self._fill(file)
