@@ -9392,10 +9392,16 @@ TAIL_COLOURS = {"tool_error": "31", "turn_error": "31", "permission_request": "3
 def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
     options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
-    given = {key: getattr(args, name, None) for key, name in options.items()}
-    settings, warnings = load_settings(args.config, {key: it for key, it in given.items() if it is not None})
-    used = {"config": args.config and settings.config_path, **{it: given[key] for key, it in options.items()}}
-    settings.options.update((name, value) for name, value in used.items() if value is not None)
+    given = {key: it for key, name in options.items() if (it := getattr(args, name, None)) is not None}
+    try:
+        settings, warnings = load_settings(args.config, given)
+    except ConfigError as error:
+        if args.function not in (command_stop, command_uninstall):  # the monitor may run, with an earlier one
+            raise
+        home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
+        settings, warnings = Settings(home, "", "", emit_event.load_config("", KEYS)[0]), [str(error)]
+    settings.options.update((options[key], it) for key, it in given.items())
+    settings.options.update({"config": settings.config_path} if args.config else {})
     for warning in warnings:
         print_status(f"warning: {warning}")
     return settings
@@ -9529,14 +9535,8 @@ class RedactingFormatter(logging.Formatter):
         return emit_event.redact_text("\n".join(map(safe_line, super().format(record).split("\n"))))
 
 
-def command_stop(args: argparse.Namespace) -> int:
+def command_stop(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
-    try:
-        settings = settings_of(args)
-    except ConfigError as error:  # the monitor may run, with an earlier one
-        print_status(f"warning: {error}")
-        home = os.path.abspath(emit_event.places(os.environb)[0])  # type: ignore[arg-type]
-        settings = Settings(home, "", "", emit_event.load_config("", KEYS)[0])  # the defaults
     if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
         print(f"stopped ({about['process']})")
@@ -10276,7 +10276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if args.function in (command_stop, command_doctor):  # work without a usable configuration, too
+        if args.function is command_doctor:  # reports whether the configuration is usable
             return int(args.function(args))
         return int(args.function(settings_of(args), args))
     except BrokenPipeError:

@@ -6874,6 +6874,7 @@ def test_start_status_url_test_event_restart_stop(monitor: RunningMonitor) -> No
     stopped = in_process(monitor, "stop")
     assert "stopped" in stopped.stdout and "mode: expected" in stopped.stderr
     assert "not running" in in_process(monitor, "stop").stdout
+    assert "hook is not registered" in in_process(monitor, "uninstall").stdout
     assert not os.path.exists(monitor.socket_path)
 
 
