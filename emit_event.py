@@ -1219,7 +1219,7 @@ _NEUTRAL_WORDS = frozenset(
 )
 _PASS_OWNERS = (  # dbPass and dbpass are passwords, renderPass is none
     "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
-    "postgres proxy redis require root server sftp smtp sql ssh store sudo svn user vpn web wifi"
+    "become postgres proxy redis require root server sftp smtp sql ssh store sudo svn user vpn web wifi"
 )
 _KEY_OWNERS = (
     "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
@@ -1270,7 +1270,7 @@ _SETS = re.compile(
     r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV\s+|ARG\s+|(?=require\Z))|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
 )
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
-_NAMES_ENTRY = re.compile(r"<key>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
+_NAMES_ENTRY = re.compile(r"<(?:key|name)>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:/-]*$", re.I)
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
@@ -1317,9 +1317,9 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
     operator, after = match["operator"], match.string[match.end() : match.end() + 1]
     if value.isdigit():
         return len(value) >= 6
-    is_word, ends_line = _IDENTIFIER.match(value), after in ("", "\r", "\n", '"', "'", "#")
+    is_word, ends_line = _IDENTIFIER.match(value), after in "\r\n\"'#" or len(value) > 199
     is_code = match["named"] or after in tuple("<`[") or re.search(r"[\[\]]|^[\w.]*\($", value + after)
-    if is_code or is_word and _SAYS_SECRET.match(value):
+    if is_code or name == "PASS" and ":" in operator or is_word and _SAYS_SECRET.match(value):
         return False
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
@@ -1349,15 +1349,15 @@ _ASSIGNED = (
     r"(?=(?P<tail>[\w.-]{0,30}))(?P=tail)(?:"  # without backtracking, which would be slow in a long word
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
     r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
-    r"(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`]))"
-    r"(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
+    r"(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`])"
+    r"|ist?\b(?! [a-z]*-?\d+\b))(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
     r"(?:[nbfrlu@$]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
     r"|(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))"
-    r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>)\s{0,40}"
-    r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]"
-    r"|[\"']?,?\s{0,40}[\"']?value[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})"
-    r"|[\"']\s{0,8},\s{0,20}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?[\"']?\w+[\"']?)?\))"
-    r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
+    r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>|</name>\s{0,40}<value>)\s{0,40}"
+    r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]|[\"']?,?\s{0,40}(?:\"type\": ?\"\w+\",\s{0,40})?[\"']?value"
+    r"[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})|[\"']\s{0,8},\s{0,20}[\"'](?:"
+    r"(?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?[\"']?\w+[\"']?)?\))|(?P<item>[^\s\"']{3,200})"
+    r"(?=[\"']\s?[],]))|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
 _REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*")  # without quotes around
@@ -1380,7 +1380,7 @@ _TOKEN_TABLE = r"""
     sq0csp- gitlab: GR1348941 glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt- glagent- gloas- glsoat-
     glffct- glwt- postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_ glc_
     cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0- langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_ github: ghp_ gho_
-    ghu_ ghs_ ghr_ github_pat_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_ infracost: ico-
+    ghu_ ghs_ ghr_ github_pat_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ infracost: ico-
     huggingface: api_org_ xai: xai- perplexity: pplx- replicate: r8_ cerebras: csk- runpod: rpa_ apify:
     apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_ lin_oauth_ notion: ntn_ adobe: p8e-
     artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK workos: wos_ adafruit: aio_ readme: rdme_
@@ -1391,7 +1391,7 @@ _TOKEN_TABLE = r"""
     dt0s01. dt0s02. dt0s16. fly: fo1_ fm1a_ fm1r_ fm2_ sentry: sntrys_ sntryu_ sntrya_ sendgrid: SG. harness:
     pat. sat.
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
-    vcr_ vck_ alibaba: LTAI npm: npm_ huggingface: hf_ groq: gsk_ sonar: sqco_ notion: secret_
+    vcr_ vck_ neon: napi_ alibaba: LTAI npm: npm_ huggingface: hf_ groq: gsk_ sonar: sqco_ notion: secret_
 [a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
     shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key- intra42:
@@ -1403,7 +1403,7 @@ _TOKEN_TABLE = r"""
     tskey-scim- tskey-webhook-
 [a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
-[A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
+[A-Z2-7]{16}(?![A-Za-z0-9])(?:[\s"'`,:|]{1,9}[\w+/]{40}(?!\w))?  aws: AKIA ASIA ABIA ACCA
 (?<![+/]EAA[A-Z])(?![\w-]{0,200}[+/])[\w-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
@@ -1447,7 +1447,7 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _folded("cookie", "cookie",
         r"[\"'`]?: ?[\"'`]?(?P<secret>[^\s=;\"'<>:]{1,100}=[^\r\n\"'<>\\]{6,})"),
     SecretShape("url-password", "@",
-        r"://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:"
+        r":(?://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:|(?<=\w:)(?=[^\s/:@\"'<>]{1,256}@tcp\())"
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@"),
     SecretShape("url-password", "@",
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@"),
@@ -1461,8 +1461,8 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _command("curl", r"(?:-b|--cookie)[ =]?[\"']?(?P<secret>[\w.-]{1,60}=[^\s\"']{6,})"),
     _folded("command-line", "echo ", r"(?:-\w+ )?[\"']?(?P<text>[^\s\"'$|]{3,200})[\"' ]*\| ?(?:[\w.-]+ ){,9}"
         r"(?:--password-stdin|--with-token|sudo (?:\S+ ){,9}-s\b|secret (?:set|put)|chpasswd)", _is_value),
-    _folded("assignment", "key", r"(?<=pi key|ss key|et key)s?[*\"'`]{0,3}(?: is|:| ?=)[:* ]{1,5}[\"'`]?"
-        r"(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
+    _folded("assignment", "key", r"(?<=(?:pi|ss|et|al) key)s?[*\"'`]{0,3}(?: \d| \[\S+\])?(?: is|:| ?=)[:* ]+"
+        r"[\"'`]?(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
     _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
     *(_command(program, rf"{option} ?[\"']?(?P<secret>(?![\s-])[^\s\"']{{3,200}})") for program, option in (
