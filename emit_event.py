@@ -1305,7 +1305,7 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group == "bare":
         return _is_bare_secret(match, before, name, value, bool(is_likely))
     if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
-        return before[-1:] in ("<", ":") or _NAMES_ENTRY.search(before[-60:]) is not None
+        return before[-1:] in ("<", ":") or "{" in match[0] or _NAMES_ENTRY.search(before[-60:]) is not None
     if group == "argument":  # define('DB_PASSWORD', '…')
         return digits > 1 or bool(re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I))
     is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
@@ -1324,7 +1324,7 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
         return name.isupper() or is_connection or after not in tuple("),;{}") or not is_word
-    if len(value) < 5 or after in tuple(";{)"):
+    if len(value) < 5 or after in tuple(";{)") or "|" in operator and before.rstrip()[-1:] != "|":
         return False
     if is_likely and ends_line and ":" in operator and _LINE_START.match(before.rpartition("\n")[2]):
         return True
@@ -1348,16 +1348,17 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 _ASSIGNED = (
     r"(?=(?P<tail>[\w.-]{0,30}))(?P=tail)(?:"  # without backtracking, which would be slow in a long word
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
-    r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
-    r"(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`])"
-    r"|ist?\b(?! [a-z]*-?\d+\b))(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
-    r"(?:[nbfrlu@$]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
-    r"|(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))"
-    r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>|</name>\s{0,40}<value>)\s{0,40}"
-    r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]|[\"']?,?\s{0,40}(?:\"type\": ?\"\w+\",\s{0,40})?[\"']?value"
-    r"[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})|[\"']\s{0,8},\s{0,20}[\"'](?:"
-    r"(?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?[\"']?\w+[\"']?)?\))|(?P<item>[^\s\"']{3,200})"
-    r"(?=[\"']\s?[],]))|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
+    r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\w*\])?(?=[ \t]{1,8}=)| \{\s{1,40}"
+    r"(?:type\s{1,8}= \w+\s{1,40})?default(?=\s{1,8}=))?(?P<operator>[ \t]{0,20}(?:=>|[:?+|]{0,2}=(?![=~>])"
+    r"|={2,3}(?= ?[\"'`])|\*{0,2}:\*{0,2}(?![:=])|(?:\(|[|?]{2} ?)(?=[\"'`])|ist?\b(?! [a-z]*-?\d+\b)|\|"
+    r"(?= `?[^\s|]{12,200} ?\|))(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,20}))"
+    r"(?:[nbfrlu@$]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})|"
+    r"(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?"
+    r"|</key>\s{0,40}<string>|</name>\s{0,40}<value>)\s{0,40}(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]|[\"']?"
+    r"(?:,|: ?\{)?\s{0,40}(?:\"type\": ?\"\w+\",\s{0,40})?[\"']?value[\"']?\s?[:=]\s?[\"']?"
+    r"(?P<attribute>[^\"'<>\r\n]{3,200})|[\"']\s{0,8},\s{0,20}[\"'](?:(?P<argument>[^\"'\r\n]{3,200})"
+    r"(?=[\"']\s{0,8}(?:,\s?[\"']?\w+[\"']?)?\))|(?P<item>[^\s\"']{3,200})(?=[\"']\s?[],]))|[ \t]{1,20}"
+    r"(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
 _REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*")  # without quotes around
@@ -1455,7 +1456,7 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
         for word in ("pass", "pw", "secret", "token", "cred", "key", "auth")),
     *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
-        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
+        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?['\"](?P<value>[^'\"\n]+)",
         lambda view, match, value: view.text[match.start()] == "I" or any(map(str.isdigit, value))),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("curl", r"(?:-b|--cookie)[ =]?[\"']?(?P<secret>[\w.-]{1,60}=[^\s\"']{6,})"),
@@ -1464,7 +1465,9 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     _folded("assignment", "key", r"(?<=(?:pi|ss|et|al) key)s?[*\"'`]{0,3}(?: \d| \[\S+\])?(?: is|:| ?=)[:* ]+"
         r"[\"'`]?(?P<secret>[\w+/.~=-]{16,})", lambda _view, _match, value: _is_weak_secret("", value)),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
-    _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
+    _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})|(?<=cargo login |vault login |wandb login )"
+        r"(?P<token>(?=\S*\d)[\w.-]{20,200})", r"(?<=[a-z] login)\b"),
+    _folded("assignment", "auth", r"=?\([\"'].{1,60}?[\"'], ?[\"'](?P<secret>(?=.*\d)[^\"'\n]{6,99})[\"']\)"),
     *(_command(program, rf"{option} ?[\"']?(?P<secret>(?![\s-])[^\s\"']{{3,200}})") for program, option in (
         ("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"), ("mongo", "-p"), ("ldap", "-w"))),
     _folded("assignment", "set password",
@@ -1679,11 +1682,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         if is_flat and not (hints or privacy.metadata_only) and len(encoded) <= privacy.field_limit_bytes:
             return event, encoded
     protector = _Protector(privacy, hints)
-    data = event["data"]
-    if privacy.metadata_only:
-        data = _metadata_of(data)
-        if event["hookType"] != "SessionEnd":
-            data.pop("reason", None)  # the reason of a denial is prose
+    data = _metadata_of(event["data"]) if privacy.metadata_only else event["data"]
+    if privacy.metadata_only and event["hookType"] != "SessionEnd":
+        data.pop("reason", None)  # the reason of a denial is prose
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         value = event.pop(name)
         if not privacy.metadata_only:
