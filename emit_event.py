@@ -1270,7 +1270,7 @@ _SETS = re.compile(
     r"|#\s*define\s+|(?:^|[:\t+\"])\s*(?:ENV\s+|ARG\s+|(?=require\Z))|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z"
 )
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
-_NAMES_ENTRY = re.compile(r"<(?:key|name)>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:/-]*$", re.I)
+_NAMES_ENTRY = re.compile(r"[<:]$|<(?:key|name)>$|(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:/-]*$", re.I)
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
@@ -1305,10 +1305,10 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group == "bare":
         return _is_bare_secret(match, before, name, value, bool(is_likely))
     if group in ("element", "attribute"):  # <password>…</password>, <add key="password" value="…"/>
-        return before[-1:] in ("<", ":") or "{" in match[0] or _NAMES_ENTRY.search(before[-60:]) is not None
+        return bool(_NAMES_ENTRY.search(before[-60:]) or "{" in text[start : match.start(group)])
     if group == "argument":  # define('DB_PASSWORD', '…')
         return digits > 1 or bool(re.search(r"(?:define|set|put|add|header)\w*\s?\(\s*[\"']$", before, re.I))
-    is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE
+    is_sql = match["quote"] == "'" and _SQL.search(before + head)  # NAME VALUE, or in a list
     is_value = match["quote"] or is_likely or re.search("machine|default|login", before + head)
     return bool(is_sql or is_value and not says_secret and _SETS.search(before + head))
 
