@@ -283,9 +283,8 @@ def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return its path; raise OSError or ValueError."""
     import fcntl
 
-    # No process waits for a lock: a writer has a shared one, and writes only if the file still has its name;
-    # the drainer renames a segment before it takes the exclusive lock. A newline precedes each line: one torn
-    # by a full disk or a kill damages no other.
+    # No process waits for a lock: writers share it, and write only if the file still has its name; a drainer
+    # renames a segment before it locks it. A newline precedes each line: one that is torn damages no other.
     for attempt in range(1000):
         path, is_new = current_segment(directory, attempt > 0)
         try:
@@ -405,8 +404,7 @@ def run_status_line(arguments: "list[str]") -> None:
         if figures.strip("0. ") and read_small(kept) != about:
             in_background(hand_on_gauges, kept, about, payload.strip())
     except BaseException as error:  # the line is shown whatever happens
-        reason = f"status line: {type(error).__name__}: {error}"
-        in_background(lambda: whole().log_failure(reason))
+        in_background(lambda it: whole().log_failure(it), f"status line: {type(error).__name__}: {error}")
     if not arguments[1:]:
         posix.write(1, f"{line}\n".encode("utf-8", "replace"))
         posix._exit(0)
@@ -540,7 +538,7 @@ import subprocess  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from collections.abc import Collection, Iterable, Iterator, Sequence  # noqa: E402
+from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
 from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
 JsonObject = dict[str, Any]
@@ -1876,11 +1874,15 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "", program: str = "") -> None:
         self._agent_id, self._program = agent_id, program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
-        self._counted: Any = None  # id, request and usage of the message in the line before
+        self._counted: Any = None  # request and usage of the message in the line before
         self.model = ""  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
+        at, end, before = line.rfind(b'"requestId":"'), line.rfind(b',"stop_details":'), self._counted
+        self._counted = line[at : line.find(b'"', at + 13)], line[line.rfind(b'"usage":') : end]
+        if at > 0 < end and self._counted == before and b'"text"' not in line:
+            return []  # each line of a message has all of its usage
         has_words = has_words and not self._program
         is_result = b'"tool_result"' in line and not self._program
         is_prompt = has_words and b'"user"' in line and not is_result
@@ -1919,9 +1921,6 @@ class TranscriptParser:
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
         if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
-        if not texts and (message_id, request, usage) == self._counted:
-            return  # each line of a message has all of its usage
-        self._counted = message_id, request, usage
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
@@ -2067,9 +2066,9 @@ class UsageReader:
         """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
         key, read_at = self._delivered.get(session, (0, -USAGE_QUIET_S))
-        is_due = time.monotonic() - read_at >= USAGE_QUIET_S
-        now = {path: _file_state(path) for path in states}
-        if states and now == states and not (is_due or is_end):
+        is_due = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
+        now = {path: (agent_id, *_file_state(path)) for path, (agent_id, *_) in states.items()}
+        if now == states and any(it[1] for it in now.values()) and not is_due:
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         since = int(event.get("since") or event["timestamp"]) - 2000  # a hook and its line: at most 2 s apart
@@ -2078,19 +2077,23 @@ class UsageReader:
         before = self._unsaved
         self._unsaved = {**before[0]}, {**before[1], session: [*before[1].get(session, [])]}, {**before[2]}
         try:
-            known = {it for it, state in states.items() if state and state[:2] == (now[it] or ())[:2]}
-            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"), known)
-            folders = {os.path.dirname(path) for path, agent_id in files.items() if agent_id}
-            folders.add(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")  # of the next agent
-            now = {path: now.get(path) or _file_state(path) for path in (*files, *folders)}
-            grown = [path for path in files if now[path] and (is_due or now[path] != states.get(path))]
+            grown = [it for it in states if now[it] != states[it]]
+            # If only transcripts grew, there are no others: a folder, which has no agent, is as it was.
+            same = [now[it][0] is not None and now[it][:2] == states[it][:2] for it in grown]
+            if is_due or not grown or not all(same):
+                files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+                folders = [os.path.dirname(path) for path, agent_id in files.items() if agent_id]
+                folders += map(os.path.dirname, [*folders])  # `workflows/`, with a folder for each
+                folders.append(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")
+                now = {it: (files.get(it), *_file_state(it)) for it in (*folders, *files)}
+                grown = [it for it in files if now[it][1] and (is_due or now[it] != states.get(it))]
             with self._open() as database:  # all or nothing
                 # The main one is the last, because the client's sums in it include those of the subagents.
-                for path in sorted(grown, key=lambda it: files[it] == ""):
-                    agent_id = files[path] or SIDECHAIN * (program == "codex" and session not in path)
+                for path in sorted(grown, key=lambda it: now[it][0] == ""):
+                    agent_id = now[path][0] or SIDECHAIN * (program == "codex" and session not in path)
                     parser = TranscriptParser(agent_id, program)
                     found += [{**about, **it} for it in self._read(session, path, parser, since)]
-                is_due |= is_end or any(it["eventType"] == "client_status" for it in found)  # Esc: no hook
+                is_due |= any(it["eventType"] == "client_status" for it in found)  # Esc: no hook
                 totals = self._save(session) if is_due else None
                 if totals and not self._stopping.is_set() and key != (key := hash(encode_json(totals))):
                     found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": totals}})
@@ -2309,13 +2312,13 @@ class UsageWorker(threading.Thread):
         self.reader.close()  # SQLite wants it in the thread that opened it
 
 
-def transcripts_of(main_path: Any, agent_path: Any, known: "Collection[str]") -> "dict[str, str]":
-    """Find a session's transcripts: path without links, as those `known` → agent id; "" for the main one."""
-    places = transcript_places(main_path, known)
-    found = {place if place in known else os.path.realpath(place): "" for place in places}
-    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path, known)):
+def transcripts_of(main_path: Any, agent_path: Any = "") -> "dict[str, str]":
+    """Find a session's transcripts: path without links → agent id; "" for the main one."""
+    places = transcript_places(main_path)
+    found = dict.fromkeys(map(os.path.realpath, places), "")
+    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
         named = re.search(r"/agent-([^/]*)\.jsonl\Z", path)
-        found.setdefault(path if path in known else os.path.realpath(path), named[1] if named else "")
+        found.setdefault(os.path.realpath(path), named[1] if named else "")
     return found
 
 
@@ -2327,27 +2330,26 @@ def agent_files(places: "list[str]", start: str, end: str) -> "Iterator[str]":
             yield from (f"{folder}/{it}" for it in sorted(names) if it.startswith(start) and it.endswith(end))
 
 
-def transcript_places(path: Any, known: "Collection[str]" = ()) -> "list[str]":
+def transcript_places(path: Any) -> "list[str]":
     """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
     if not _is_transcript_path(path):
         return []
-    places = [path, path if path in known else os.path.realpath(path)]
+    places = [path, os.path.realpath(path)]
     folder, _, name = path.rpartition("/")
     projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
-    unnamed = re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path)
-    if unnamed:  # of a program that names no transcript
-        return sorted(glob.iglob(glob.escape(unnamed[1]) + unnamed[2]))
+    if unnamed := re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path):
+        return sorted(glob.iglob(glob.escape(unnamed[1]) + unnamed[2]))  # of a program that names none
     if not os.path.exists(path) and os.path.basename(projects) == "projects":
         places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
     return list(dict.fromkeys(places))
 
 
-def _file_state(path: str) -> "tuple[int, int, int, int] | None":
-    """Return whether it is the same file or link, and what it holds, as numbers to be compared."""
+def _file_state(path: str) -> "tuple[Any, Any]":
+    """Return what tells a file or link from another, and when its content changed; None if there is none."""
     with contextlib.suppress(OSError):
         about = os.lstat(path)
-        return about.st_ino, about.st_mode, about.st_size, about.st_mtime_ns
-    return None
+        return (about.st_ino, about.st_mode), (about.st_size, about.st_mtime_ns)
+    return None, None
 
 
 def _is_transcript_path(path: Any) -> bool:
@@ -2418,9 +2420,8 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
 # ---------------------------------------------------------------------------
 # Registry: what the client reports of itself
 #
-# Claude Code writes the current status of each of its processes to `sessions/<pid>.json` in its configuration
-# directory. These files also show what a person does (Esc, "No", an answer), which fires no hook. They are
-# not documented, and written in place, so a reader may see half of one.
+# Claude Code writes what each of its processes does to `sessions/<pid>.json` in its configuration directory,
+# also what a person does (Esc, "No", an answer), which fires no hook; in place: a reader may see half of it.
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
@@ -2627,8 +2628,7 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # Redis publisher: from the spool to Redis
 #
 # Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
-# redis-py's timeouts apply to each recv, and not to DNS, so a server that sends single bytes could block it.
-# Therefore each exchange runs in a thread that is abandoned at its deadline.
+# redis-py's timeouts are for each recv, not for DNS: an exchange runs in a thread, abandoned at its deadline.
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0

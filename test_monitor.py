@@ -4701,10 +4701,7 @@ def usage_model(short: str) -> str:
 
 
 def usage_entries(words: str, session: str = "s1", minute: int = 0) -> str:
-    """Return lines of a transcript, a minute each, from words with "; " between them.
-
-    `ID IN/OUT [FIELD=JSON]…` is an answer, `user WORDS` a prompt, `sums MODEL IN/OUT…` what the client itself counted.
-    """
+    """Return lines of a transcript, a minute each, from words as in usage-layouts.txt."""
     lines = []
     for number, line in enumerate(words.split("; "), minute):
         name, *parts = line.split(" ")
@@ -4725,8 +4722,8 @@ def usage_entries(words: str, session: str = "s1", minute: int = 0) -> str:
             }  # fmt: skip
             about = {"type": "assistant", "requestId": f"r-{name}", "message": message}
         common = {"uuid": f"u-{number}-{name}", "timestamp": f"2026-11-20T10:{number:02}:00.000Z"}
-        lines.append(json.dumps({**common, "sessionId": session, **about, **given}) + "\n")
-    return "".join(lines)
+        lines.append(json.dumps({**common, "sessionId": session, **about, **given}, separators=(",", ":")))
+    return "\n".join(lines) + "\n"
 
 
 def git(place: pathlib.Path, *words: str, given: str = "") -> str:
@@ -4792,7 +4789,8 @@ def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule, is_wa
         found = reader.events(event, is_end=False) if is_watched else []
         usage_written(tmp_path, files)
         found += reader.events(event, is_end=False) if is_watched else []
-        found += reader.events(event)
+        found += (late := reader.events(event))
+        assert words_of(late) == "" or not is_watched, "they came with the look"
         usages = [it["data"]["usage"] for it in found if it["eventType"] == "usage"]
         assert usage_words(usages[-1] if usages else None) == used, files
         assert all(it["model"] == usage_model("opus") for it in usages)
@@ -11971,7 +11969,7 @@ def imported(folder: Any, stored: str = "") -> dict[str, dict[str, Any]]:
 
 IMPORT_A, IMPORT_B = (f"0000000{number}-0000-4000-8000-000000000000" for number in "12")
 IMPORT_OLD = usage_entries("user first question; m1 100/10", IMPORT_A)
-IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId": "{IMPORT_A}"', f'"sessionId": "{IMPORT_B}"')
+IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId":"{IMPORT_A}"', f'"sessionId":"{IMPORT_B}"')
 IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
 IMPORT_SHOWN = (1, 100, "fork question")

@@ -1239,20 +1239,14 @@ def bench_history(sizes: Sizes) -> Iterator[Measured]:
 
 
 def transcript_lines(turn: int, call: int) -> str:
-    """Return what the client writes for one call: an answer's text, the call itself, its result."""
-    common = {"isSidechain": False, "cwd": "/home/ada/shop", "sessionId": "s1", "version": "2.1.332"}
-    usage = {"input_tokens": 4, "cache_creation_input_tokens": 300, "cache_read_input_tokens": 20_000 + call}
-    usage["output_tokens"] = 100
-    message = {"id": f"msg_{turn}_{call}", "role": "assistant", "model": tests.USAGE_MODEL, "usage": usage}
-    tool = {"type": "tool_use", "id": f"toolu_{turn}_{call}", "name": "Read", "input": {"file_path": "a.py"}}
-    result = {"type": "tool_result", "tool_use_id": tool["id"], "content": "a line of code\n" * 60}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()[:23] + "Z"
-    about = {**common, "timestamp": now, "requestId": f"req_{turn}_{call}"}
-    text = {"type": "text", "text": f"File {call} of {turn}. " * 6}
-    said: list[tuple[str, Any, Any]] = [("assistant", message, text), ("assistant", message, tool)]
-    said.append(("user", {"role": "user"}, result))
-    entries = [{**about, "type": kind, "message": {**by, "content": [it]}} for kind, by, it in said]
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
+    """Return what the client writes for one call: a recorded text, call and result, with ids of their own."""
+    with open(tests.usage_transcript("simple"), encoding="utf-8") as file:
+        lines = "".join([line for line in file if "_fake_" in line][:3])
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()[:23]
+    lines = re.sub(r'(?<="timestamp":")[^"Z]+', now, re.sub(r'(?<="sessionId":")[^"]+', "s1", lines))
+    lines = re.sub(r"\b(msg|req|toolu)_fake_\w+", rf"\1_{turn}_{call}", lines)
+    lines = lines.replace('"hello"', json.dumps("a line of code\n" * 30))
+    return lines.replace("I will run a command.", f"File {call} of {turn}. " * 6)
 
 
 @benchmark(
