@@ -3354,7 +3354,7 @@ class IndexFile:
         os.close(emit_event.open_own(self.path, os.O_RDWR | os.O_CREAT))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
         # A power failure costs the last transactions, never the file; the events are read again.
-        for pragma in ("synchronous = NORMAL", "cache_size = -8192", "wal_autocheckpoint = 2000"):
+        for pragma in ("synchronous = NORMAL", "cache_size = -1024", "wal_autocheckpoint = 2000"):
             db.execute(f"PRAGMA {pragma}")
         return db
 
