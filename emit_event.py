@@ -1492,7 +1492,7 @@ for _shape in SECRET_SHAPES:
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
         _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_shape)
     else:
-        _part = next((each for each in _COMMON_PARTS if each in _hint), _hint)
+        _part = next((it for it in _COMMON_PARTS if it in _hint), "|" if _hint == "echo " else _hint)  # piped
         _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
@@ -2421,7 +2421,7 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
 # Registry: what the client reports of itself
 #
 # Claude Code writes what each of its processes does to `sessions/<pid>.json` in its configuration directory,
-# also what a person does (Esc, "No", an answer), which fires no hook; in place: a reader may see half of it.
+# thus also what a person does (Esc, "No", an answer), which fires no hook. A reader may see half of a file.
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
