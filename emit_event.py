@@ -1874,15 +1874,11 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "", program: str = "") -> None:
         self._agent_id, self._program = agent_id, program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
-        self._counted: Any = None  # request and usage of the message in the line before
+        self._counted: Any = None  # id, request and usage of the message in the line before
         self.model = ""  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
-        at, end, before = line.rfind(b'"requestId":"'), line.rfind(b',"stop_details":'), self._counted
-        self._counted = line[at : line.find(b'"', at + 13)], line[line.rfind(b'"usage":') : end]
-        if at > 0 < end and self._counted == before and b'"text"' not in line:
-            return []  # each line of a message has all of its usage
         has_words = has_words and not self._program
         is_result = b'"tool_result"' in line and not self._program
         is_prompt = has_words and b'"user"' in line and not is_result
@@ -1921,6 +1917,9 @@ class TranscriptParser:
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
         if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
+        if not texts and (message_id, request, usage) == self._counted:
+            return  # each line of a message has all of its usage
+        self._counted = message_id, request, usage
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
@@ -2082,9 +2081,10 @@ class UsageReader:
             same = [now[it][0] is not None and now[it][:2] == states[it][:2] for it in grown]
             if is_due or not grown or not all(same):
                 files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
-                folders = [os.path.dirname(path) for path, agent_id in files.items() if agent_id]
-                folders += map(os.path.dirname, [*folders])  # `workflows/`, with a folder for each
-                folders.append(str(data.get("transcriptPath"))[: -len(".jsonl")] + "/subagents")
+                mains = (str(data.get("transcriptPath")), *(path for path in files if not files[path]))
+                tops = {path[: -len(".jsonl")] + "/subagents" for path in mains}
+                walks = (os.walk(top) for top in tops if not os.path.islink(top))
+                folders = [*tops, *(folder for walk in walks for folder, _, _ in walk)]
                 now = {it: (files.get(it), *_file_state(it)) for it in (*folders, *files)}
                 grown = [it for it in files if now[it][1] and (is_due or now[it] != states.get(it))]
             with self._open() as database:  # all or nothing
