@@ -5690,8 +5690,8 @@ class Answers:
         asked["tool_input"] = data.get("toolInput")
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > 100 << 10:
             raise RequestError(400, "answer: it does not fit what is asked")
-        is_whole = "truncated" not in data and b"[redacted:" not in line  # which can hide a command
-        if not is_whole and answer["do"] in ("allow", "always", "accept"):
+        hides = b"[redacted:" in line or b"\\u001b" in line.replace(b"\\\\", b"")  # which can hide a command
+        if (hides or "truncated" in data) and answer["do"] in ("allow", "always", "accept"):
             raise RequestError(400, "it is not shown whole, so it can only be allowed in the terminal")
         question = self._loop.call(lambda: self._begin(event["id"], answer))
         if question is None:

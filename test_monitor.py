@@ -10402,8 +10402,9 @@ def test_a_paired_page_answers_and_the_hook_prints_it(asking):
         assert (row["eventType"], row["data"]["outcome"]) == ("answer", "delivered")
         assert "127.0.0.1" in row["data"]["by"]
         assert asking.answer(page, event_id, answer, f"s{number}") == "late", "the second is too late"
-    secret = {"tool_input": {"command": "echo -----BEGIN PRIVATE KEY-----; rm -r ~"}}
-    for unseen in (secret, {"truncated": {"toolInput.command": 5_000_000}}):
+    hiding = ("echo -----BEGIN PRIVATE KEY-----; rm -r ~", "git status\n\x1b]; rm -r ~ ;\x07")
+    unseen_inputs = [{"tool_input": {"command": it}} for it in hiding]
+    for unseen in (*unseen_inputs, {"truncated": {"toolInput.command": 5_000_000}}):
         hook, event_id = asking.ask("Bash", "unseen", **unseen)
         assert "not shown whole" in asking.answer(page, event_id, {"do": "allow"}, "unseen")
         assert asking.answer(page, event_id, {"do": "deny"}, "unseen") == "delivered"
@@ -10726,10 +10727,12 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
     tab.shows("ask", "answered in the terminal")
     hook.communicate(timeout=20)
-    asking.ask("Bash", "s8", tool_input={"command": 'export TOKEN="a1;$(make)"'})
-    tab.page.click("[data-session-id=s8]")
-    tab.shows("ask", "A secret is hidden here", "It cannot be shown whole")
-    assert tab.page.is_disabled("[data-act=a]")
+    hiding = {'export TOKEN="a1;$(make)"': True, "printf '\\u001b'": False, "ls \x1b]; make ;\x07": True}
+    for number, (command, hides) in enumerate(hiding.items(), 8):
+        asking.ask("Bash", f"s{number}", tool_input={"command": command})
+        tab.page.click(f"[data-session-id=s{number}]")
+        tab.until(f"document.querySelector('[data-act=a]')?.disabled == {json.dumps(hides)}")
+        tab.shows("ask", *["It cannot be shown whole"] * hides)
     tab.page.click("[data-testid=view-status]")
     tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
     tab.page.set_viewport_size({"width": 360, "height": 740})
