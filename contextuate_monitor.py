@@ -394,10 +394,8 @@ class Progress:
     """Print the progress of long work once a second."""
 
     def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
-        self.count = 0
-        self._done = 0
-        self._total = human_size(total_bytes)
-        self._what = what
+        self.count, self._done = 0, 0
+        self._total, self._what = human_size(total_bytes), what
         self._next_s = math.inf if quiet else time.monotonic() + 1
 
     def add(self, count: int, size: int) -> None:
@@ -491,8 +489,7 @@ def parse_close(payload: bytes) -> Close:
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
     """XOR `data` with the 4-byte `mask` (RFC 6455 section 5.3), `offset` bytes into the payload."""
-    size = len(data)
-    shift = offset % 4
+    size, shift = len(data), offset % 4
     key = (mask[shift:] + mask[:shift]) * (size // 4 + 1)
     return (int.from_bytes(data, "big") ^ int.from_bytes(key[:size], "big")).to_bytes(size, "big")
 
@@ -501,8 +498,7 @@ class FrameParser:
     """Parses a client's bytes into messages, in wire order; after a Close it returns nothing."""
 
     def __init__(self, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._buffer = bytearray()
+        self._limit_bytes, self._buffer = limit_bytes, bytearray()
         self._received: list[Message | Close] = []
         self._opcode: Opcode | None = None  # of the message that is partly received, else None
         self._size = 0  # of that message so far, bytes
@@ -598,9 +594,7 @@ class RequestError(Exception):
 
     def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.headers = headers
+        self.status, self.reason, self.headers = status, reason, headers
 
 
 class Request(NamedTuple):
@@ -888,8 +882,7 @@ class Journal:
 
     def day_files(self, day: str, session: str | None = None) -> list[JournalFile]:
         """Return the files of a day, of one session or of all."""
-        found = []
-        folder = f"{self.root}/{day}/"
+        found, folder = [], f"{self.root}/{day}/"
         one = [folder + session_file_name(session or "")]
         for path in glob.glob(glob.escape(folder) + "*.jsonl") if session is None else one:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -1133,8 +1126,7 @@ class DeletedIds:
     """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
 
     def __init__(self, path: str, limit: int) -> None:
-        self._path = path
-        self._limit = limit
+        self._path, self._limit = path, limit
         self.ids: dict[str, None] = {}  # oldest first
         with contextlib.suppress(TypeError):
             self.ids = dict.fromkeys(read_state(path).get("ids", ()))
@@ -1611,8 +1603,7 @@ def apply_event(
         runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
         kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
     rule = _NOTHING if _is_second_process(session, event, kind, at, late) else RULES.get(kind, _NOTHING)
-    until = at if late else _NEVER
-    silence_ms = at - session.last_event
+    until, silence_ms = at if late else _NEVER, at - session.last_event
     is_stale = late and kind != "replaced" and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
     session.last_timestamp = session.last_timestamp if late else event["timestamp"]
@@ -1667,8 +1658,7 @@ def process_of(event: JsonObject) -> tuple[int, int] | None:
 
 def _is_second_process(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> bool:
     """Record the processes of a session; return True if the event starts or ends it in one of several."""
-    process = process_of(event)
-    last = next(reversed(session.processes), None)
+    process, last = process_of(event), next(reversed(session.processes), None)
     if process is None or (process == last and RULES.get(kind, _NOTHING).ends != "all"):
         return False
     if kind in ("replaced", "client_exited") and session.turn == "ended":
@@ -2443,10 +2433,8 @@ class Sessions:
         own_name: str = "",
     ) -> None:
         self.sessions: dict[str, Session] = {}
-        self._quiet_ms = quiet_ms
-        self._ended_ms = ended_ms
-        self._own_machine = own_machine
-        self._own_name = own_name
+        self._quiet_ms, self._ended_ms = quiet_ms, ended_ms
+        self._own_machine, self._own_name = own_machine, own_name
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
@@ -3626,7 +3614,8 @@ class Statistics:
 
         self._db.create_function("hour_of", 1, lambda it: it - minutes(it) % 60 // 15, deterministic=True)
         self._cells = list(self._read_cells())
-        self._exact = {cell.session for cell in self._cells if cell.model == _CLIENT_COST}
+        # session → the last hour for which its client has given the cost
+        self._exact = {cell.session: cell.hour for cell in self._cells if cell.model == _CLIENT_COST}
         agent = "ifnull(max(agent) OVER (PARTITION BY session), 0)"
         latest = f"SELECT session, machine, project, {agent} FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._select(f"{latest} ORDER BY days.name")}
@@ -3682,7 +3671,7 @@ class Statistics:
         for cell in cells:
             if cell.model is not None:
                 used[cell.model] += cell.tokens
-                if cell.session not in self._exact:
+                if cell.hour > self._exact.get(cell.session, -1):
                     rest[cell.model] += cell.tokens
         exact = used.pop(_CLIENT_COST, Tokens()).input
         usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
@@ -3758,8 +3747,7 @@ class History:
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
-        self._journal = journal
-        self._path = path
+        self._journal, self._path = journal, path
         self._prices = prices or PriceList()
         self.generation = 0
         self._error = ""
@@ -4124,8 +4112,7 @@ def plan_retention(
         for name in names if not folder.startswith(home + "/venv") else ():  # that of `.docs/redis.md`
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size
-    with_index = 1 + index_size / max(1, events)
-    today = day_of(time_ms)
+    with_index, today = 1 + index_size / max(1, events), day_of(time_ms)
     was_set_today = any(day_of(after_ms) == today for _, _, after_ms in steps)
     first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
@@ -4342,8 +4329,7 @@ class EventLoop:
 
     def run(self) -> None:
         """Run until `stop`."""
-        self._thread = threading.current_thread()
-        self._running = True
+        self._thread, self._running = threading.current_thread(), True
         while self._running:
             until_timer_s = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
             ready = self._selector.select(0 if self._calls else until_timer_s)
@@ -4388,6 +4374,12 @@ class Turns:
             machine = line[start : line.find(b",", start)] if start > 11 else b""
             self.waiting.setdefault(machine, collections.deque()).append(entry)
             self.size += len(line)
+
+    def put_back(self, taken: Sequence[Any]) -> None:
+        """Add entries that were taken before those that still wait."""
+        waiting = itertools.chain.from_iterable(self.waiting.values())
+        self.waiting, self.size = {}, 0
+        self.add(*taken, *waiting)
 
     def take(self) -> list[Any]:
         """Remove and return up to TURN_LINES entries, the same number of each machine."""
@@ -4788,8 +4780,10 @@ class RedisLink(threading.Thread):
         """Close the connection, store what it delivered, and save the position."""
         self._closing = True
         self.reconnect()
-        while self.inbox.waiting and self._take(self.inbox.take()):
-            pass
+        turn: list[RemoteLine] = []
+        while self.inbox.waiting and self._take(turn := self.inbox.take()):
+            turn = []
+        self.inbox.put_back(turn)
         self._check()
 
     def status(self) -> JsonObject:
@@ -4951,7 +4945,8 @@ class RedisLink(threading.Thread):
         try:
             is_stored = self._take(turn)
         finally:
-            self.inbox.add(*(() if is_stored else turn))
+            if not is_stored:
+                self.inbox.put_back(turn)
             if self.inbox.waiting:
                 self._loop.call_later(0 if is_stored else 1.0, self._store)
 
@@ -4988,8 +4983,7 @@ class Access:
 
     def __init__(self, auth: str, token: str, own_names: Iterable[str], allowed_hosts: Iterable[str]) -> None:
         self.port = 0  # of the page; set once the port is bound
-        self._auth = auth
-        self._token = token.encode()
+        self._auth, self._token = auth, token.encode()
         self._own_names = frozenset(name.lower() for name in own_names)
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
 
@@ -5319,8 +5313,7 @@ def session_page(path: str, session: JsonObject, lines: Iterable[bytes]) -> Iter
 class HttpServer(http.server.ThreadingHTTPServer):
     """A TCP port: one thread per connection, with a limit on their number and deadlines for requests."""
 
-    daemon_threads = True
-    block_on_close = False
+    daemon_threads, block_on_close = True, False
     request_queue_size = 128
     timeout: float | None = 2.0  # how often deadlines are checked while there are any, seconds
 
@@ -5342,7 +5335,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self._stopping = True
         with contextlib.suppress(OSError):  # a connection wakes up the accepting thread
             socket.create_connection(self.socket.getsockname()[:2], HttpServer.timeout).close()
-        self._thread.join()
+        self._thread.join(HttpServer.timeout)  # if its address has gone, nothing wakes it up
         self.server_close()
 
     def _serve(self) -> None:
@@ -5462,7 +5455,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return is_local and (sys.platform != "linux" or peer_owner(self.connection)[0] == os.getuid())
 
     def _answer(self, request: Request) -> Response | None:
-        path, _, query_text = request.target.partition("?")
+        path, _, query_text = request.target.encode("latin-1").decode("utf-8", "replace").partition("?")
         query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
         is_websocket = path == "/ws" or server.server_port != server.access.port
         if path == "/" and "token=" in query_text and not is_websocket:
@@ -5989,7 +5982,8 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     found: list[Notice] = []
 
     def add(part: str, kind: str, detail: str, since: int) -> None:
-        found.append(Notice(_notice_key(about[0], part, since), kind, *about, detail, since))
+        began = since * (kind != "collision")  # each edit renews it
+        found.append(Notice(_notice_key(about[0], part, began), kind, *about, detail, since))
 
     for it in session.waits if session.state == "waiting" else ():
         kind = "plan" if it.tool == "ExitPlanMode" else it.kind
@@ -6002,7 +5996,7 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     for (path, other), (_, at) in session.collisions.items():
         if session.session_id < other and session.state != "ended":  # one message for both
             add(f"collision {path} {other}", "collision", path, at)
-    if context_percent is not None and context_percent >= LIMIT_PERCENT:
+    if session.state != "ended" and (context_percent or 0) >= LIMIT_PERCENT:
         add("context", "limit", f"context {context_percent:.0f} % full", 0)
     return [] if session.hidden or session.demo else found
 
@@ -6579,9 +6573,11 @@ class RegistryThread(threading.Thread):
 
     def run(self) -> None:
         """Deliver changes of clients' statuses until `close`."""
+        events: list[JsonObject] = []  # not stored yet
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
-                self._deliver(self.watcher.poll(now_ms()))
+                events += self.watcher.poll(now_ms())
+                events = [] if self._deliver(events) else events
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
             if not self.watcher.clients:
@@ -7289,7 +7285,7 @@ class Monitor:
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(STATUS_INTERVAL_S, self._send_status)
         if self.notifier:
-            self._notice_changes = set(self.sessions.sessions)
+            self._notice_changes = {*self.sessions.sessions, ""}
             self.loop.call_every(0.2, self._notify)
 
     def _snapshot_steps(self) -> Iterator[bool]:
@@ -8676,7 +8672,6 @@ class Doctor:
     def _program(self, program: str) -> Findings:
         """Compare a program's registration with what `install` would write, with the same options."""
         check, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
-        advice = f"{_RUN_INSTALL} --agent {program}; then restart {program}"
         try:
             removed = plan_install("", program)
             key = PROGRAMS[program].answers
@@ -8688,6 +8683,8 @@ class Doctor:
         except CommandError as error:
             yield _warn(check, str(error), "correct it")
             return
+        options = " --answers" * answers + "".join(f" --without {it}" for it in without)
+        advice = f"{_RUN_INSTALL} --agent {program}{options}; then restart {program}"
         if removed.new_text == removed.old_text:
             level = "fail" if program == CLAUDE else "ok"
             yield Finding(level, check, f"the hook is not registered in {plan.path}", advice)
@@ -9573,10 +9570,10 @@ def command_restart(settings: Settings, args: argparse.Namespace) -> int:
         run_steps([service.restart])
         return 0
     if (about := running_monitor(settings)) is not None:
-        stop_monitor(settings, about)
-        if about.get("options") and not has_options:
-            vars(args).update(about["options"])
-            settings = settings_of(args)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        vars(args).update({**(about.get("options") or {}), **given})
+        running, settings = settings, settings_of(args)  # a fault in the configuration stops nothing
+        stop_monitor(running, about)
     return command_start(settings, args)
 
 
@@ -9601,7 +9598,10 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
     if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
     command, folder = program_command()
-    command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
+    options = (about or {}).get("options") or {}
+    options.update({"config": settings.config_path} if args.config else {})
+    flags = ((f"--{name.replace('_', '-')}", it) for name, it in options.items() if it is not None)
+    command += ["start", "--foreground", *map(str, itertools.chain.from_iterable(flags))]
     given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
     os.makedirs(os.path.dirname(service.path), exist_ok=True)
     emit_event.write_atomically(service.path, service.content(command, folder, given))
@@ -9790,13 +9790,13 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
         numbers = [[int(it or 0) - 1 for it in word] if isinstance(word, list) else [word] for word in chosen]
         return {"do": "answer", "answers": numbers}
     if do == "always":
-        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdecimal()]}
+        return {"do": do, "suggestions": [int(it) - 1 if it.isdecimal() else it for it in words]}
     if do == "accept":
         fields = object_of(object_of(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
         for name, _, value in (word.partition("=") for word in words):
+            content[name], is_text = value, object_of(fields.get(name)).get("type") == "string"
             with contextlib.suppress(ValueError):
-                is_text = object_of(fields.get(name)).get("type") == "string"
                 content[name] = value if is_text else json.loads(value)
         return {"do": do, "content": content}
     if do in ("allow", "decline", "cancel") and not words:
