@@ -1536,8 +1536,7 @@ class UnnamedCalls:
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
-        calls = self.open.setdefault(key, [])
-        digest = zlib.crc32(encode_json(facts[0].tool_input))
+        calls, digest = self.open.setdefault(key, []), zlib.crc32(encode_json(facts[0].tool_input))
         if facts[0].outcome is Outcome.OPEN:
             calls.append((facts[0].use_id, digest))
             del calls[:-100]
@@ -1702,10 +1701,10 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.branch, session.root, session.project = (one_line(text_of(it), 4096) for it in place)
     if by_main and isinstance(data.get("effort"), dict):
         session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
-    if kind in ("user_prompt", "queued_prompt"):
-        session.prompt_id = text_of(data.get("prompt_id"))
-        session.counts["prompts"] += 1
-        if not session.first_prompt:
+    if kind in ("user_prompt", "queued_prompt", "task_notification"):
+        session.prompt_id, is_typed = text_of(data.get("prompt_id")), kind != "task_notification"
+        session.counts["prompts"] += is_typed
+        if is_typed and not session.first_prompt:
             session.first_prompt = one_line(_CLIENT_TAGS.sub("", text_of(data.get("message"))[:2000]), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
@@ -1816,13 +1815,15 @@ def _apply_limits(account: Account, session: Session, limits: list[Limit], at: i
             _drop_oldest(window.costs, 500)
 
 
-def _window_json(name: str, window: LimitWindow) -> JsonObject:
+def _window_json(name: str, window: LimitWindow, time_ms: int) -> JsonObject:
     """Return a window; `forecast`: when it is full at the last hour's pace; `shares`: percent by cost."""
     (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
     since = max(begun, at - PACE_MS)
     before = 0.0 if since == begun else window.samples[0][1]
     grown, took_ms = percent - before, at - since
     full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
+    if full_at and percent < 100 and (full_at <= time_ms or time_ms - at > PACE_MS):
+        full_at = None  # nothing has grown since
     spent = {session_id: now - first for session_id, (first, now) in window.costs.items() if now > first}
     unit = percent / sum(spent.values()) if spent else 0
     shares = [{"sessionId": it, "percent": round(spent[it] * unit, 1)} for it in spent]
@@ -1957,8 +1958,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
     agent.agent_type = event.get("agentType") or agent.agent_type
     note = event["data"].get("agentMeta")
     if isinstance(note, dict):  # the client's metadata, the only reliable source on nested agents
-        parent_id = note.get("parentAgentId")
-        agent.has_metadata = True
+        parent_id, agent.has_metadata = note.get("parentAgentId"), True
         agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent_id else MAIN
         agent.background = agent.background or note.get("requestShape") == "background"
         agent.label = one_line(text_of(event["data"].get("agentDescription"))) or agent.label
@@ -2005,7 +2005,7 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     going = {text_of(it.get("id")) for it in tasks} | {text_of(it.get("description")) for it in teammates}
     if ends == "task":  # a command's is known by its label only
         text = text_of(event["data"].get("message"))
-        session.background = [it for it in session.background if it not in text]
+        session.background = [it for it in session.background if f'"{it}"' not in text]
 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
@@ -2189,8 +2189,12 @@ def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: st
     use_id = text_of(data.get("toolUseId")) or UNNAMED + event["id"]
     begun = session.open_calls.get(use_id) if kind == "tool_call" else None
     server = text_of(data.get("mcp_server_name"))
+    is_shown = over != "all" and _client_status(session)[0] == "waiting"
     for wait in session.waits:
         is_own = wait.agent_id == event.get("agentId", MAIN)
+        if is_shown and wait.by_client:  # its call is only guessed: the client says when it is over
+            kept.append(wait)
+            continue
         may_end = is_own and over != ""
         is_answer = kind == "elicitation_result" and wait.kind == "question"
         names_it = data.get("toolUseId", wait.tool_use_id) == wait.tool_use_id
@@ -2252,7 +2256,8 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     else:  # a request says more than the client's status, or a notification that overtook it
         kept = [it for it in session.waits if it.event_id or it.kind == "input"]
     began = [it.since for it in session.waits if it.by_client and it not in kept]
-    session.waits = [*kept, wait._replace(since=min([wait.since, *began]))][-WAITS_LIMIT:]
+    is_shown = kind == "notification" and bool(began)
+    session.waits = [*kept, wait._replace(since=min([wait.since, *began]), by_client=is_shown)][-WAITS_LIMIT:]
 
 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
@@ -2282,10 +2287,12 @@ def _apply_client_status(
     has_ended = kind_of(event) != "client_status"
     if status == before and (has_ended or event["data"].get("previous") == ""):  # one between was too short
         is_change = status != "waiting"
+    if before == "waiting" != status:
+        session.waits = [it for it in session.waits if not it.by_client or it.since > at]
     if is_stale or not (is_change or silence_ms >= 5000 or not session.has_hooks):
         return
     if before == "waiting" or status != "waiting":
-        kept = ("input",) if status == "idle" else ()
+        kept = ("input",) if status == "idle" else (_DIALOGS.get(waits_for),) if status == "waiting" else ()
         session.waits = [it for it in session.waits if max(it.since, it.held_until) > at or it.kind in kept]
     if status == "waiting":  # a dialog is open
         session.waits = [it if it.since > at else it._replace(held_until=0) for it in session.waits]
@@ -2315,8 +2322,7 @@ def _apply_client_status(
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
     """Return what an event asks a person for, and for which call; None if it asks for nothing."""
     data, agent_id = event["data"], event.get("agentId", MAIN)
-    text = one_line(text_of(data.get("message")))
-    calls = list(session.open_calls.values())
+    text, calls = one_line(text_of(data.get("message"))), list(session.open_calls.values())
     if kind == "elicitation":
         return Reason("question", text_of(data.get("mcp_server_name")) or None, text, at, agent_id)
     if kind != "notification":
@@ -2533,7 +2539,11 @@ class Sessions:
     def limits(self, time_ms: int) -> list[JsonObject]:
         """Return the accounts whose windows are not over, with the keys of their machines."""
         rows = [
-            {name: _window_json(name, it) for name, it in account.windows.items() if it.resets_at > time_ms}
+            {
+                name: _window_json(name, it, time_ms)
+                for name, it in account.windows.items()
+                if it.resets_at > time_ms
+            }
             for account in self._accounts
         ]
         return [{"machines": list(it.machines), **row} for it, row in zip(self._accounts, rows) if row]
@@ -2623,8 +2633,7 @@ class Sessions:
             for each in self.sessions.values():
                 each.last_event = min(each.last_event, time_ms)
                 self._schedule_check(each, time_ms)
-        self._ahead_ms = ahead_ms
-        changed = []
+        self._ahead_ms, changed = ahead_ms, []
         while self._due and self._due[0][0] <= time_ms:
             due, session_id = heapq.heappop(self._due)
             session = self.sessions.get(session_id)
@@ -5132,10 +5141,8 @@ class Api:
     """Handles requests to the API in HTTP threads; `ask` runs a function in the loop thread."""
 
     def __init__(self, monitor: Monitor, handle_message: Callable[[JsonObject], JsonObject]) -> None:
-        self.ask = monitor.loop.call
-        self.status = monitor.status
-        self._monitor = monitor
-        self._handle = handle_message
+        self.ask, self.status = monitor.loop.call, monitor.status
+        self._monitor, self._handle = monitor, handle_message
 
     def respond(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError, and errors that `RequestHandler` sends as 400 or 503."""
@@ -6419,8 +6426,7 @@ class Ingest:
         self.own_answers: set[str] = set()  # ids of events of answers that are being stored
         self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
-        self._journal = journal
-        self._quarantine_path = settings.path("quarantine.log")
+        self._journal, self._quarantine_path = journal, settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
         self.registry = RegistryThread(settings.machine_key, deliver)
@@ -6553,10 +6559,8 @@ class RegistryThread(threading.Thread):
 
     def __init__(self, machine_key: str, deliver: Deliver) -> None:
         super().__init__(name="registry", daemon=True)
-        self.watcher = emit_event.RegistryWatcher(machine_key)
-        self._deliver = deliver
-        self._wake = threading.Event()
-        self._closing = threading.Event()
+        self.watcher, self._deliver = emit_event.RegistryWatcher(machine_key), deliver
+        self._wake, self._closing = threading.Event(), threading.Event()
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
@@ -7105,8 +7109,7 @@ class Monitor:
     """The running program: `run` serves until `stop`; all but `__init__` happens in the loop thread."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.loop = EventLoop()
+        self.settings, self.loop = settings, EventLoop()
         self.started_at = now_ms()
         quiet_ms = settings["sessions.quietSeconds"] * 1000
         ended_ms = settings["sessions.endedHours"] * 3_600_000
@@ -8673,8 +8676,7 @@ class Doctor:
         """Compare a program's registration with what `install` would write, with the same options."""
         check, version = ("registered", claude_version()) if program == CLAUDE else ("agents", None)
         try:
-            removed = plan_install("", program)
-            key = PROGRAMS[program].answers
+            removed, key = plan_install("", program), PROGRAMS[program].answers
             commands = our_hooks(read_settings(removed.path)[1]) if key else {}
             without = [event for event in OPTIONAL_EVENTS if commands and event not in commands]
             answers = any("--answer" in command for command in commands.values())
@@ -9415,8 +9417,7 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     if args.foreground:
         return serve(settings, args)
-    about = start_in_background(settings, args)
-    deadline = time.monotonic() + 2
+    about, deadline = start_in_background(settings, args), time.monotonic() + 2
     while True:  # Redis gets a moment
         status = ask_monitor(settings, "/api/status")
         redis = status["redis"] or {"state": "off"}
@@ -9980,8 +9981,7 @@ def command_tail(settings: Settings, args: argparse.Namespace) -> int:
             continue
         is_waiting = False
         for event in page["events"]:
-            last_seq = event["seq"]
-            is_of_session = event["sessionId"].startswith(begin)
+            last_seq, is_of_session = event["seq"], event["sessionId"].startswith(begin)
             is_of_type = args.type in (None, event["eventType"], event["hookType"])
             if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
                 row = event_row(event)
