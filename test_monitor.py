@@ -4534,6 +4534,7 @@ def test_machines_with_the_same_resets_are_one_account() -> None:
     assert (one["fiveHour"]["percent"], one["sevenDay"]["percent"]) == (60, 22)
     assert one["fiveHour"]["forecast"] == NOW_MS + hour * 1000 * 40 // 30, "30 % in the last hour, 40 % left"
     assert one["sevenDay"]["forecast"] == NOW_MS + hour * 1000 * 78 // 2
+    assert limits(61)[0]["fiveHour"]["forecast"] is None, "nothing grew in the last hour"
     shares = [(it["sessionId"], it["percent"]) for it in one["fiveHour"]["shares"]]
     assert shares == [("s1", 40.0), ("s2", 20.0)] and other["fiveHour"]["forecast"] is None
     again = cm.Sessions(own_machine="k1")
