@@ -6811,8 +6811,7 @@ class MessageHandlers:
 
     def _on_subscribe(self, client: Client, message: JsonObject) -> None:
         journal, seq, since = self._monitor.journal, self._monitor.journal.seq, message.get("since")
-        view = message.get("view") or "full"
-        wanted = set(message.get("sessionIds") or ()) or None
+        view, wanted = message.get("view") or "full", set(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
         client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
@@ -9821,6 +9820,7 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
         if not args.dry_run:
             install_hook_files(settings.home)
         words = f"{len(plan.names)} events registered"
+        words += ", answers on the page switched off" * (not key and " --answer" in plan.old_text)
         if plan.status_line:
             words += ", and the status line" + (f", around {it}" if (it := plan.status_line.wrapped) else "")
         carry_out(plan, program, words, args.dry_run)

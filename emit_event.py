@@ -743,7 +743,7 @@ def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, An
         elif isinstance(value, dict):
             flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
-            raise ConfigError(f"{path}: {name}: expected an object, got {json.dumps(value)[:60]}")
+            raise ConfigError(f"{path}: {name}: expected an object, got {type(value).__name__}")
     for name in flat.keys() & keys.keys():
         values[name] = value = flat[name]
         if not keys[name].accepts(value):
