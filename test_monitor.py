@@ -5766,7 +5766,7 @@ def test_a_status_that_was_not_stored_is_delivered_again(tmp_path, watcher):
     registry_file(tmp_path, status="busy", statusUpdatedAt=cm.now_ms() - 5000)
     thread.start()
     eventually(lambda: len(given) > 2)
-    time.sleep(2 * ee.REGISTRY_POLL_S)
+    time.sleep(2 * ee.REGISTRY_POLL_S)  # what was stored is not delivered a fourth time
     thread.close()
     assert len(given) == 3 and given[0] == given[1] == given[2]
 
