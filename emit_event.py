@@ -1716,8 +1716,7 @@ class _Protector:
 
     def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
         self.cuts: dict[str, int] = {}  # path of a cut value → original size in bytes
-        self._privacy = privacy
-        self._hints = (*hints, "\x1b") if privacy.redact else ()
+        self._privacy, self._hints = privacy, (*hints, "\x1b") if privacy.redact else ()
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
@@ -1874,11 +1873,13 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "", program: str = "") -> None:
         self._agent_id, self._program = agent_id, program  # of AGENTS; "": Claude Code
         self._marks = _AGENT_MARKS if program else _MARKS
-        self._counted: Any = None  # id, request and usage of the message in the line before
+        self._counted = [b"\n\n"]  # usage and ids of the last message, as they are in each of its lines
         self.model = ""  # of the last line that names one, where the lines with tokens do not
 
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
+        if all(map(line.__contains__, self._counted)) and b'"text"' not in line:
+            return []
         has_words = has_words and not self._program
         is_result = b'"tool_result"' in line and not self._program
         is_prompt = has_words and b'"user"' in line and not is_result
@@ -1917,9 +1918,8 @@ class TranscriptParser:
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
         if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
-        if not texts and (message_id, request, usage) == self._counted:
-            return  # each line of a message has all of its usage
-        self._counted = message_id, request, usage
+        ids = (f'"{it}"'.encode("utf-8", "replace") for it in (message_id, request))
+        self._counted = [*ids, encode_json(usage)]
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
@@ -2137,8 +2137,7 @@ class UsageReader:
                 os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
-            for pragma in ("synchronous = OFF", "journal_mode = WAL", "foreign_keys = ON"):
-                database.execute("PRAGMA " + pragma)
+            database.executescript("PRAGMA synchronous=OFF; PRAGMA journal_mode=WAL; PRAGMA foreign_keys=ON")
             if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
                 database.executescript(_USAGE_TABLES)
             self._database = database
@@ -2146,9 +2145,9 @@ class UsageReader:
 
     def _read(self, session: str, path: str, parser: TranscriptParser, since: int) -> "Iterator[JsonObject]":
         """Read what is new in a transcript; yield new words, and evidence that is no history."""
-        files, found, words = self._unsaved
-        execute, find = self._database.execute, "SELECT 1 FROM messages WHERE id = ?"
-        with contextlib.suppress(OSError), open(path, "rb", 256 << 10, opener=open_own) as file:
+        (files, found, words), execute = self._unsaved, self._database.execute
+        find = functools.partial(execute, "SELECT 1 FROM messages WHERE id = ?")
+        with contextlib.suppress(OSError), open(path, "rb", 64 << 10, opener=open_own) as file:
             about = os.fstat(file.fileno())
             size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
             row = files.get(path) or execute("SELECT * FROM files WHERE path = ?", (path,)).fetchone()
@@ -2164,7 +2163,7 @@ class UsageReader:
                     elif it["eventType"] != WORDS:
                         if it["timestamp"] > max(now_ms() - EVIDENCE_MS, since):
                             yield it
-                    elif it["id"] not in words and not execute(find, (it["id"],)).fetchone():
+                    elif not (it["id"] in words or it["timestamp"] < since and find((it["id"],)).fetchone()):
                         words[it["id"]] = session
                         if it["data"].get("role") != "user" or it["timestamp"] < since:
                             yield it
@@ -2194,18 +2193,20 @@ class UsageReader:
 
     def count(self, session: str, found: "list[MessageUsage | CostState]", usage: JsonObject) -> JsonObject:
         """Add what a parser has found to the `usage` of a session that has begun, save it and return it."""
-        execute = self._database.execute
+        execute, find = self._database.execute, "SELECT counts FROM messages WHERE id = ?"
         for entry, _ in itertools.groupby(found):  # each line of a message has all of its usage
             for it in [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry, usage):
                 key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
-                known = execute("SELECT counts FROM messages WHERE id = ?", (key,)).fetchone()
-                before = json.loads(known[0]) if known else [0] * len(COUNT_NAMES)
-                counts = list(map(max, before, it.counts))  # of several lines the largest are true
-                if not known or counts != before:
-                    execute("INSERT OR REPLACE INTO messages VALUES (?, ?, ?)", (key, session, str(counts)))
+                known, counts = [0] * len(COUNT_NAMES), list(it.counts)
+                add = execute("INSERT OR IGNORE INTO messages VALUES (?, ?, ?)", (key, session, str(counts)))
+                if not add.rowcount:  # of several lines the largest are true
+                    known = json.loads(*execute(find, (key,)).fetchone())
+                    counts = list(map(max, known, counts))
+                    execute("UPDATE messages SET counts = ? WHERE id = ?", (str(counts), key))
+                if add.rowcount or counts != known:
                     of_agent = usage["agents"][it.agent_id] = usage["agents"].pop(it.agent_id, {})
                     for models in (usage["models"], of_agent):
-                        add_counts(models.setdefault(it.model, {}), map(int.__sub__, counts, before))
+                        add_counts(models.setdefault(it.model, {}), map(int.__sub__, counts, known))
                 if it is entry and not it.agent_id:
                     usage.update(model=it.model, context=it.counts[0] + it.counts[2] + it.counts[3])
                     usage.update({"origin": it.session} if it.session not in ("", session) else {})
@@ -2498,8 +2499,7 @@ class RegistryWatcher:
             elif process_start(record.pid) in (record.started, 0):
                 before = time_ms if client else 0
                 self.clients[path] = {"record": record, "first": time_ms, "before": before, "reported": {}}
-        events = []
-        looks = not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
+        events, looks = [], not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
         self._looked_ms = time_ms if looks else self._looked_ms
         for path, client in list(self.clients.items()):
             record, reported, at_ms = client["record"], client["reported"], time_ms
