@@ -8463,10 +8463,12 @@ SERVICE_NAME = "contextuate-monitor"
 SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACHINE_ID", "CLAUDE_CONFIG_DIR")
 
 
-def program_command() -> tuple[list[str], str]:
-    """Return the command that runs this program from its bytecode (30 MB less in use), and its directory."""
+def start_command(options: JsonObject) -> tuple[list[str], str]:
+    """Return the command that runs a monitor from its bytecode (30 MB less in use), and its directory."""
     folder, name = os.path.split(os.path.abspath(__file__))
-    return [sys.executable, "-m", name.removesuffix(".py")], folder
+    flags = ((f"--{name.replace('_', '-')}", str(it)) for name, it in options.items() if it is not None)
+    command = [sys.executable, "-m", name.removesuffix(".py"), "start", "--foreground"]
+    return [*command, *itertools.chain.from_iterable(flags)], folder
 
 
 def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
@@ -9416,7 +9418,7 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     if args.foreground:
         return serve(settings, args)
-    about, deadline = start_in_background(settings, args), time.monotonic() + 2
+    about, deadline = start_in_background(settings), time.monotonic() + 2
     while True:  # Redis gets a moment
         status = ask_monitor(settings, "/api/status")
         redis = status["redis"] or {"state": "off"}
@@ -9446,18 +9448,14 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
+def start_in_background(settings: Settings) -> JsonObject:
     """Start a detached process and wait until it serves and closes its standard error; raise StartError."""
     import compileall  # it would add 1 MB to the process that serves
 
     emit_event.make_private_directory(settings.home)
-    program, folder = program_command()
+    command, folder = start_command(settings.options)
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    command = [*program, "start", "--foreground", "--detached"]
-    config = None if args.config is None else os.path.abspath(args.config)
-    options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
-    command += [str(it) for option in options.items() if option[1] is not None for it in option]
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    null, pipe, command = subprocess.DEVNULL, subprocess.PIPE, [*command, "--detached"]
     process = subprocess.Popen(
         command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
     )
@@ -9597,11 +9595,9 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
-    command, folder = program_command()
     options = (about or {}).get("options") or {}
     options.update({"config": settings.config_path} if args.config else {})
-    flags = ((f"--{name.replace('_', '-')}", it) for name, it in options.items() if it is not None)
-    command += ["start", "--foreground", *map(str, itertools.chain.from_iterable(flags))]
+    command, folder = start_command(options)
     given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
     os.makedirs(os.path.dirname(service.path), exist_ok=True)
     emit_event.write_atomically(service.path, service.content(command, folder, given))
@@ -10276,6 +10272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        for name in ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CLAUDE_CONFIG_DIR"):
+            if (path := os.environ.get(name, "")) and not path.startswith(("/", "~/")):
+                os.environ[name] = os.path.abspath(path)  # for the monitor, which runs in another directory
         if args.function is command_doctor:  # reports whether the configuration is usable
             return int(args.function(args))
         return int(args.function(settings_of(args), args))

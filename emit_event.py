@@ -210,8 +210,7 @@ def wrap(
         values = [(it, variable(environ, it.encode())) for it in TERMINAL_VARIABLES.split()]
         head += f',"terminal":{{{",".join(f"{quote(it)}:{quote(value)}" for it, value in values if value)}}}'
     # In JSON, a line end occurs only between tokens, so a space can replace it.
-    head += f',"{name}":'
-    return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+    return f'{head},"{name}":'.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
 def pid_namespace() -> int:
@@ -2750,6 +2749,7 @@ def privacy_of(values: "dict[str, Any]") -> Privacy:
 def run_publisher(lock_fd: int) -> None:
     """Run the publisher (the program with --publish); `lock_fd`: publisher.lock, locked by the hook."""
     home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
+    os.environ["CONTEXTUATE_HOME"] = home  # for `log_failure`, in the directory below
     try:
         os.umask(0o077)
         os.chdir("/")  # the project's directory may be removed or unmounted meanwhile
