@@ -10045,9 +10045,9 @@ def command_import(settings: Settings, args: argparse.Namespace) -> int:
 
 def command_search(settings: Settings, args: argparse.Namespace) -> int:
     """Find stored events, newest first."""
-    wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
-    session_id = whole_session_id(settings, args.session)
-    wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
+    if args.limit < 1:
+        raise SearchError("--limit", "an integer from 1")
+    wanted = {**filters_of(settings, args), "state": args.state}
     colour = "0" if sys.stdout.isatty() else ""
     left, cursor = args.limit, None
     while True:
@@ -10072,10 +10072,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
 def command_export(settings: Settings, args: argparse.Namespace) -> int:
     """Write stored events as NDJSON, or a session as a page; --state and html need a running monitor."""
     store = Journal(settings.path("events"))
-    wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
-    wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
-    wanted |= times_of(args)
-    sessions = None
+    wanted, sessions = filters_of(settings, args), None
     if args.state:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
@@ -10153,13 +10150,14 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"contextuate: error: {message}; see `{self.prog} --help`\n")
 
 
-def times_of(args: argparse.Namespace) -> JsonObject:
-    """Return `from` and `to` of the options; explain a range that ends with a day."""
+def filters_of(settings: Settings, args: argparse.Namespace) -> JsonObject:
+    """Return what to search for, of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
-    times = dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
+    start, end = time_range(args.start, args.end, zone)
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
-    return times
+    given = {"machine": args.machine, "tool": args.tool, "type": args.type, "q": " ".join(args.words)}
+    return {**given, "session": whole_session_id(settings, args.session), "from": start, "to": end}
 
 
 def _option(words: str, **about: Any) -> JsonObject:
