@@ -2792,8 +2792,7 @@ class Sessions:
         self.linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         session.continued_from = before.session_id
         session.user_label = session.user_label or before.user_label
-        session.model = session.model or before.model
-        session.pinned = session.pinned or before.pinned
+        session.model, session.pinned = session.model or before.model, session.pinned or before.pinned
         inherits = not session.parent_by_user and session.parent_id is None
         if inherits and session.session_id not in self.lineage(before.parent_id):
             session.parent_id, session.parent_by_user = before.parent_id, before.parent_by_user
@@ -3758,8 +3757,7 @@ class History:
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
         self._journal, self._path = journal, path
         self._prices = prices or PriceList()
-        self.generation = 0
-        self._error = ""
+        self.generation, self._error = 0, ""
         if sqlite3 is None:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
         elif isinstance(journal, MemoryJournal):
@@ -5001,8 +4999,7 @@ class Access:
 
         `port` received it. To write takes our Origin or a bearer token: browsers add cookies themselves.
         """
-        name = self.check_host(request)
-        origin = request.one("origin")
+        name, origin = self.check_host(request), request.one("origin")
         host, schemes = request.one("host").lower(), ("http", "https")
         good = {f"{scheme}://{host}" for scheme in schemes}
         if port != self.port:  # a WebSocket on the port of its own comes from the page's
@@ -5830,8 +5827,7 @@ class Answers:
 
     def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
         """Pair a browser (/pair), or serve a person's terminal (/api/answer); in an HTTP thread."""
-        given = emit_event.parse_event_line(body)
-        pid = self._check_process(sock)
+        given, pid = emit_event.parse_event_line(body), self._check_process(sock)
         if path == "/pair":
             return self._pair(text_of(given.get("code")), request, sock)
         if not request.one("authorization") or not is_loopback(peer_address(sock)):
@@ -6142,8 +6138,7 @@ def run_message(message: Delivery) -> SendOutcome:
     values = dict(zip(("title", "text", "link"), message_words(message)), kind=message.notice.kind)
     values = {name: text.replace("<", "‹") for name, text in values.items()}  # notify-send knows tags
     fill = functools.partial(re.sub, r"\{(title|text|kind|link)\}", lambda match: values[match[1]])
-    null = subprocess.DEVNULL
-    command = list(map(fill, message.target.command))
+    null, command = subprocess.DEVNULL, list(map(fill, message.target.command))
     process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     try:
         status = process.wait(NOTICE_DEADLINE_S)
@@ -6508,8 +6503,7 @@ class Ingest:
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
-            data = event.pop("data")
-            name = event["machineId"]
+            data, name = event.pop("data"), event["machineId"]
             if name == self._machine_id or name == emit_event.this_machine():  # renamed since the start
                 event.setdefault("machineKey", self._machine_key)
             event["data"] = data  # the last one: what is before it is not searched for secrets
@@ -6549,8 +6543,7 @@ class Ingest:
             machine["dropped"] += dropped
             log.warning("machine %s dropped %d events: its spool was full", name, dropped)
         if log.isEnabledFor(logging.DEBUG):
-            what = event["hookType"] or event["eventType"]
-            tool = text_of(event["data"].get("toolName"))
+            what, tool = event["hookType"] or event["eventType"], text_of(event["data"].get("toolName"))
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
@@ -7134,8 +7127,7 @@ class Monitor:
         self.history = History(self.journal, settings.path("index.db"), prices)
         self.retention = Retention(self)
         self._containers, self._namespace = Containers(), emit_event.pid_namespace()
-        self.answers = Answers(self)
-        self.status = Status(self)
+        self.answers, self.status = Answers(self), Status(self)
         self._sent_status: list[object] = []
 
     # Start and stop
@@ -8028,8 +8020,6 @@ def plan_install(
         raise CommandError(f"{project}: no such directory; name the project's top directory")
     if line and project is not None:
         raise CommandError("the status line is registered for the user: run install without --project too")
-    if project is not None and program != CLAUDE:
-        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
     about, is_claude = PROGRAMS[program], program == CLAUDE
     directory = "" if is_claude else emit_event.agent_directory(program)
     path = settings_path(project) if is_claude else os.path.abspath(os.path.join(directory, about.file))
@@ -8602,8 +8592,7 @@ class Doctor:
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
         self._settings, self._warnings = settings, warnings
         self._is_redis = settings["mode"] == "redis"
-        self._about = running_monitor(settings)
-        self._client_files = client_files(os.getcwd())
+        self._about, self._client_files = running_monitor(settings), client_files(os.getcwd())
 
     def run(self) -> Findings:
         """Yield the findings of every check, in the order of an event's way."""
@@ -9802,7 +9791,8 @@ def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject
 
 def command_install(settings: Settings, args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
-    for program in programs_of(args):
+
+    def planned(program: str) -> tuple[InstallPlan, str]:
         key = PROGRAMS[program].answers if args.answers else ""
         if args.answers and not key:
             print_status(f"{program} takes no answers from the page: its hook only records")
@@ -9819,43 +9809,56 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
         words += ", answers on the page switched off" * (not key and " --answer" in plan.old_text)
         if plan.status_line:
             words += ", and the status line" + (f", around {it}" if (it := plan.status_line.wrapped) else "")
-        carry_out(plan, program, words, args.dry_run)
-    if args.dry_run:
-        return 0
+        return plan, words
+
+    done, status = carry_out(args, planned)
+    if args.dry_run or not done:
+        return status
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not any(our_hooks(file.settings) for file in running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
-    print(*{PROGRAMS[program].advice for program in programs_of(args)}, sep="\n")
-    return 0
+    print(*{PROGRAMS[program].advice for program in done}, sep="\n")
+    return status
 
 
 def command_uninstall(settings: Settings, args: argparse.Namespace) -> int:
     """Remove the hook from Claude Code's settings; everything else there stays."""
-    for program in programs_of(args):
+
+    def planned(program: str) -> tuple[InstallPlan, str]:
         plan = plan_install("", program, args.project)
-        words = "hook removed" if plan.new_text != plan.old_text else "the hook is not registered"
-        carry_out(plan, program, words, args.dry_run)
-    print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
-    return 0
+        return plan, "hook removed" if plan.new_text != plan.old_text else "the hook is not registered"
+
+    done, status = carry_out(args, planned)
+    if done:
+        print_status(f"events and configuration stay in {settings.home}; remove it to delete everything")
+    return status
 
 
-def carry_out(plan: InstallPlan, program: str, done: str, dry_run: bool) -> None:
-    """Write what a plan changes, or print it."""
-    if dry_run:
-        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
-        return
-    backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    if backup and not plan.new_text:
-        os.unlink(plan.path)  # the file had our hooks only
-    print(f"{program:8} {plan.path}: {done}" + (f", backup {backup}" if backup else ""))
-
-
-def programs_of(args: argparse.Namespace) -> list[str]:
-    """Return the programs that `--agent` names."""
-    return [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
+def carry_out(
+    args: argparse.Namespace, planned: Callable[[str], tuple[InstallPlan, str]]
+) -> tuple[list[str], int]:
+    """Write or print each plan for `--agent`; return (the programs that have no error, exit status)."""
+    done, programs = [], [*agents_here(), CLAUDE] if args.agent == "all" else [args.agent or CLAUDE]
+    if args.project is not None and programs != [CLAUDE]:
+        raise CommandError("--project is for Claude Code only; leave out --agent or --project")
+    for program in programs:
+        try:
+            plan, words = planned(program)
+            if args.dry_run:
+                diff = diff_settings(plan.path, plan.old_text, plan.new_text)
+                print(diff or f"{plan.path}: nothing to change")
+            else:
+                backup = write_settings(plan.path, plan.new_text, plan.old_text)
+                if backup and not plan.new_text:
+                    os.unlink(plan.path)  # the file had our hooks only
+                print(f"{program:8} {plan.path}: {words}" + (f", backup {backup}" if backup else ""))
+            done.append(program)
+        except CommandError as error:  # the other programs have files of their own
+            print_status(f"error: {error}")
+    return done, int(done != programs)
 
 
 def command_notify_test(settings: Settings, args: argparse.Namespace) -> int:

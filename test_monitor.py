@@ -236,8 +236,7 @@ class RunningMonitor:
     program: str = os.path.join(ROOT, "contextuate_monitor.py")
 
     def __post_init__(self) -> None:
-        self.socket_path = self.home + "/m.sock"
-        self.claude_home = self.home + "/claude"
+        self.socket_path, self.claude_home = self.home + "/m.sock", self.home + "/claude"
         self.write_config({})
         self.about: dict[str, Any] = {}
         self.clients: list[TestClient] = []
@@ -2475,8 +2474,7 @@ def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
     for before in settings_before:
         path.write_text(json.dumps(before, indent=1))
         plan = cm.plan_install("/a'b \"$x", version=(2, 1, 332), line=True)
-        changed = json.loads(plan.new_text)
-        wrapped = before.get("statusLine", {}).get("command")
+        changed, wrapped = json.loads(plan.new_text), before.get("statusLine", {}).get("command")
         assert plan.status_line == (changed["statusLine"]["command"], wrapped)
         rest = {**before.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
         assert changed["statusLine"] == rest and list(changed["statusLine"])[: len(rest)] == list(rest)
@@ -6106,7 +6104,12 @@ def test_install_and_uninstall_for_an_agent_change_only_our_entries(
     in_process(monitor, "install", "--agent", agent)
     assert path.read_text() == installed
     assert f"of {agent} in {path}" in in_process(monitor, "doctor").stdout
-    in_process(monitor, "uninstall", "--agent", agent)
+    broken = tmp_path / (".gemini" if agent == "qwen" else ".qwen") / "settings.json"
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_text("{,}")
+    for command in ("install", "uninstall"):
+        done = in_process(monitor, command, "--agent", "all")
+        assert done.returncode == 1 and str(broken) in done.stderr and f"{path}: " in done.stdout
     left, parse = path.read_text() if path.exists() else "", json.loads if name.endswith(".json") else str
     assert parse(left or "{}") == parse(before or "{}")
     assert "the hook is not registered" in in_process(monitor, "uninstall", "--agent", agent).stdout
@@ -7746,8 +7749,7 @@ class RedisFlow:
     """Events of one session, said on every machine of a team in turn, and the check that all arrived."""
 
     def __init__(self, team: RedisTeam, session: str) -> None:
-        self.team = team
-        self.session = session
+        self.team, self.session = team, session
         self.said: dict[str, list[str]] = {machine.machine_id: [] for machine in team.emitters}
 
     def hooks(self, count: int) -> None:
@@ -8760,8 +8762,7 @@ def safe_open_modes(home: str, until: threading.Event) -> set[str]:
 
 def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
     done, config = threading.Event(), monitor.home + "/monitor.config.json"
-    command = monitor.installed_command()
-    hook = payload("PreToolUse", tool_use_id="t", tool_input={})
+    command, hook = monitor.installed_command(), payload("PreToolUse", tool_use_id="t", tool_input={})
     shutil.rmtree(monitor.claude_home)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         watch = pool.submit(safe_open_modes, monitor.home, done)
@@ -10795,8 +10796,7 @@ class IndexCase:
         self.home = folder or new_home()
         self.path = self.home + "/index.db"
         self.store = journal_opened(self.home + "/events")
-        self.history = cm.History(self.store, self.path)
-        self.started = False
+        self.history, self.started = cm.History(self.store, self.path), False
 
     def add(self, *events: dict[str, Any], day_ms: int = NOW_MS) -> IndexCase:
         """Store events as if they arrived at `day_ms`; payloads are made events."""
