@@ -2995,6 +2995,9 @@ def event_row(event: JsonObject) -> JsonObject:
             for call in batch[:50]
         ]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
+    if (models := object_of(object_of(data.get("usage")).get("models"))) and text is data:
+        used = sum(map(tokens_of, models.values()), Tokens())
+        text = f"{used.input + used.cache_read + used.cache_creation:,} tokens in, {used.output:,} out"
     if text is not None:
         small["text"] = one_line(_CLIENT_TAGS.sub("", text_of(text)[:2000]))
     return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
@@ -4249,8 +4252,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.on_turn_end: Callable[[], None] = lambda: None
-        self.steps = 0
-        self._selector = selectors.DefaultSelector()
+        self.steps, self._selector = 0, selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # heap of (time.monotonic, number, …)
         self._timer_numbers = itertools.count()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()  # appended by any thread
@@ -6490,11 +6492,10 @@ class Ingest:
 
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
-        machine_id = "unknown" if remote else self._machine_id
         given = emit_event.parse_event_line(line)
         if "eventType" in given:
             given = like_ours(given)
-        event = emit_event.build_event(given, received_ms, machine_id)
+        event = emit_event.build_event(given, received_ms, "unknown" if remote else self._machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if event["eventType"] == "answer" and event["id"] not in self.own_answers:
             event["eventType"] = "message"  # a program must not pretend that a person has answered
@@ -9156,8 +9157,7 @@ def import_batches(
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
-    usage = emit_event.UsageReader("")
-    ids = {session_id for session_id, _ in sources}
+    usage, ids = emit_event.UsageReader(""), {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}

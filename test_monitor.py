@@ -4343,6 +4343,9 @@ def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
     assert 200 < statistics.median(sizes) < 400 and max(sizes) < 900
     other = {"id": "x", "workingDirectory": "", "hookType": "", "data": {"test": "message"}}
     assert cm.event_row(other)["data"]["text"] == '{"test": "message"}'
+    counts = {"input": 10, "output": 2000, "cacheRead": 300_000, "cacheCreation": 5000, "cacheCreation1h": 9}
+    other["data"] = {"usage": {"models": {"claude-opus-5": counts, "odd": "x"}, "agents": {}}}
+    assert cm.event_row(other)["data"]["text"] == "305,010 tokens in, 2,000 out"
 
 
 @story_table("tables.txt", "processes", "namespace, events, here, state")
@@ -4371,10 +4374,8 @@ def test_a_session_is_sent_with_its_newest_calls_and_their_number(count, limit, 
         book.apply(ee.build_event(begin, 1000 + number, "m"))
     sent = book.to_json(book.sessions["s1"])
     assert [call["toolUseId"] for call in sent["openCalls"]] == [f"t{it}" for it in range(count)[-20:]]
-    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
-        min(count, limit),
-        max(0, count - limit),
-    )
+    assert sent["openCallCount"] == min(count, limit)
+    assert sent["counts"]["interrupted"] == max(0, count - limit)
     end = payload("PostToolUse", tool_use_id="t0", **call)
     sent = book.to_json(book.apply(ee.build_event(end, 9000, "m")))
     shown = sent["openCallCount"], sent["counts"]["interrupted"], sent["counts"]["toolCalls"]
@@ -4639,8 +4640,7 @@ class Transcript:
     session: str = "s1"
 
     def __post_init__(self) -> None:
-        self.path = f"{self.home}/{self.session}.jsonl"
-        self.reader = ee.UsageReader(self.home)
+        self.path, self.reader = f"{self.home}/{self.session}.jsonl", ee.UsageReader(self.home)
 
     def add(self, lines: bytes) -> None:
         with open(self.path, "ab") as file:
