@@ -3220,8 +3220,7 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     limit = wanted.get("limit")
     if limit is not None and not 1 <= limit <= SEARCH_LIMIT:
         raise SearchError("limit", f"an integer from 1 to {SEARCH_LIMIT}")
-    cursor = texts.get("cursor", "")
-    if cursor and not re.fullmatch("[0-9]{1,18}", cursor):
+    if (cursor := texts.get("cursor", "")) and not re.fullmatch("[0-9]{1,18}", cursor):
         raise SearchError("cursor", "the `next` of the previous page; search again")
     machine, tool, kind = map(texts.get, ("machine", "tool", "type"))
     times = (wanted.get("from") or 0, 1 << 53 if wanted.get("to") is None else wanted["to"])
@@ -4059,8 +4058,7 @@ class ClockMemory:
         time_ms = now_ms()
         ahead_ms = round(time_ms - steady_ms())
         step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
-        was_set = abs(step_ms) >= CLOCK_SET_MS
-        if was_set:
+        if was_set := abs(step_ms) >= CLOCK_SET_MS:
             # Events since the last comparison came before or after the step; they count as the younger.
             step = (seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
             self.steps = [*self.steps, step][-1000:]
@@ -5146,8 +5144,7 @@ class Api:
     def respond(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError, and errors that `RequestHandler` sends as 400 or 503."""
         for allowed, pattern, handler in self.ROUTES:
-            match = re.fullmatch(pattern, path)
-            if match and method != allowed:
+            if (match := re.fullmatch(pattern, path)) and method != allowed:
                 raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
                 answer = handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
@@ -5692,8 +5689,7 @@ class Answers:
         hides = b"[redacted:" in line or b"\\u001b" in line.replace(b"\\\\", b"")  # which can hide a command
         if (hides or "truncated" in data) and answer["do"] in ("allow", "always", "accept"):
             raise RequestError(400, "it is not shown whole, so it can only be allowed in the terminal")
-        question = self._loop.call(lambda: self._begin(event["id"], answer))
-        if question is None:
+        if (question := self._loop.call(lambda: self._begin(event["id"], answer))) is None:
             outcome, words = "late", "it was answered elsewhere, or the client no longer waits"
         elif question.sock:
             outcome, words = "unknown", UNKNOWN_WORDS
@@ -8430,10 +8426,9 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
         environment.update(CONTEXTUATE_HOME=settings.home, CONTEXTUATE_CONFIG=settings.config_path)
         arguments = [base_interpreter(), "-I", "-S", script]
     given = encode_json(payload).decode()
-    options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+    options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True, "env": environment}
     try:
-        options.update(capture_output=True, env=environment, timeout=HOOK_DEADLINE_S)
-        return subprocess.run(arguments, input=given, **options)
+        return subprocess.run(arguments, input=given, capture_output=True, timeout=HOOK_DEADLINE_S, **options)
     except subprocess.TimeoutExpired:
         words = f"contextuate: the hook did not end within {HOOK_DEADLINE_S:g} s: {shlex.join(arguments)}\n"
         return subprocess.CompletedProcess(arguments, 0, "", words)
@@ -8653,8 +8648,7 @@ class Doctor:
         ours = [file.path for file in self._client_files if our_hooks(file.settings)]
         if off and not any(our_hooks(file.settings) for file in running):
             yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
-        is_local = ours and settings_path(None) not in ours
-        if is_local:
+        if is_local := ours and settings_path(None) not in ours:
             yield _ok("registered", f"in {ours[0]}, for this directory")
         for program in agents_here() if is_local else (CLAUDE, *agents_here()):
             yield from self._program(program)
@@ -8731,8 +8725,11 @@ class Doctor:
         if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
         elif about is None:
-            advice = "run: python3 contextuate_monitor.py start"
-            yield _fail("monitor", "not running: events wait in the spool", advice)
+            path, words = self._settings["socketPath"], "events wait in the spool"
+            if is_used := lock_holder(path + ".lock") is not None:
+                words = f"another one takes the events: it uses {path}{stop_advice(path)}"
+            advice = "" if is_used else "run: python3 contextuate_monitor.py start"
+            yield _fail("monitor", f"not running: {words}", advice)
             for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
                 try:
                     bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()

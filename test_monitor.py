@@ -4299,8 +4299,7 @@ def test_a_snapshot_is_small_and_holds_no_heard_event():
     pickle.dumps((cm._SNAPSHOT_FORMAT, (1, 2))), pickle.dumps((cm._SNAPSHOT_FORMAT, (argparse.Namespace(),) * 62)),
 ], ids=range(8))  # fmt: skip
 def test_a_damaged_or_foreign_snapshot_is_refused_and_takes_over_nothing(row):
-    story = session_story()
-    restored = cm.Sessions()
+    story, restored = session_story(), cm.Sessions()
     with pytest.raises(ValueError, match="snapshot of 's2'"):
         restored.restore([("s1", story.book.snapshot("s1")), ("s2", row)])
     assert restored.sessions == {} and restored.skew_ms(SESSION_MACHINE) is None
@@ -6698,6 +6697,8 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running, mak
         assert f"port {running.port} is in use" in refused.stderr
     other.config = {"socketPath": running.socket_path}
     other.write_config({})
+    words = f"it uses {running.socket_path} (pid {running.pid}); `kill"
+    assert words in in_process(other, "doctor").stdout
     for _ in range(2):
         refused = in_process(other, "start", "--no-open")
         assert refused.returncode == 1 and running.socket_path in refused.stderr
@@ -11356,8 +11357,7 @@ def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[st
 
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
-    day = DAY_MS // 1000
-    elsewhere = {"workingDirectory": "/home/dev/bank", "agent": "codex"}
+    day, elsewhere = DAY_MS // 1000, {"workingDirectory": "/home/dev/bank", "agent": "codex"}
     indexed.add(
         index_usage(0, "a", claude_opus_4_5=(1000, 100)),
         index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
