@@ -6992,6 +6992,9 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
             line["label"] = (f"{hosts[host]}, " if host else "") + f"{line['containers']} containers"
         elif line["sameName"] and line["machineKey"] != name:
             line["label"] += f" ({line['machineKey'][:4]})"
+    labels = collections.Counter(line["label"] for line in lines.values())
+    for line in lines.values():  # two series of /metrics with one label would be invalid
+        line["label"] += f" ({machine_host(line['machineKey'])})" * (labels[line["label"]] > 1)
     return sorted(lines.values(), key=operator.itemgetter("label"))
 
 
