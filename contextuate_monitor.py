@@ -554,9 +554,8 @@ class FrameParser:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self._limit_bytes} bytes")
         mask = yield from self._take(4)
         if opcode >= Opcode.CLOSE:
-            payload = apply_mask((yield from self._take(size)), mask)
-            message = parse_close(payload) if opcode is Opcode.CLOSE else Message(opcode, payload)
-            self._received.append(message)
+            data = apply_mask((yield from self._take(size)), mask)
+            self._received.append(parse_close(data) if opcode is Opcode.CLOSE else Message(opcode, data))
             return
         kind = self._opcode = self._opcode or opcode
         self._size += size
@@ -1729,12 +1728,11 @@ WAITS_LIMIT = 100  # of a session; each event goes through them, and each update
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     """Apply the totals from the transcripts, the newest; other programs' `usage` has another form."""
     about = object_of(usage)
-    models, agents, model = about.get("models"), about.get("agents"), about.get("model")
+    models, agents, model, context = map(about.get, ("models", "agents", "model", "context"))
     if not isinstance(models, dict) or not isinstance(agents, dict):
         return
     used = {text_of(name): tokens_of(it) for name, it in itertools.islice(models.items(), MODELS_LIMIT)}
     model = one_line(model) if isinstance(model, str) else None
-    context = about.get("context")
     context = context if type(context) is int and 0 < context <= 1e9 else None
     read = SessionUsage(time_ms, used, model, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
@@ -2620,8 +2618,7 @@ class Sessions:
         # Events of one machine are in the order of its clock, unless that or ours was set back.
         late = timestamp < session.last_timestamp and at < session.last_event and received >= session.received
         session.received = received
-        facts = call_facts(event)
-        if facts and facts[0].use_id.startswith(UNNAMED):
+        if (facts := call_facts(event)) and facts[0].use_id.startswith(UNNAMED):
             facts = self._unnamed.paired(event, facts)
         apply_event(session, event, kind, at, facts, self._quiet_ms, late)
 
@@ -5786,8 +5783,7 @@ class Answers:
         name = f"{PAIRING_COOKIE}_{self._monitor.port}"
         pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
         secret = next((value for it, _, value in pairs if it == name), "")
-        found = self._find_pairing(_digest(secret))
-        if found and found.get("address") != peer_address(sock):
+        if (found := self._find_pairing(_digest(secret))) and found.get("address") != peer_address(sock):
             self._refused(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
             return ""
         return text_of(found.get("hash"))
@@ -6169,8 +6165,7 @@ class Notifier:
         self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
         self._queue: list[Delivery] = []
         self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
-        self._closing = False
+        self._thread, self._closing = concurrent.futures.ThreadPoolExecutor(1, "notify"), False
         sent: dict[str, JsonObject] = {}
         with contextlib.suppress(AttributeError, LookupError, TypeError):  # a damaged file
             for key, it in read_state(path)["sent"].items():
@@ -8376,8 +8371,7 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
     # splitlines() would also split at U+2028, which a JSON string may contain.
     old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
     diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
-    mark = "\n\\ No newline at end of file\n"
-    return "".join(line if line.endswith("\n") else line + mark for line in diff)
+    return "".join(it if it.endswith("\n") else f"{it}\n\\ No newline at end of file\n" for it in diff)
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
@@ -8521,8 +8515,7 @@ def trouble_of(command: str) -> str | None:
         done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command.split()[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
-    words = one_line(done.stderr or done.stdout or f"status {done.returncode}")
-    return words if done.returncode else None
+    return one_line(done.stderr or done.stdout or f"status {done.returncode}") if done.returncode else None
 
 
 def run_steps(commands: Iterable[str]) -> None:
@@ -9442,16 +9435,14 @@ def start_in_background(settings: Settings) -> JsonObject:
     import compileall  # it would add 1 MB to the process that serves
 
     emit_event.make_private_directory(settings.home)
-    command, folder = start_command(settings.options)
+    command, place = start_command(settings.options)
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
     null, pipe, command = subprocess.DEVNULL, subprocess.PIPE, [*command, "--detached"]
-    process = subprocess.Popen(
-        command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=folder
-    )
+    child = subprocess.Popen(command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=place)
     try:
-        said = emit_event.within(START_DEADLINE_S, lambda: process.stderr and process.stderr.read())
+        said = emit_event.within(START_DEADLINE_S, lambda: child.stderr and child.stderr.read())
     except TimeoutError:
-        what = f"(process {process.pid}) does not answer; end it, start again"
+        what = f"(process {child.pid}) does not answer; end it, start again"
         raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason") from None
     if failed := re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M):
         raise StartError(failed[1])
@@ -9551,15 +9542,14 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 
 def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    service = this_service()
-    has_options = not args.host is args.port is args.ws_port is args.config is None
-    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
-        run_steps([service.restart])
-        return 0
+    service, has_options = this_service(), not args.host is args.port is args.ws_port is args.config is None
     if (about := running_monitor(settings)) is not None:
         given = {name: value for name, value in vars(args).items() if value is not None}
         vars(args).update({**(about.get("options") or {}), **given})
         running, settings = settings, settings_of(args)  # a fault in the configuration stops nothing
+        if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+            start_service(settings, [service.restart], service.check)
+            return 0
         stop_monitor(running, about)
     return command_start(settings, args)
 
@@ -9584,15 +9574,26 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
         return 0
     if (about := running_monitor(settings)) is not None:
         stop_monitor(settings, about)
-    options = (about or {}).get("options") or {}
-    options.update({"config": settings.config_path} if args.config else {})
-    command, folder = start_command(options)
+    command, folder = start_command({**((about or {}).get("options") or {}), **settings.options})
     given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
     os.makedirs(os.path.dirname(service.path), exist_ok=True)
     emit_event.write_atomically(service.path, service.content(command, folder, given))
-    run_steps(service.start)
     print(f"{service.path} installed; the monitor starts with your login, and again after a crash")
+    start_service(settings, service.start, service.check)
     return 0
+
+
+def start_service(settings: Settings, steps: Iterable[str], check: str) -> None:
+    """Start the monitor by commands of the system, and print its address once it serves; raise StartError."""
+    path, started_ms, deadline = settings.path("monitor.log"), now_ms(), time.monotonic() + START_DEADLINE_S
+    before = len(read_text(path))
+    run_steps(steps)
+    while (about := running_monitor(settings)) is None or about["startedAt"] < started_ms:
+        has_ended = trouble_of(check) is not None or time.monotonic() > deadline
+        if (failed := re.search("cannot start: (.*)", read_text(path)[before:])) or has_ended:
+            raise StartError(failed[1] if failed else f"the monitor did not start; see {path}")
+        time.sleep(0.1)
+    print(f"Contextuate Monitor runs ({about['process']}): {page_links(settings, about)[0]}", flush=True)
 
 
 def command_status(settings: Settings, args: argparse.Namespace) -> int:
@@ -10155,8 +10156,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def filters_of(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Return what to search for, of the options; explain a range that ends with a day."""
-    zone = time_zone(args.time_zone) if args.time_zone else None
-    start, end = time_range(args.start, args.end, zone)
+    start, end = time_range(args.start, args.end, time_zone(args.time_zone) if args.time_zone else None)
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
     given = {"machine": args.machine, "tool": args.tool, "type": args.type, "q": " ".join(args.words)}

@@ -4306,8 +4306,7 @@ def test_a_damaged_or_foreign_snapshot_is_refused_and_takes_over_nothing(row):
 
 
 def test_the_skew_of_a_machine_is_the_least_delay_lately():
-    book = cm.Sessions(own_machine="m")
-    seconds = itertools.count(1)
+    book, seconds = cm.Sessions(own_machine="m"), itertools.count(1)
 
     def say(delay: int, machine: str = "far", **more: Any) -> int | None:
         at = NOW_MS + next(seconds) * 1000
@@ -4366,8 +4365,7 @@ def test_only_a_process_that_this_machine_can_see_is_believed_to_be_gone(namespa
 @pytest.mark.parametrize(("count", "limit"), [(3, 5000), (20, 5000), (50, 5000), (50, 30)])
 def test_a_session_is_sent_with_its_newest_calls_and_their_number(count, limit, monkeypatch):
     monkeypatch.setattr(cm, "CALLS_LIMIT", limit)
-    book = cm.Sessions()
-    call = {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    book, call = cm.Sessions(), {"tool_name": "Bash", "tool_input": {"command": "make"}}
     for number in range(count):
         begin = payload("PreToolUse", tool_use_id=f"t{number}", **call)
         book.apply(ee.build_event(begin, 1000 + number, "m"))
@@ -7282,19 +7280,22 @@ def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMoni
     program = f"{sys.executable} -m contextuate_monitor"
     environment = {**monitor.environment, "HOME": monitor.home, "P": program}
     options = "--mount --pid --fork --kill-child --mount-proc sh -c".split()
-    world = [str(UNSHARE), *options, SERVICE_WORLD, "sh"]
-    pid = "$CONTEXTUATE_HOME/monitor.pid"
+    world, pid = [str(UNSHARE), *options, SERVICE_WORLD, "sh"], "$CONTEXTUATE_HOME/monitor.pid"
     waits = f"until $P status --short | grep -q idle; do sleep 0.1; done; cat {pid}; echo;"
     script = (f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
-              "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+              """$P stop; $P service status; sed -i 's/"port": 0/"port": 0, "host": "a..b"/' $HOME/monitor.config.json;"""
+              "$P service install; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     said = subprocess.run([*world, script], cwd=ROOT, env=environment, text=True, timeout=120, **pipes).stdout
-    lines = [line for line in said.splitlines() if not line.startswith("ls:")]
+    lines = [re.sub(":[0-9]+/$", "", line) for line in said.splitlines() if not line.startswith("ls:")]
+    runs = "Contextuate Monitor runs (pid {}): http://localhost".format
     assert [line for line in lines if not line.isdigit()] == [
-        "not installed", lines[1], "running", f"stopped (pid {lines[5]})", "installed, not running", lines[8], "not installed",
+        "not installed", lines[1], runs(lines[3]), "running", runs(lines[7]), f"stopped (pid {lines[7]})",
+        "installed, not running", lines[1], lines[11], lines[12], "not installed",
     ]  # fmt: skip
-    assert "contextuate-monitor.service installed" in lines[1] and lines[8].endswith("removed")
+    assert "contextuate-monitor.service installed" in lines[1] and lines[12].endswith("removed")
+    assert lines[11].startswith("contextuate: error: a..b port 0 cannot be opened"), lines
     assert len({it for it in lines if it.isdigit()}) == 3, "a process for each start"
 
 
@@ -8165,8 +8166,7 @@ def redis_servers() -> Iterator[Any]:
     """Give a function: a server and keys of these tables → the server and a machine's configuration."""
     with redis_parts() as maker:
         strange, ours = maker(RedisCertificates), maker(RedisCertificates)
-        elsewhere = maker(RedisCertificates, "DNS:redis.example")
-        plain = maker(RedisServer)
+        elsewhere, plain = maker(RedisCertificates, "DNS:redis.example"), maker(RedisServer)
         servers = {
             "plain": plain,
             "stopped": maker(RedisServer),
