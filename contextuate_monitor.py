@@ -541,8 +541,7 @@ class FrameParser:
 
     def _parse_frame(self) -> Generator[None, None, None]:
         first, second = yield from self._take(2)
-        opcode = self._check_head(first, second)
-        size = second & 0x7F
+        opcode, size = self._check_head(first, second), second & 0x7F
         if size > 125:
             width, minimum = (2, 126) if size == 126 else (8, 1 << 16)
             size = int.from_bytes((yield from self._take(width)), "big")
@@ -9543,13 +9542,14 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
     service, has_options = this_service(), not args.host is args.port is args.ws_port is args.config is None
-    if (about := running_monitor(settings)) is not None:
+    if (about := running_monitor(running := settings)) is not None:
         given = {name: value for name, value in vars(args).items() if value is not None}
         vars(args).update({**(about.get("options") or {}), **given})
-        running, settings = settings, settings_of(args)  # a fault in the configuration stops nothing
-        if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
-            start_service(settings, [service.restart], service.check)
-            return 0
+        settings = settings_of(args)  # a fault in the configuration stops nothing
+    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+        start_service(settings, [service.restart], service.check)
+        return 0
+    if about is not None:
         stop_monitor(running, about)
     return command_start(settings, args)
 
