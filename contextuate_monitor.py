@@ -1230,7 +1230,7 @@ class Reason(NamedTuple):
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
-    tool_use_id: str | None = None  # the call that waits; None: no call, or not known
+    tool_use_id: str | None = None  # the call that waits; None: no call; only a guess without `tool`
     by_client: bool = False  # from the client's registry, not from a hook
     event_id: str = ""  # of the event that asks
     held_until: int = 0  # until then the client may wait for the hook, before it shows a dialog
@@ -2307,13 +2307,9 @@ def _apply_client_status(
         session.last_step[MAIN] = at
     if status == "waiting" and all(it.kind == "input" for it in session.waits):
         kind, calls = _DIALOGS.get(waits_for, "dialog"), list(session.open_calls.values())
-        calls = [it for it in calls if it.agent_id == MAIN] or calls
         detail = "A dialog is open in the terminal" if waits_for in ("", "dialog open") else waits_for
-        wait = Reason(kind, None, detail, at, by_client=True)
-        if kind != "dialog" and calls:
-            _, tool, target, agent_id, *_ = calls[-1]
-            wait = wait._replace(tool=tool, detail=target, agent_id=agent_id, tool_use_id=calls[-1][0])
-        session.waits.append(wait)
+        wait = _wait_of_one(kind, [] if kind == "dialog" else calls, detail, at)
+        session.waits.append(wait._replace(by_client=True))
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
@@ -2335,16 +2331,22 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
         use_id = calls[ranks.index(min(ranks))].tool_use_id if calls else None
         about = "question" if tool in QUESTION_TOOLS else "permission"
         return Reason(about, tool, target, at, agent_id, use_id)
-    given = data.get("notificationType")
+    given, named = data.get("notificationType"), re.search(r"permission to use (\S+)", text)
     about = _NOTICE_KINDS.get(text_of(given), "")
     if given is None:
         about = next((about for part, about in _NOTICE_TEXTS.items() if part in text), "")
-    named = re.search(r"permission to use (\S+)", text)
     by_tool = [call for call in calls if named and call.tool_name == named.group(1)]
-    calls = by_tool or [call for call in calls if call.agent_id == MAIN] or calls
-    if about == "permission" and calls:
-        return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
-    return Reason(about, None, text, at) if about else None
+    calls = (by_tool or calls) if about == "permission" else []
+    return _wait_of_one(about, calls, text, at) if about else None
+
+
+def _wait_of_one(kind: str, calls: list[OpenCall], text: str, at: int) -> Reason:
+    """Return the wait of one of these calls; `text` is in place of its name where it may be another's."""
+    if not (calls := [it for it in calls if it.tool_name not in AGENT_TOOLS] or calls):
+        return Reason(kind, None, text, at)
+    call, is_known = calls[-1], len(calls) == 1
+    tool, detail = (call.tool_name, call.target) if is_known else (None, text)
+    return Reason(kind, tool, detail, at, call.agent_id, call.tool_use_id)
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
@@ -2799,7 +2801,7 @@ class Sessions:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, label_source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage = session.usage
+        usage, reason = session.usage, session.reason
         estimate = usage and self._prices.estimate(usage)
         gauges = session.gauges or {**_NO_GAUGES, "context": usage and _estimated_context(session, usage)}
         costs = {"client": gauges["costUsd"], "estimate": estimate}
@@ -2812,7 +2814,7 @@ class Sessions:
             "labelSource": label_source,
             "continuedFrom": session.continued_from or session.forked_from,
             "model": session.model or (usage and usage.model),
-            "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
+            "reason": reason and dict(zip(_REASON_JSON, (*reason[:4], reason.tool and reason.tool_use_id))),
             "asks": [dict(zip(_ASK_JSON, ask)) for ask in asks],
             "childSessionIds": children.get(session.session_id, []),
             "agents": _agents_json(session) if session.agents else [],
@@ -2881,6 +2883,7 @@ _SESSION_JSON = {
     "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
+_REASON_JSON = ("kind", "tool", "detail", "since", "toolUseId")
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 _ASK_JSON = ("eventId", "agentId", "since", "answerable")
 
@@ -2938,7 +2941,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
     """Return the newest agents; those that run come before others."""
     agents = session.agents.values()
     newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
-    sent, waiting = {agent.agent_id for agent in newest}, {wait.agent_id for wait in session.waits}
+    sent, waiting = {agent.agent_id for agent in newest}, {it.agent_id for it in session.waits if it.tool}
     activities = {call.agent_id: call.activity for call in session.open_calls.values()} if sent else {}
     tokens = {it: session.agent_usage[it][1].to_json() for it in sent & session.agent_usage.keys()}
     return [

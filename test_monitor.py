@@ -3849,8 +3849,8 @@ class SessionStory:
             elif verb == "shows":
                 self.time += 1000
                 at = self.marked + 500 if late else self.time
-                status, _, again = rest.partition(" ")
-                data = {"status": status, **({"previous": ""} if again else {})}
+                status, _, more = rest.partition(" ")
+                data = {"status": status, **({"previous": ""} if more == "again" else {"waitingFor": more})}
                 shown = {"eventType": "client_status", "hookType": "", "pid": self.pid, "data": data}
                 if rest in SESSION_LINES:
                     (shown,) = evidence(rest, agent_id=agent)
