@@ -2962,7 +2962,10 @@ def _agents_json(session: Session) -> list[JsonObject]:
     ]
 
 
-_IN_ROW = "toolName toolUseId durationMs notificationType source reason is_interrupt to outcome role".split()
+_IN_ROW = (
+    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt",
+    "isPermitted", "to", "outcome", "role",
+)  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "assistantResponse", "error", "message", "text", "action", "file_path", "task_subject", "to_model",
