@@ -2880,7 +2880,7 @@ _SESSION_JSON = {
     "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key", "activity": "activity",
     "workingDirectory": "directory", "startTime": "start", "lastEventTime": "last_event", "endTime": "end",
     "state": "state", "stateSince": "state_since", "parentSessionId": "parent_id", "demo": "demo",
-    "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
+    "isPinned": "pinned", "hidden": "hidden", "isImported": "imported", "openedTime": "source_time",
     "agent": "agent", "effort": "effort", "branch": "branch", "project": "project",
 }  # fmt: skip
 _REASON_JSON = ("kind", "tool", "detail", "since", "toolUseId")
