@@ -2379,7 +2379,8 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             session.turn_start = max(since, at - REORDER_WINDOW_MS)
     if is_new:
         session.streaks = {}
-    if kind != "interrupted" or _client_status(session)[0] != "shell":  # a command outlives Esc
+    is_esc = kind == "interrupted" and _client_status(session)[0] == "shell"
+    if not (is_esc or kind in ("pre_compact", "compacted")):  # a command outlives these
         session.background = []
     session.turn, session.turn_since, session.wakeup = turn, at, ""
     if kind == "client_exited":
