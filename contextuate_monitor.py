@@ -1121,7 +1121,7 @@ class SecondDeliveries:
 
 
 class DeletedIds:
-    """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
+    """The ids of what was deleted last, in a file: events may be in the Redis stream, sessions may go on."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path, self._limit = path, limit
@@ -1135,7 +1135,7 @@ class DeletedIds:
         try:
             emit_event.write_atomically(self._path, encode_json({"ids": list(self.ids)}) + b"\n")
         except OSError as error:
-            log.warning("deleted events may return from the Redis stream after a restart: %s", error)
+            log.warning("deleted events and sessions may return after a restart: %s", error)
 
 
 # ---------------------------------------------------------------------------
@@ -4872,8 +4872,7 @@ class RedisLink(threading.Thread):
                     self._read_stream()
 
     def _receive(self, message: dict[str, Any] | None) -> None:
-        self._last_alive = time.monotonic()
-        kind = message["type"] if message else ""
+        self._last_alive, kind = time.monotonic(), message["type"] if message else ""
         if kind == "subscribe":
             log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
             self._set(state="connected", reason=None, attempt=0)
@@ -6449,6 +6448,9 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
+            session_id, is_shown = event["sessionId"], event["eventType"] == "client_status"
+            if is_shown and session_id in self.deleted.ids and not any(self._journal.lines(session_id)):
+                continue  # only what its hooks report brings a deleted session back
             ids = {event["id"], self._second.first_id(event, text)}
             is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
             if is_known and (remote or "imported" not in event):  # an import looks at what is stored itself
@@ -6528,8 +6530,7 @@ class Ingest:
             log.warning("the quarantine could not be written: %s", trouble)
 
     def _count(self, entry: StoredEvent, received_ms: int) -> None:
-        event = entry.event
-        name = event["machineId"]
+        event, name = entry.event, entry.event["machineId"]
         key = event.get("machineKey") or name
         if (machine := self.machines.pop(key, None)) is None:
             log.info("first event from machine %s (%s)", name, key)
@@ -7524,9 +7525,10 @@ class Monitor:
     def delete(self, session: Session) -> None:
         """Delete a session with its events, at the user's request."""
         save_last_seq(self.settings.home, self.journal.seq)
-        if self.redis:  # the stream may still have them, and be read again
-            lines, limit = self.journal.lines(session.session_id, backwards=True), self.ingest.seen.limit
-            self.ingest.deleted.add([line_id(line) for line in itertools.islice(lines, limit)])
+        # The Redis stream may still have them, and be read again.
+        lines = self.journal.lines(session.session_id, backwards=True) if self.redis else ()
+        ids = map(line_id, itertools.islice(lines, self.ingest.seen.limit))
+        self.ingest.deleted.add([*ids, session.session_id])
         freed = self.journal.delete_session(session.session_id)
         self.retention.events_added -= freed
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
@@ -7543,13 +7545,12 @@ class Monitor:
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
 
     def _forget(self, sessions: Sequence[Session]) -> None:
-        for session in sessions:
-            self.sessions.delete(session.session_id)
-            self.history.forget(session.session_id)
-            self.feed.sent.pop(session.session_id, None)
-            self._notice_changes.add(session.session_id)
-            deleted = {"type": "session_deleted", "sessionId": session.session_id}
-            self.clients.broadcast((), text_frame(deleted))
+        for session_id in [it.session_id for it in sessions]:
+            self.sessions.delete(session_id)
+            self.history.forget(session_id)
+            self.feed.sent.pop(session_id, None)
+            self._notice_changes.add(session_id)
+            self.clients.broadcast((), text_frame({"type": "session_deleted", "sessionId": session_id}))
         self._note_changes(())
         self.feed.send()
 

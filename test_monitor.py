@@ -5580,8 +5580,7 @@ def test_what_was_loaded_is_what_processing_live_gives(monitor, monkeypatch, sav
 @contextlib.contextmanager
 def loading_held(monkeypatch: Any) -> Iterator[Any]:
     """Run a monitor here that reads nothing of what is stored until the gate is opened."""
-    gate = threading.Event()
-    advance = cm.Monitor._advance
+    gate, advance = threading.Event(), cm.Monitor._advance
 
     def held(self: cm.Monitor, steps: Iterator[None]) -> None:
         if gate.is_set():
@@ -5969,6 +5968,13 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     about["statusUpdatedAt"] += 2000
     registry_file(home, status="waiting", waitingFor="permission prompt", **about)
     eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
+    assert protocol_post(machine, type="delete_session", sessionId="s1")[0] == 200
+    registry_file(home, status="busy", **{**about, "statusUpdatedAt": ee.now_ms()})
+    time.sleep(1.5)
+    assert "s1" not in machine.sessions(), "only what its hooks report brings it back"
+    machine.emit(payload("UserPromptSubmit"))
+    registry_file(home, status="idle", **{**about, "statusUpdatedAt": ee.now_ms() + 1000})
+    eventually(lambda: machine.sessions()["s1"]["pid"] == client.pid, what="the session that goes on")
     client.kill()
     eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
 
@@ -7878,8 +7884,7 @@ REDIS_MARKED = [pytest.param(it, marks=[pytest.mark.slow] * (it in REDIS_SOAKS))
 
 @pytest.mark.parametrize("name", REDIS_MARKED)
 def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: str) -> None:
-    trouble = REDIS_TROUBLES[name]
-    flow = RedisFlow(team, name)
+    trouble, flow = REDIS_TROUBLES[name], RedisFlow(team, name)
     flow.bulk(90)
     if trouble.publisher.get("stream") == "refused":
         flow.check()  # a stream under its name must be there to be put aside
@@ -8498,8 +8503,7 @@ def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
     ]  # fmt: skip
     outcomes = [(*racer.communicate(timeout=300), racer.returncode) for racer in racers]
     assert [(errors, code) for _, errors, code in outcomes] == [("", 0)] * workers
-    started = sum(int(out) for out, _, _ in outcomes)
-    total = workers * rounds
+    started, total = sum(int(out) for out, _, _ in outcomes), workers * rounds
     assert total >= 300 and total * 0.2 < started < total * 0.8, "met before and after its exit"
     found = [json.loads(line)["id"] for line in server.streamed()]
     assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
@@ -8737,8 +8741,7 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
 
 @pytest.mark.parametrize("candidate", ["t" * 32, "t" * 31 + "u", "u" * 32, "", "é"])
 def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
-    compared = []
-    real = cm.hmac.compare_digest
+    compared, real = [], cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     access = cm.Access("token", "t" * 32, ["here"], [])
     for name, prefix in (("authorization", "Bearer "), ("cookie", "a=b; contextuate_token_0=")):
