@@ -2144,7 +2144,7 @@ def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
 
 def _busy_since(session: Session) -> int:
     """Return since when a turn or an agent has been running, _NEVER if there is none."""
-    if session.state not in ("working", "quiet"):
+    if session.state not in ("working", "quiet", "waiting"):
         return _NEVER
     starts = [session.turn_start] if session.turn == "working" else []
     return min(starts + [it.start for it in session.agents.values() if it.end is None], default=_NEVER)
@@ -2163,7 +2163,7 @@ def stuck_signals(session: Session) -> list[JsonObject]:
         turns = f"{session.unchanged_turns} turns without a change in files"
         signals.append(("unchanged", session.unchanged_since, turns))
     since = _busy_since(session)
-    if session.clock - since >= STUCK_MS:
+    if session.clock - since >= STUCK_MS and session.state != "waiting":
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
@@ -2916,8 +2916,7 @@ def terminal_of(variables: JsonObject) -> JsonObject | None:
         found = [re.fullmatch(it, text_of(variables.get(key)), re.A) for key, it in patterns.items()]
         values = [match[1] for match in found if match]
         if len(values) == len(patterns):
-            brings = {"command": command.format(*values)} if command else {}
-            return {"name": name.format(*values), **brings}
+            return {"name": name.format(*values), **({"command": command.format(*values)} if command else {})}
     return None
 
 
@@ -5960,7 +5959,7 @@ class Notice(NamedTuple):
     """A fact that people may want to know while it holds; `key` is the same after a restart."""
 
     key: str
-    kind: str  # of NOTICE_KINDS, or "test"
+    kind: str  # of NOTICE_KINDS, or "test"; "": what was sent still holds, and is no news
     session_id: str
     label: str
     machine: str
@@ -5995,6 +5994,9 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
         add(session.state, session.state, session.reason.detail, session.state_since)
     for stuck in stuck_signals(session):
         add(stuck["kind"], "stuck", stuck["detail"], stuck["since"])
+    since = _busy_since(session)
+    if session.state == "waiting" and session.clock - since >= STUCK_MS:
+        add("long", "", "", since)  # it goes on after the wait
     for (path, other), (_, at) in session.collisions.items():
         if session.session_id < other and session.state != "ended":  # one message for both
             add(f"collision {path} {other}", "collision", path, at)
@@ -6165,7 +6167,7 @@ class Notifier:
 
     def __init__(self, targets: Sequence[NotifyTarget], path: str, loop: EventLoop) -> None:
         self.targets, self._path, self._loop = targets, path, loop
-        self.kinds = frozenset(kind for target in targets for kind in target.kinds)
+        self.kinds = frozenset(("", *(kind for target in targets for kind in target.kinds)))
         self._results: dict[str, JsonObject] = {}  # target's id → {ok, at, words} of its last attempt
         self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
         self._queue: list[Delivery] = []

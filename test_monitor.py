@@ -3082,8 +3082,7 @@ def test_a_page_of_events_holds_what_its_parameters_say(running):
                 assert all(row["partial"] for row in answer["events"])
                 answer["events"] = [stored[row["seq"] - 1] for row in answer["events"]]
             assert {"events": answer["events"], "more": answer["more"]} == expected, (view, query)
-    posted = protocol_post(running, type="get_events", sessionId="s1", limit=3, requestId=7)[1]
-    assert posted == {
+    assert protocol_post(running, type="get_events", sessionId="s1", limit=3, requestId=7)[1] == {
         **clients["full"].ask("events", type="get_events", sessionId="s1", limit=3),
         "requestId": 7,
     }
@@ -3605,18 +3604,16 @@ def test_with_auth_token_every_request_needs_it(guarded):
     assert hook_mode_of(monitor.home + "/token") == 0o600
     words = {"PORT": monitor.port, "WRONG": token[:-1] + ("y" if token[-1] == "x" else "x"), "TOKEN": token}
     words["COOKIE"] = f"contextuate_token_{monitor.port}"
-    paths = "/ /index.html /health /api/status /api/config /api/events /api/export".split()
     for row in HTTP_ROWS["token"]:
         status, *headers = protocol_filled(row, **words)
-        for path in paths:
+        for path in "/ /index.html /health /api/status /api/config /api/events /api/export".split():
             request = protocol_get(f"127.0.0.1:{monitor.port}", *headers, path=path)
             got, _, body = protocol_exchange(monitor.port, request)
             assert (str(got), path, headers) == (status, path, headers)
             assert token.encode() not in body
         for port, path in ((monitor.ws_port, "/"), (monitor.port, "/ws")):
             upgrade = protocol_upgrade(f"127.0.0.1:{port}", *headers, path=path)
-            expected = 101 if status == "200" else int(status)
-            assert protocol_exchange(port, upgrade)[0] == expected, headers
+            assert protocol_exchange(port, upgrade)[0] == (101 if status == "200" else int(status)), headers
 
 
 def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
@@ -3756,8 +3753,7 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
 
     first, whole = updates(payload("UserPromptSubmit", prompt="work"))
     assert first == whole
-    call = payload("PreToolUse", tool_name="Bash", tool_use_id="t1")
-    changes, whole = updates(call)
+    changes, whole = updates(payload("PreToolUse", tool_name="Bash", tool_use_id="t1"))
     assert set(changes) == {"sessionId", "lastEventTime", "counts", "activity", "openCalls", "openCallCount"}
     assert {**first, **changes} == whole
     listed = page.ask("sessions", type="get_sessions")["sessions"]  # may be newer than the last update
@@ -4280,8 +4276,7 @@ def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, 
 
 def session_restored(book: cm.Sessions) -> cm.Sessions:
     """Return a book made from the snapshots of another, as after a restart."""
-    restored = cm.Sessions(own_machine=SESSION_MACHINE)
-    names = ["", *book.sessions]
+    restored, names = cm.Sessions(own_machine=SESSION_MACHINE), ["", *book.sessions]
     random.Random(len(names)).shuffle(names)
     restored.restore([(name, book.snapshot(name)) for name in names])
     return restored
@@ -6331,6 +6326,17 @@ def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> 
     assert [it.kind for it in found] == ["dialog", "permission"] and found[0].key == found[1].key
 
 
+def test_a_long_turn_is_noticed_once_however_often_it_asks() -> None:
+    story, book, ended = SessionStory(), cm.NoticeBook([notice_target(when=["stuck"])], {}), []
+    asks = ["call t1 Bash ls; ask Bash ls", "result t1", "call t2 Bash rm; ask Bash rm", "result t2"]
+    for steps in ("prompt; wait 7300s", *asks, "stop"):
+        story.play(steps)
+        book.update("s1", cm.notices_of(story.book.sessions["s1"], None), story.time)
+        for message in book.due(story.time + 1000, "12:00", False):
+            ended.append(message.over or book.record(message))
+    assert ended == [None, True]
+
+
 @pytest.mark.parametrize("form", ["ntfy", "slack", "json", "command"])
 def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_path: Any) -> None:
     hostile = "--help\x1b[31m\r\nX: y\u202e<!channel> @here [a](http://b) & AKIAIOSFODNN7EXAMPLE"
@@ -7961,8 +7967,7 @@ def test_a_monitor_catches_up_over_a_slow_link(make: Any) -> None:
             pipeline.xadd(REDIS_STREAM, {"event": json.dumps(event)})
         pipeline.execute()
     with slow_link(server, is_slow_up=False) as link:
-        config = server.settings(port=link.port, maxRetries=None)
-        make(RedisMachine, config=config).serve().gets(5, "far")
+        make(RedisMachine, config=server.settings(port=link.port, maxRetries=None)).serve().gets(5, "far")
 
 
 @pytest.mark.slow
@@ -8258,8 +8263,7 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
         machine.gets(1, name)
         assert machine.arrivals(name) == {"testbox": ["there"]}
         channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
-        shown = {field: about[field] for field in ("tls", "channel", "stream", "streamState")}
-        assert shown == {
+        assert {field: about[field] for field in ("tls", "channel", "stream", "streamState")} == {
             "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
             "streamState": "ok" if has_stream else "off",
         }, name  # fmt: skip
@@ -8743,11 +8747,10 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
 def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
     compared, real = [], cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
-    access = cm.Access("token", "t" * 32, ["here"], [])
     for name, prefix in (("authorization", "Bearer "), ("cookie", "a=b; contextuate_token_0=")):
         request = cm.Request("GET", "/", (("host", "here"), (name, prefix + candidate)))
         with contextlib.nullcontext() if candidate == "t" * 32 else pytest.raises(cm.RequestError):
-            access.check(request, 0, lambda: True)
+            cm.Access("token", "t" * 32, ["here"], []).check(request, 0, lambda: True)
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
@@ -10455,13 +10458,12 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking):
         end()
         assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
         monitor.serve()
-    page = asking.page(asking.pair())
     for end in (esc_in_the_terminal, next_prompt, asking.remove):
         hook, event_id = asking.ask()
         end()
         assert hook.communicate(timeout=20)[0] == b"" and hook.returncode == 0
         assert asking.open_ids() == []
-        assert asking.answer(page, event_id, {"do": "allow"}) == "late"
+        assert asking.answer(asking.page(asking.pair()), event_id, {"do": "allow"}) == "late"
 
 
 def test_one_of_two_pages_answers_whatever_else_names_the_question(asking):
