@@ -143,16 +143,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - print a message, not a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
-    from emit_event import (
-        ConfigError,
-        JsonObject,
-        Key,
-        MalformedEvent,
-        Privacy,
-        encode_json,
-        integer_key,
-        now_ms,
-    )
+    from emit_event import ConfigError, JsonObject, Key, MalformedEvent, encode_json, integer_key, now_ms
 except ImportError as error:
     what = "missing" if isinstance(error, ModuleNotFoundError) else "of another version"
     sys.exit(f"contextuate: emit_event.py is {what}: copy it into the folder of contextuate_monitor.py")
@@ -189,7 +180,7 @@ class Settings:
         return self.values[key]
 
     @property
-    def privacy(self) -> Privacy:
+    def privacy(self) -> emit_event.Privacy:
         """Return what may be stored."""
         return emit_event.privacy_of(self.values)
 
@@ -4319,14 +4310,15 @@ class EventLoop:
             self.wake_writer.send(b"\0")
 
     def call(self, function: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-        """Run `function` in the loop thread and return its result to another thread; raise TimeoutError."""
+        """Run `function` in the loop thread for another thread; TimeoutError: it did not and will not run."""
         if threading.current_thread() is self._thread:
             return function()
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:
             try:
-                future.set_result(function())
+                if future.set_running_or_notify_cancel():
+                    future.set_result(function())
             except Exception as error:  # raised in the calling thread
                 future.set_exception(error)
 
@@ -4334,6 +4326,8 @@ class EventLoop:
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
+            if not future.cancel():  # it runs, or has just ended
+                return future.result()
             raise TimeoutError("the monitor is too busy to answer") from None
 
     def run(self) -> None:
@@ -5699,7 +5693,7 @@ class Answers:
                 outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
         else:
             outcome, words = self._send_signed(event_id, answer)
-        self._loop.call(lambda: self._finish(question, event, answer, by, outcome))
+        self._loop.call_soon(lambda: self._finish(question, event, answer, by, outcome))
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
     def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | None:
@@ -5754,7 +5748,7 @@ class Answers:
             at = emit_event.redis_ms(client)
             mac = emit_event.signature(key, event_id, answer, at, nonce)
             value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
-            if not client.exists(taken_key):
+            if not client.exists(taken_key) and outcome:  # else the person was told that it failed
                 outcome = "unknown"
                 client.rpush(place, value)
                 client.pexpire(place, emit_event.ANSWER_AGE_MS)
@@ -5773,6 +5767,7 @@ class Answers:
             found: tuple[str, str] = self._at_redis(send, "answer", event_id)
         except Exception as error:  # Redis does not answer
             found = outcome, redis_advised(emit_event.redis_trouble(error, self._settings.values))
+            outcome = ""  # so that nothing is sent later
         return found
 
     # The right to answer
@@ -7855,7 +7850,8 @@ def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None
     """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     about = needed_monitor(settings)
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
-    connection = http.client.HTTPConnection(host, about["port"], timeout=120 if "/message" in path else 15)
+    timeout_s = 120 if path in ("/api/message", "/api/answer") else 15
+    connection = http.client.HTTPConnection(host, about["port"], timeout=timeout_s)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
     method, body = ("GET", None) if message is None else ("POST", encode_json(message))
     try:

@@ -1518,11 +1518,8 @@ def test_redaction_of_any_mixture_is_quick_and_the_same_twice(parts, hint):
 
 def test_a_token_that_grep_has_coloured_is_redacted_whole():
     shown = ee.redact_text("\x1b[01;31m\x1b[K" + hook_made_up("gh~p_\x1b[m\x1b[K<36>") + " and text")
-    assert (
-        "[redacted:github:" in shown
-        and not hook_traces(hook_token("", 36), shown)
-        and shown.endswith(" and text")
-    )
+    assert "[redacted:github:" in shown and shown.endswith(" and text")
+    assert not hook_traces(hook_token("", 36), shown)
 
 
 HOOK_ESCAPES = st.sampled_from(r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"))
@@ -2664,8 +2661,7 @@ def in_process(monitor: RunningMonitor, *arguments: str) -> subprocess.Completed
 
 def test_install_and_uninstall_do_what_their_dry_runs_show(monitor):
     def run(*arguments: str) -> tuple[str, str]:
-        words = in_process(monitor, *arguments).stdout
-        return words, install_text(path) if os.path.exists(path) else ""
+        return in_process(monitor, *arguments).stdout, install_text(path) if os.path.exists(path) else ""
 
     path = monitor.claude_home + "/settings.json"
     words, text = run("install", "--dry-run")
@@ -2690,10 +2686,8 @@ def test_install_and_uninstall_do_what_their_dry_runs_show(monitor):
 # come from another author's serializer where they are valid, and are made by hand where they are not.
 # What a running monitor sends is read from raw sockets or by that author's client.
 
-PROTOCOL_KEY, PROTOCOL_ACCEPT = (
-    "dGhlIHNhbXBsZSBub25jZQ==",
-    "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
-)  # RFC 6455 section 1.3
+PROTOCOL_KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
+PROTOCOL_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
 def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
@@ -8338,10 +8332,8 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
         about = machine.wait_until("given_up")
         assert (about["maxRetries"], about["attempt"]) == (2, 2) and about["reason"]
         said = json.dumps(machine.get("/api/status"))
-        assert (
-            "given up, attempt 2 of 2: " in said
-            and "no longer tries (attempt 2 of 2): Redis at 127.0.0.1" in said
-        )
+        assert "given up, attempt 2 of 2: " in said
+        assert "no longer tries (attempt 2 of 2): Redis at 127.0.0.1" in said
         assert machine.request("/health")[0] == 200
         machine.say(f"away-{number}")
         server.start()
@@ -8610,11 +8602,8 @@ def test_two_machines_of_one_account_share_its_limits(team: RedisTeam) -> None:
         assert shown[::2] == ("Opus 5.5 · 4 % · $0.30\n".encode(), 0)
     keys = {ee.machine_key(machine.home) for machine in team.emitters[:2]}
     for monitor in team.monitors:
-        (account,) = eventually(
-            lambda it=monitor: [
-                each for each in it.get("/api/status")["limits"] if set(each["machines"]) == keys
-            ]
-        )
+        limits = lambda it=monitor: it.get("/api/status")["limits"]  # noqa: E731
+        (account,) = eventually(lambda of=limits: [it for it in of() if set(it["machines"]) == keys])
         assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
         assert {monitor.sessions()[f"of-box{n}"]["costSource"] for n in range(2)} == {"client"}
 
@@ -10191,10 +10180,8 @@ def shared_demo() -> Iterator[RunningMonitor]:
 @story_table("tables.txt", "screens", "acts, part")
 def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab, acts, part):
     # Colours are the same at every width, the other rules are the same in every colour.
-    only_colours, no_colours = (
-        {"runOnly": ["color-contrast"]},
-        {"rules": {"color-contrast": {"enabled": False}}},
-    )
+    only_colours = {"runOnly": ["color-contrast"]}
+    no_colours = {"rules": {"color-contrast": {"enabled": False}}}
     ways = (("light", 1440, {}), ("dark", 1440, only_colours), ("light", 360, no_colours))
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
@@ -10439,15 +10426,10 @@ def test_a_hook_prints_nothing_for_a_line_without_end_or_too_long(hook_alone, mo
 
 def test_a_hook_ends_silently_when_the_wait_is_over(asking):
     def esc_in_the_terminal() -> None:
-        about = {
-            "eventType": "client_status",
-            "sessionId": "s1",
-            "machineId": "testbox",
-            "pid": asking.client.pid,
-        }
+        about = {"eventType": "client_status", "sessionId": "s1", "machineId": "testbox"}
         for status in ("waiting", "idle"):
             data = {"status": status, "previous": "busy"}
-            monitor.emit({**about, "timestamp": ee.now_ms() + 5, "data": data})
+            monitor.emit({**about, "pid": asking.client.pid, "timestamp": ee.now_ms() + 5, "data": data})
 
     def next_prompt() -> None:
         monitor.emit(payload("UserPromptSubmit", prompt="go on"))
@@ -10487,6 +10469,28 @@ def test_one_of_two_pages_answers_whatever_else_names_the_question(asking):
     at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
     assert sorted(outcomes) == ["delivered", "late"]
     assert asking.decision(hook)["behavior"] == outcomes["delivered"]
+
+
+def test_an_answer_that_was_refused_is_not_given_later(monkeypatch):
+    event_id, goes_on, asked = str(uuid.uuid4()), threading.Event(), {"hook": ANSWER_ASKED["Bash"]}
+    with protocol_inside() as inside, socket.socket(socket.AF_UNIX) as hook:
+        hook.connect(inside.settings["socketPath"])
+        hook.sendall(ee.encode_json({"id": event_id, "answerable": 60, **asked}) + b"\n")
+        assert hook.recv(1) == ee.ACKNOWLEDGEMENT
+        monkeypatch.setattr(cm.EventLoop.call, "__defaults__", (0.1,))
+        monkeypatch.setattr(cm, "TAKEN_DEADLINE_S", 0.1)
+        answers, begin = inside.answers, inside.answers._begin
+        allow = functools.partial(answers.answer, "s1", event_id, {"do": "allow"}, "a test")
+        inside.loop.call_soon(goes_on.wait)
+        with pytest.raises(TimeoutError):
+            allow()
+        goes_on.set()
+        assert inside.loop.call(lambda: answers.questions[event_id].is_taken, 10) is False
+        goes_on.clear()
+        answers._begin = lambda *given: (begin(*given), inside.loop.call_soon(goes_on.wait))[0]
+        assert allow()["outcome"] == "unknown", "it was sent, whatever hangs then"
+        goes_on.set()
+        assert hook.recv(100) == b'{"do":"allow"}\n'
 
 
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
