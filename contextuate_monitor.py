@@ -692,8 +692,7 @@ def session_file_name(session_id: str) -> str:
     """Return the file name for a session, unique even if the file system ignores case."""
     if _SAFE_FILE_NAME.match(session_id) and not session_id.startswith("sha256-"):
         return session_id + ".jsonl"
-    digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"sha256-{digest[:40]}.jsonl"
+    return "sha256-" + hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()[:40] + ".jsonl"
 
 
 def day_of(time_ms: int) -> str:
@@ -710,6 +709,7 @@ class Journal:
     """Appends events to the session files of a day, in the loop thread; any thread can read them."""
 
     OPEN_FILES = 64
+    forgotten = 0  # events up to this seq may be missing: with these alone, a client must load all again
     slow_write = (-math.inf, 0)  # when (time.monotonic()) a write last took longer than SLOW_WRITE_MS; its ms
 
     def __init__(self, root: str) -> None:
@@ -908,14 +908,17 @@ class MemoryJournal(Journal):
         self._lock = threading.Lock()  # the loop thread appends while others read
 
     def open(self) -> None:
-        """Do nothing: there is no file."""
+        """Count on from a number above those of an earlier monitor: there is no file."""
+        self.seq = self.forgotten = max(self.seq, now_ms())
 
     def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
         with self._lock:
             self._kept.extend((line_seq(line), session_id, line) for line in data.splitlines())
             self._bytes += len(data)
             while self._bytes > self.LIMIT_BYTES:
-                self._bytes -= len(self._kept.popleft()[2]) + 1
+                seq, _, line = self._kept.popleft()
+                self.forgotten = max(self.forgotten, seq)
+                self._bytes -= len(line) + 1
 
     def delete_session(self, session_id: str) -> int:
         """Delete a session's events; return the bytes that were freed."""
@@ -6804,7 +6807,7 @@ class MessageHandlers:
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
         client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
-        resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
+        resync = since is not None and not max(seq - CATCH_UP_EVENTS, journal.forgotten) <= since <= seq
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [it for it in readable(lines) if wanted is None or it.event["sessionId"] in wanted]
         reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(missed)}
@@ -9239,8 +9242,7 @@ class TranscriptReader:
                 self.seen.add(place)
                 agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
                 blocks = emit_event.objects_in(entry["message"].get("content"))
-                about = {"agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
-                yield {**entry, **about}
+                yield {**entry, "agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
         if malformed:
             self.skipped.append(f"{path}: {malformed} lines are not JSON")
 
@@ -10117,7 +10119,10 @@ def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
     if beginning is None:
         return None
     paths = glob.glob(f"{glob.escape(settings.path('events'))}/*/{glob.escape(beginning)}*.jsonl*")
-    found = sorted({os.path.basename(path).partition(".jsonl")[0] for path in paths})
+    ids = {os.path.basename(path).partition(".jsonl")[0] for path in paths}
+    if not settings["persistence.enabled"] and running_monitor(settings):
+        ids |= {it["sessionId"] for it in known_sessions(settings, with_hidden=True)}
+    found = sorted(it for it in ids if it.startswith(beginning))
     if len(found) > 1 and beginning not in found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
         raise CommandError(f"{len(found)} sessions begin with {beginning!r}: {shown}; give more of the id")
