@@ -2532,15 +2532,12 @@ class Sessions:
 
     def limits(self, time_ms: int) -> list[JsonObject]:
         """Return the accounts whose windows are not over, with the keys of their machines."""
-        rows = [
-            {
-                name: _window_json(name, it, time_ms)
-                for name, it in account.windows.items()
-                if it.resets_at > time_ms
-            }
-            for account in self._accounts
-        ]
-        return [{"machines": list(it.machines), **row} for it, row in zip(self._accounts, rows) if row]
+        found = []
+        for account in self._accounts:
+            current = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
+            windows = {name: _window_json(name, it, time_ms) for name, it in current.items()}
+            found += [{"machines": list(account.machines), **windows}] if windows else []
+        return found
 
     def _find_collisions(self, session: Session, event: JsonObject, at: int) -> None:
         """Mark sessions that edited the same file, also in another worktree, a short time ago."""
@@ -5751,7 +5748,7 @@ class Answers:
             at = emit_event.redis_ms(client)
             mac = emit_event.signature(key, event_id, answer, at, nonce)
             value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
-            if not client.exists(taken_key) and outcome:  # else the person was told that it failed
+            if not client.exists(taken_key) and outcome:  # else the page has said that it failed
                 outcome = "unknown"
                 client.rpush(place, value)
                 client.pexpire(place, emit_event.ANSWER_AGE_MS)
@@ -6003,13 +6000,15 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     return [] if session.hidden or session.demo else found
 
 
-def limit_notices(accounts: Sequence[JsonObject], machine: str) -> list[Notice]:
-    """Return the limits that are nearly reached, of the accounts in the status."""
+def limit_notices(accounts: Sequence[JsonObject], names: Mapping[str, str]) -> list[Notice]:
+    """Return the limits that are nearly reached, of the accounts in the status; `names`: by machine key."""
     found = []
-    for name, it in ((name, it[name]) for it in accounts for name in LIMIT_WINDOWS if name in it):
+    windows = ((name, it[name], it["machines"]) for it in accounts for name in LIMIT_WINDOWS if name in it)
+    for name, it, keys in windows:
         if it["percent"] >= LIMIT_PERCENT:
-            about = "limit", "", LIMIT_LABELS[name], machine, f"{it['percent']:.0f} % used", 0
-            found.append(Notice(_notice_key(name, it["resetsAt"]), *about))
+            machines = ", ".join(sorted({names[key] for key in keys if key in names})) or "another machine"
+            about = "limit", "", LIMIT_LABELS[name], machines, f"{it['percent']:.0f} % used", 0
+            found.append(Notice(_notice_key(name, keys[0], it["resetsAt"]), *about))
     return found
 
 
@@ -7442,7 +7441,8 @@ class Monitor:
             row = self.sessions.to_json(session) if with_limits else {}
             current[session.session_id] = notices_of(session, (row.get("context") or {}).get("percent"))
         if with_limits and "" in current:
-            current[""] = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
+            names = {it.machine_key: it.machine_id for it in self.sessions.sessions.values()}
+            current[""] = limit_notices(self.sessions.limits(now_ms()), names)
         self._notice_changes = set()
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 

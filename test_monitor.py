@@ -6282,8 +6282,10 @@ def test_a_process_with_older_figures_does_not_wait(tmp_path, monkeypatch) -> No
 
 def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
     windows = {"fiveHour": {"percent": 80.0, "resetsAt": 5}, "sevenDay": {"percent": 79.9, "resetsAt": 9}}
-    (notice,) = cm.limit_notices([{"machines": ["a", "b"], **windows}, {"machines": ["c"]}], "box")
+    accounts = [{"machines": ["a", "b"], **windows}, {"machines": ["c"]}, {"machines": ["d"], **windows}]
+    notice, other = cm.limit_notices(accounts, {"a": "laptop", "b": "box", "c": "here"})
     assert (notice.kind, notice.label, notice.detail) == ("limit", "account, 5 hours", "80 % used")
+    assert (notice.machine, other.machine) == ("box, laptop", "another machine") and notice.key != other.key
 
 
 def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
@@ -6603,8 +6605,7 @@ def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> 
     for number, line in enumerate(lines):
         with running.connect() as sock:
             sock.sendall(line + b"\n")
-            answer = sock.recv(10)
-            assert answer == ee.ACKNOWLEDGEMENT or line == BAD_LINES["too long"], line[:200]
+            assert sock.recv(10) == ee.ACKNOWLEDGEMENT or line == BAD_LINES["too long"], line[:200]
         steady.sendall(json.dumps(payload("PreToolUse", "steady", tool_use_id=str(number))).encode() + b"\n")
         assert steady.recv(10) == ee.ACKNOWLEDGEMENT
         drip.sendall(b"x")
