@@ -2058,17 +2058,19 @@ class UsageReader:
         self._database: Any = None  # sqlite3.Connection, once it is needed
         # Until the next totals: path → its row of files; session → what to count; id of words → session
         self._unsaved: tuple[dict[str, Any], dict[str, Any], dict[str, str]] = {}, {}, {}
-        self._delivered: dict[str, tuple[int, float]] = {}  # session → hash of its totals, time.monotonic
+        # Session → of its last totals the hash, time.monotonic, and timestamp
+        self._delivered: dict[str, tuple[int, float, int]] = {}
 
     def events(self, event: JsonObject, is_end: bool = True) -> "list[JsonObject]":
         """Read on in the transcripts that an event names; deliver and return words, evidence, new usage."""
         data, session, states = event["data"], event["sessionId"], event.get("states", {})
-        key, read_at = self._delivered.get(session, (0, -USAGE_QUIET_S))
+        key, read_at, newest_ms = self._delivered.get(session, (0, -USAGE_QUIET_S, 0))
         is_due = is_end or time.monotonic() - read_at >= USAGE_QUIET_S
         now = {path: (agent_id, *_file_state(path)) for path, (agent_id, *_) in states.items()}
         if now == states and any(it[1] for it in now.values()) and not is_due:
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
+        about["timestamp"] = newest_ms = max(newest_ms, event["timestamp"])  # of late lines too
         since = int(event.get("since") or event["timestamp"]) - 2000  # a hook and its line: at most 2 s apart
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []
@@ -2117,7 +2119,7 @@ class UsageReader:
         states.update(now)
         if is_due:
             self._unsaved = {}, {}, {}
-            self._delivered[session] = key, time.monotonic()
+            self._delivered[session] = key, time.monotonic(), newest_ms
         return found
 
     def close(self) -> None:
@@ -2334,8 +2336,7 @@ def transcript_places(path: Any) -> "list[str]":
     """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
     if not _is_transcript_path(path):
         return []
-    places = [path, os.path.realpath(path)]
-    folder, _, name = path.rpartition("/")
+    places, (folder, _, name) = [path, os.path.realpath(path)], path.rpartition("/")
     projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
     if unnamed := re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path):
         return sorted(glob.iglob(glob.escape(unnamed[1]) + unnamed[2]))  # of a program that names none
@@ -3004,8 +3005,7 @@ def precedes_dialog(asked: JsonObject) -> bool:
 
 def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
     """Send one payload as `deliver` does, then wait for the answer and print it (with --answer)."""
-    home, config_path = places(posix.environ)
-    wait_s, is_redis = 0, False
+    (home, config_path), wait_s, is_redis = places(posix.environ), 0, False
     kept: list[Any] = []  # the event's id, and the connection to the monitor
     with contextlib.suppress(Exception):  # the event is delivered in any case
         asked, values = parse_event_line(payload), load_config(config_path)[0]

@@ -4990,6 +4990,14 @@ def test_totals_come_at_the_first_look_even_right_after_boot(transcript, monkeyp
     assert [usage_output(it["data"]["usage"]) for it in found] == [2]
 
 
+def test_totals_read_for_an_older_end_are_no_older_than_the_last(transcript):
+    made = []
+    for time_ms, name in ((9, "m1"), (5, "m2")):  # a turn's end, then the second look for its subagent's
+        transcript.add(usage_line(name, 2))
+        made += transcript.reader.events({**usage_event(transcript.path), "timestamp": time_ms})
+    assert [(it["timestamp"], usage_output(it["data"]["usage"])) for it in made] == [(9, 2), (9, 4)]
+
+
 @given(seed=st.integers(0, 1 << 32))
 @settings(max_examples=40)
 def test_looks_kills_and_failures_in_any_order_lose_and_double_nothing(seed):
