@@ -3076,7 +3076,7 @@ _WORD = re.compile(r"[^\W_]+")
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
 _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])")  # scripts without spaces
-_MARKS = re.compile("[\u0300-\u036f]")
+_MARKS = re.compile(r"[\u0300-\u036f\u3099\u309a]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
@@ -3119,10 +3119,12 @@ class Term:
 
     @property
     def pattern(self) -> str:
-        """Return the pattern that finds the term in the original text."""
-        between = r"[\W_]*".join(map(re.escape, self.words))
-        start, end = (r"(?<![^\W_])", r"(?![^\W_])") if between.isascii() else ("", "")
-        return start + between + (r"\w*" if self.is_prefix else end)
+        """Return the pattern that finds the term in the original text, decomposed (NFD)."""
+        marks = _MARKS.pattern
+        between = r"[\W_]*".join("".join(re.escape(it) + marks + "*" for it in word) for word in self.words)
+        # A Korean syllable without a last consonant begins others.
+        start, more = (rf"(?<![^\W_]|{marks})", r"[^\W_]") if between.isascii() else ("", r"[\u11a8-\u11ff]")
+        return start + between + (rf"(?:\w|{marks})*" if self.is_prefix else rf"(?!{more}|{marks})")
 
 
 def parse_terms(text: str) -> tuple[Term, ...]:
@@ -3149,10 +3151,12 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
     words = re.compile("(" + "|".join(term.pattern for term in terms) + ")", re.IGNORECASE)
     first: JsonObject = {"snippet": []}
     for name, text in event_texts(event["data"]) if terms else ():
+        text = unicodedata.normalize("NFD", text)
         if match := words.search(text):
             start = max(0, match.start() - SNIPPET_CHARS // 3)
             end = max(match.end(), start + SNIPPET_CHARS)
-            pieces = words.split(re.sub(r"\s+", " ", text[start:end]))
+            found = words.split(re.sub(r"\s+", " ", text[start:end]))
+            pieces = [unicodedata.normalize("NFC", piece) for piece in found]
             pieces[0] = ("…" if start else "") + pieces[0]
             pieces[-1] += "…" if end < len(text) else ""
             marked = ({"text": piece, **({"hit": True} if at % 2 else {})} for at, piece in enumerate(pieces))

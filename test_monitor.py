@@ -5776,9 +5776,7 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any, lines: Iter
     `lines`: what the transcript gets by Esc (SESSION_LINES); it is then read instead of the registry.
     """
     rows = [json.loads(line) for line in spool_read(f"{CLIENT_RECORDINGS}/{name}.jsonl")]
-    contents = [
-        (row["t"], row["registry"]["content"]) for row in rows if row.get("registry", {}).get("content")
-    ]
+    contents = [(it["t"], it["registry"]["content"]) for it in rows if it.get("registry", {}).get("content")]
     base = max(it["statusUpdatedAt"] - t for t, it in contents if "statusUpdatedAt" in it)
     exited = next((row["t"] for row in rows if row.get("screen") == "EXITED"), math.inf)
     numbered = enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
@@ -6298,9 +6296,7 @@ def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None
 
 def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
     target = notice_target(afterSeconds=30, quietHours="22:00-07:00", when=["permission"])
-    other = cm.NotifyTarget(
-        2, {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
-    )
+    other = cm.NotifyTarget(2, {"url": "http://b", "format": "json", "afterSeconds": 0, "unlessSeen": False})
     book, day, night, at = cm.NoticeBook([target, other], {}), "12:00", "23:00", NOW_MS
 
     def due(after_s: float, clock: str = day, is_seen: bool = False) -> list[tuple[int, bool]]:
@@ -10893,7 +10889,7 @@ def newest_first(numbers: Iterable[int]) -> list[str]:
 
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
 def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
-    texts, searches = story_blocks("search")
+    texts, searches, _ = story_blocks("search")
     indexed.add(*(index_prompt(number, json.loads(text)) for number, text in enumerate(texts)))
     if how == "no full text":
         monkeypatch.setattr(cm.IndexFile, "_FULL_TEXT", ("not there",))
@@ -10902,6 +10898,13 @@ def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatc
     typed = [line.partition(" →")[0] for line in searches]
     found = (" ".join(id_[1:] for id_ in indexed.ids(words)) for words in typed)
     assert [f"{words} → {numbers}".rstrip() for words, numbers in zip(typed, found)] == searches
+
+
+@pytest.mark.parametrize("line", story_blocks("search")[2])
+def test_what_is_found_is_marked_with_its_accents(line: str) -> None:
+    text, typed, expected = line.split(" → ")
+    found = cm.snippet_of({"data": {"message": json.loads(text)}}, cm.parse_terms(typed))["snippet"]
+    assert "".join(f"[{it['text']}]" if it.get("hit") else it["text"] for it in found) == expected
 
 
 def test_a_call_is_found_by_its_events_and_not_by_those_of_its_round(indexed):
@@ -12250,9 +12253,7 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 DOCUMENT_NAMES = ("README.md", *(f".docs/{it}" for it in os.listdir(ROOT + "/.docs") if it.endswith(".md")))
 DOCUMENTS = {name: install_text(f"{ROOT}/{name}") for name in DOCUMENT_NAMES}
 PROTOCOL_MD = DOCUMENTS[".docs/protocol.md"]
-doc_blocks = (
-    (name, re.findall(r"(?sm)^```(\w*)\n(.*?)^```", document)) for name, document in DOCUMENTS.items()
-)
+doc_blocks = ((name, re.findall(r"(?sm)^```(\w*)\n(.*?)^```", text)) for name, text in DOCUMENTS.items())
 DOC_BLOCKS = [(name, *block) for name, blocks in doc_blocks for block in blocks]  # (path, language, text)
 # Of shell commands:
 DOC_LINES = [(path, it) for path, kind, text in DOC_BLOCKS if kind == "sh" for it in text.splitlines()]
