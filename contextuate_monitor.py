@@ -2362,6 +2362,8 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         return
     if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
         return  # clients before 2.1.78 end a failed turn like any other
+    if kind == "turn_end" and data.get("stop_hook_active") and _client_status(session)[0] == "busy":
+        turn = "working"  # a Stop hook blocked the last end, and may block this one: the client's `idle` ends it
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
