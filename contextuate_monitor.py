@@ -600,8 +600,7 @@ class Request(NamedTuple):
 
     def one(self, name: str) -> str:
         """Return the value of a header, "" if it is missing; raise RequestError(400) if it is repeated."""
-        values = self.all(name)
-        if len(values) > 1:
+        if len(values := self.all(name)) > 1:
             raise RequestError(400, f"several {name} headers")
         return values[0] if values else ""
 
@@ -766,8 +765,7 @@ class Journal:
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
                     stored[entry.seq - self.seq - 1] = None
-            took_ms = round((time.monotonic() - started) * 1000)
-            if took_ms > SLOW_WRITE_MS:
+            if (took_ms := round((time.monotonic() - started) * 1000)) > SLOW_WRITE_MS:
                 self.slow_write = time.monotonic(), took_ms
         self.seq += len(stored)  # set last, since readers stop there: they never see a part of this batch
         return stored
@@ -785,8 +783,7 @@ class Journal:
         fd = self._descriptors.get(session_id)
         if fd is None or not os.fstat(fd).st_nlink:  # users may delete files with `rm`
             fd = self._open_to_append(session_id)
-        written = os.write(fd, data)
-        if written != len(data):
+        if (written := os.write(fd, data)) != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -965,8 +962,7 @@ class JournalFile:
             end = None if self.last_seq < before else self._offset_of(before)
             segments = itertools.islice(self.segments_back(end, block), 1, None)
         for line in segments:
-            seq = line_seq(line)
-            if after < seq < before:
+            if after < (seq := line_seq(line)) < before:
                 yield (-seq if backwards else seq), line, self.day
             elif seq and (seq <= after) == backwards:
                 return
@@ -1035,10 +1031,8 @@ def parse_stored(line: bytes) -> JsonObject:
     return {"seq": line_seq(line), "received": received_ms or rebuilt["timestamp"], **rebuilt}
 
 
-@functools.lru_cache(maxsize=1000)
-def warn_skipped_once(path: str) -> None:
-    """Log once per file that it is skipped."""
-    log.warning("%s is skipped: it is not a regular file that this user can read", path)
+SKIPPED_WORDS = "%s is skipped: it is not a regular file that this user can read"
+warn_skipped_once = functools.lru_cache(maxsize=1000)(functools.partial(log.warning, SKIPPED_WORDS))
 
 
 def unpack(path: str) -> None:
@@ -2363,7 +2357,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
         return  # clients before 2.1.78 end a failed turn like any other
     if kind == "turn_end" and data.get("stop_hook_active") and _client_status(session)[0] == "busy":
-        turn = "working"  # a Stop hook blocked the last end, and may block this one: the client's `idle` ends it
+        turn = "working"  # a Stop hook blocked the last one, and perhaps this one: the status `idle` ends it
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
@@ -3281,8 +3275,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
     for line in lines:
         # The first line is always searched, so that the next page begins further on.
         complete = last == query.before or time.monotonic() - begin <= SEARCH_BUDGET_S
-        more = len(results) == query.limit or not complete
-        if more:
+        if more := len(results) == query.limit or not complete:
             break
         last = line_seq(line)
         # A cheap check first. An escape may be a letter with an accent, which matches the letter without.
@@ -3341,8 +3334,7 @@ class IndexFile:
         (self.indexed,) = self.db.execute("SELECT value FROM meta WHERE name = 'indexed'").fetchone()
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
-        self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
-        self._unnamed = UnnamedCalls()
+        self._file_of, self._unnamed = functools.lru_cache(NAMES_KEPT)(self._find_file), UnnamedCalls()
         self._inodes = [about.st_ino for about in index_files(path).values()]
 
     def _connect(self) -> sqlite3.Connection:
@@ -3756,8 +3748,7 @@ class History:
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
-        self._journal, self._path = journal, path
-        self._prices = prices or PriceList()
+        self._journal, self._path, self._prices = journal, path, prices or PriceList()
         self.generation, self._error = 0, ""
         if sqlite3 is None:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
@@ -5507,8 +5498,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                     size = int(match[1], 16)
                 if len(body) + size > emit_event.LINE_LIMIT_BYTES:
                     raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
-                data = self.rfile.read(size)
-                if len(data) < size:
+                if len(data := self.rfile.read(size)) < size:
                     raise RequestError(400, "the body ended early")
                 body += data
                 if size == 0:
@@ -6426,8 +6416,7 @@ class Ingest:
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal, self._quarantine_path = journal, settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
-        self._privacy = settings.privacy
-        self.registry = RegistryThread(settings.machine_key, deliver)
+        self._privacy, self.registry = settings.privacy, RegistryThread(settings.machine_key, deliver)
         self._usage = emit_event.UsageWorker(settings.home, deliver)
         self._usage.reader.with_words = not settings.privacy.metadata_only
         self._noted: dict[tuple[str, str], Any] = {}  # see emit_event.add_agent_note
@@ -7108,8 +7097,7 @@ class Monitor:
     """The running program: `run` serves until `stop`; all but `__init__` happens in the loop thread."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.loop = settings, EventLoop()
-        self.started_at = now_ms()
+        self.settings, self.loop, self.started_at = settings, EventLoop(), now_ms()
         quiet_ms = settings["sessions.quietSeconds"] * 1000
         ended_ms = settings["sessions.endedHours"] * 3_600_000
         prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
@@ -7146,8 +7134,7 @@ class Monitor:
         in_use = "another monitor runs for this directory; `stop` ends it"
         self._lock = lock_file(settings.path("monitor.pid"), lambda: in_use)
         host = settings["server.host"]
-        self.addresses = own_addresses(host)
-        token = read_token(settings.path("token"))
+        self.addresses, token = own_addresses(host), read_token(settings.path("token"))
         access = Access(settings["server.auth"], token, self.addresses, settings["server.allowedHosts"])
         http_socket = bind_tcp(host, settings["server.port"], "server.port", "--port")
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
@@ -8721,8 +8708,7 @@ class Doctor:
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
-        size = sum(size for _, size in segments)
-        if size:
+        if size := sum(size for _, size in segments):
             oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
             words = f"{human_size(size)} of events wait to leave, the oldest for {oldest}"
             yield _warn("spool", words, "they are delivered once the checks below pass")
@@ -8775,8 +8761,7 @@ class Doctor:
         """Connect as hooks do. The probe tests a hook's rights; a monitor's status has its own."""
         values, client, off_s = self._settings.values, None, 0.0
         try:
-            client = _in_time(lambda: emit_event.redis_client(values))
-            before = time.time()
+            client, before = _in_time(lambda: emit_event.redis_client(values)), time.time()
             seconds, micros = _in_time(client.time)
             off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         except Exception as error:
@@ -10066,8 +10051,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
     if args.limit < 1:
         raise SearchError("--limit", "an integer from 1")
     wanted = {**filters_of(settings, args), "state": args.state}
-    colour = "0" if sys.stdout.isatty() else ""
-    left, cursor = args.limit, None
+    colour, left, cursor = "0" if sys.stdout.isatty() else "", args.limit, None
     while True:
         asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
         given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
@@ -10089,8 +10073,7 @@ def command_search(settings: Settings, args: argparse.Namespace) -> int:
 
 def command_export(settings: Settings, args: argparse.Namespace) -> int:
     """Write stored events as NDJSON, or a session as a page; --state and html need a running monitor."""
-    store = Journal(settings.path("events"))
-    wanted, sessions = filters_of(settings, args), None
+    store, wanted, sessions = Journal(settings.path("events")), filters_of(settings, args), None
     if args.state:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)

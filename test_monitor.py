@@ -1110,8 +1110,7 @@ def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[
 
 @pytest.mark.parametrize("key", sorted({part for key in cm.KEYS for part in (key, key.partition(".")[0])}))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
-    wrong, right = HOOK_VALUES[key]
-    path = tmp_path / "c.json"
+    (wrong, right), path = HOOK_VALUES[key], tmp_path / "c.json"
     expected = cm.KEYS[key].expected if key in cm.KEYS else "an object"
     for value in wrong:
         with pytest.raises(ee.ConfigError) as caught:
@@ -1263,8 +1262,7 @@ def test_any_object_becomes_an_event_with_every_value(given_object, redact, meta
     once = hook_protected(given_object, privacy)
     hook_check_form(once)
     assert protected(json.loads(json.dumps(once)), privacy) == once, "protecting twice is protecting once"
-    there = collections.Counter(hook_all_values(event))
-    fields = dict(given_object)
+    there, fields = collections.Counter(hook_all_values(event)), dict(given_object)
     is_wrapped = isinstance(fields.get("hook"), dict) and isinstance(fields.get("id"), str)
     is_event = isinstance(fields.get("eventType"), str) and not isinstance(fields.get("hook_event_name"), str)
     opened = "data" if is_event else "hook" if is_wrapped and "eventType" not in fields else None
@@ -1580,8 +1578,7 @@ def test_a_secret_across_the_cut_leaves_no_half(kind):
 
 def test_secrets_before_the_cut_pull_no_half_secret_into_view():
     # What is replaced becomes shorter, so that the head reaches further into the text than its length says.
-    limit, margin = 32_768, 4096
-    secret = hook_made_up("AK~IA<16 base32>")
+    limit, margin, secret = 32_768, 4096, hook_made_up("AK~IA<16 base32>")
     blocks = "\n\n".join(hook_key_block(1600) for _ in range(5)) + "\n"
     for edge in (limit // 2, limit // 2 + margin):
         for back in (2, 8, 12, 18):
@@ -2049,8 +2046,7 @@ def test_a_file_that_is_removed_or_replaced_ends_there(tmp_path, journal, monkey
 
 
 def test_a_day_may_have_more_files_than_may_be_open(journal):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/dev/fd"))
+    (soft, hard), used = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/dev/fd"))
     try:
         for turn in range(3):
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + journal.OPEN_FILES + 20, hard))
@@ -2444,8 +2440,7 @@ def test_the_hook_is_copied_and_runs_from_bytecode(tmp_path):
     home = tmp_path / 'my "home" $x'
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
-    library = home / "hooks/lib"
-    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    library, names = home / "hooks/lib", ("emit_event.py", "hot_path.py", "status_line.py")
     launcher, whole, hot_path, status_line = map(install_text, [script, *(library / name for name in names)])
     assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
     line = status_line.partition("\n")[2]
@@ -3736,8 +3731,7 @@ def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
 
     def updates(*hooks: dict[str, Any]) -> list[dict[str, Any]]:
         running.emit(*hooks)
-        last = running.sessions()["s1"]["lastEventTime"]
-        found = []
+        last, found = running.sessions()["s1"]["lastEventTime"], []
         for client in (page, other):
             update = {}
             while update.get("lastEventTime") != last:
@@ -3914,8 +3908,7 @@ class SessionStory:
     def apply(self, given: dict[str, Any], mark: str = "") -> dict[str, Any]:
         """Let anything arrive now, as the monitor would take it."""
         self.count += 1
-        event = ee.build_event(given, self.time, self.machine)
-        marked = {mark: True} if mark else {}
+        event, marked = ee.build_event(given, self.time, self.machine), {mark: True} if mark else {}
         heard = self.hear({"seq": self.count, "received": self.time, **event, **marked})
         return self.book.to_json(self.book.apply(heard))
 
@@ -4455,8 +4448,7 @@ def test_a_status_line_gives_figures_and_is_no_activity() -> None:
     case.sessions.tick(NOW_MS + 300_000)
     before = case.shown()
     case.line(NOW_MS + 400_000)
-    after = case.shown()
-    context = {"percent": 4, "used": 36561, "size": 1_000_000}
+    after, context = case.shown(), {"percent": 4, "used": 36561, "size": 1_000_000}
     expected = [context, 0.30407, "client", 0, 0, 1_795_647_322_000, "medium"]
     assert [after.pop(name) for name in GAUGE_FIELDS] == expected
     assert after.pop("model") == "claude-opus-5-5" and before.pop("model") is None
@@ -4547,8 +4539,7 @@ def test_without_a_status_line_the_context_is_estimated(model, used, percent, si
     case.hook("SessionStart")
     usage = {"models": {model: {"input": 1_000_000}}, "agents": {}, "model": model, "context": used}
     case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": usage}}, NOW_MS)
-    shown = case.shown()
-    known = {"percent": percent, "used": used, "size": size, "estimated": True}
+    shown, known = case.shown(), {"percent": percent, "used": used, "size": size, "estimated": True}
     assert shown["context"] == (known if type(used) is int and used else None)
     expected = (None, None) if model == "strange" else (shown["estimatedCostUsd"], "estimate")
     assert (shown["costUsd"], shown["costSource"]) == expected
@@ -5269,8 +5260,7 @@ def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
 def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
     (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
-    whole = install_text(note)
-    known, noted = {}, []
+    whole, known, noted = install_text(note), {}, []
     for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
         os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
@@ -5837,8 +5827,7 @@ def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path
     # The screens were recorded on a loaded machine: up to 1.9 s after the hook.
     in_order = replayed(name, tmp_path, watcher, lambda: 0)
     assert longest_difference_ms(in_order) <= 2000, in_order
-    delays = random.Random(name)
-    watcher = ee.RegistryWatcher("box")
+    delays, watcher = random.Random(name), ee.RegistryWatcher("box")
     shuffled = replayed(name, tmp_path, watcher, lambda: delays.uniform(0, 500))
     assert longest_difference_ms(shuffled) <= 2500, shuffled
     assert shuffled[-2][2] == in_order[-2][2]
@@ -7430,8 +7419,7 @@ def test_doctor_runs_what_is_registered_and_names_what_is_wrong(
     subprocess.run(
         ["sh", "-ec", commands], cwd=examined.home, env={**os.environ, "PYTHON": PYTHON}, check=True
     )
-    found_status, findings = examine(examined)
-    check, level = finding.split()
+    (found_status, findings), (check, level) = examine(examined), finding.split()
     said = [it["words"] + it["advice"] for it in findings.get(check, ()) if it["level"] == level]
     assert found_status == status and words in "\n".join(said), findings
 
@@ -8075,8 +8063,7 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
     def quarantined(monitor: RedisMachine) -> int:
         return int(monitor.get("/api/status")["events"]["quarantined"])
 
-    before = [quarantined(monitor) for monitor in team.monitors]
-    flow = RedisFlow(team, "among-garbage")
+    before, flow = [quarantined(monitor) for monitor in team.monitors], RedisFlow(team, "among-garbage")
     for message in (*garbage, *odd):
         team.server.publish(message)
     foreign = [team.server.cli("XADD", REDIS_STREAM, "*", "nothing", "of ours")]
@@ -8471,8 +8458,7 @@ def flock(fd, how):
 ee.posix = types.SimpleNamespace(**{**vars(posix), "posix_spawn": spawn})
 ee.fcntl = types.SimpleNamespace(**{**vars(fcntl), "flock": flock})
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-dice = random.Random(seed)
-started, wait_s = 0, ee.PUBLISHER_QUIET_S
+dice, started, wait_s = random.Random(seed), 0, ee.PUBLISHER_QUIET_S
 for number in range(int(rounds)):
     line = b'{"id":"%s-%d","timestamp":1,"machineId":"m","hook":{"hook_event_name":"Stop"}}\\n' % (seed.encode(), number)
     ee.append_to_spool(home + "/spool", line)
@@ -8491,8 +8477,7 @@ print(started)
 
 @pytest.mark.slow
 def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
-    server = make(RedisServer)
-    workers, rounds = 3, 120
+    server, workers, rounds = make(RedisServer), 3, 120
     config = {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}}
     machines = [make(RedisMachine, config=config) for _ in range(workers)]
     racers = [
@@ -9110,8 +9095,7 @@ def test_a_monitor_without_file_descriptors_recovers(running):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
-    rng = random.Random(int(number))
-    command = shlex.split(monitor.installed_command())[:4]
+    rng, command = random.Random(int(number)), shlex.split(monitor.installed_command())[:4]
     line = json.dumps(payload("UserPromptSubmit", prompt="x" * 20_000)).encode() + b"\n"
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     ended_well = 0
@@ -9146,8 +9130,7 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
     ee.write_atomically(transcript, usage_line("a", 5))
     hook_call(command, {**payload("Stop"), "transcript_path": transcript}, monitor.environment)
     for number, row in enumerate(story_parts("tables.txt")["damaged files"]):
-        kind, _, garbage = row.partition(": ")
-        before = monitor.counts()
+        (kind, _, garbage), before = row.partition(": "), monitor.counts()
         monitor.kill()
         for name in kept:
             path = f"{monitor.home}/{name}"
@@ -10462,8 +10445,7 @@ def test_one_of_two_pages_answers_whatever_else_names_the_question(asking):
         os.killpg(hook.pid, signal.SIGCONT)
 
     cookie = asking.pair()
-    pages = [asking.page(cookie) for _ in range(2)]
-    hook, event_id = asking.ask()
+    pages, (hook, event_id) = [asking.page(cookie) for _ in range(2)], asking.ask()
     line = json.dumps({"id": event_id, "answerable": 60, "hook": ANSWER_ASKED["Bash"]}, separators=(",", ":"))
     with asking.monitor.connect() as other:
         other.sendall(line.encode() + b"\n")
@@ -10515,8 +10497,7 @@ def test_pairing_needs_the_code_of_a_terminal(asking):
     assert [asking.post("/pair", {"code": it})[0] for it in (wrong, wrong, wrong, code)] == [403] * 4
     assert asking.post("/pair", {"code": asking.code()}, Origin="http://evil.example")[0] == 403
     assert stat.S_IMODE(os.stat(asking.monitor.home + "/pairings.json").st_mode) == 0o600
-    cookie = asking.pair()
-    hook, event_id = asking.ask()
+    cookie, (hook, event_id) = asking.pair(), asking.ask()
     elsewhere = asking.page(cookie, source="127.0.0.2")
     assert not elsewhere.hello["mayAnswer"]
     assert "not paired" in asking.answer(elsewhere, event_id, {"do": "allow"})
@@ -10676,8 +10657,7 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     asking, other = make(Asking, one), make(Asking, two)
     os.makedirs(one.home + "/hooks", exist_ok=True)
     ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
-    page = other.page(other.pair())
-    hook = asking.hook(ANSWER_ASKED["Bash"])
+    page, hook = other.page(other.pair()), asking.hook(ANSWER_ASKED["Bash"])
     event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
     place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
     allow = {"do": "allow"}
@@ -10807,8 +10787,7 @@ class IndexCase:
 
     def __init__(self, folder: str | None = None) -> None:
         self.home = folder or new_home()
-        self.path = self.home + "/index.db"
-        self.store = journal_opened(self.home + "/events")
+        self.path, self.store = self.home + "/index.db", journal_opened(self.home + "/events")
         self.history, self.started = cm.History(self.store, self.path), False
 
     def add(self, *events: dict[str, Any], day_ms: int = NOW_MS) -> IndexCase:
@@ -12389,8 +12368,7 @@ def test_every_address_of_the_api_is_listed_and_answers_as_listed(running: Runni
     for address, answer in rows:
         path = address[4:].replace("{id}", event["id" if "/api/events/" in address else "sessionId"])
         if address.startswith("GET "):
-            status, _, body = running.request(path)
-            names = re.match(r"`{([a-zA-Z, ]+)}`", answer)
+            (status, _, body), names = running.request(path), re.match(r"`{([a-zA-Z, ]+)}`", answer)
             assert status == 200, address
             assert names is None or json.loads(body).keys() == set(names[1].split(", ")), address
 
