@@ -127,9 +127,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -6084,13 +6082,8 @@ _SLACK_SAFE = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u20
 SendOutcome = tuple[bool, str, Union[float, None]]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:  # another server must not get the message
-        return None
-
-
-def http_request(message: Delivery) -> urllib.request.Request:
-    """Return the request that sends a message to its target's URL."""
+def http_request(message: Delivery) -> tuple[str, bytes, dict[str, str]]:
+    """Return (URL, body, headers) of the request that sends a message to its target."""
     target, notice, (title, text, link) = message.target, message.notice, message_words(message)
     parts = urllib.parse.urlsplit(target.url)
     user, _, place = parts.netloc.rpartition("@")
@@ -6110,14 +6103,21 @@ def http_request(message: Delivery) -> urllib.request.Request:
     else:
         names = {"id": notice.key, "kind": notice.kind, "sessionId": notice.session_id, "link": link or None}
         body = encode_json({"title": title, "text": text, **names, "since": notice.since or None})
-    return urllib.request.Request(parts._replace(netloc=place, fragment="").geturl(), body, headers)
+    return parts._replace(netloc=place, fragment="").geturl(), body, headers
 
 
 def post_message(message: Delivery) -> SendOutcome:
     """Send a message to a URL once."""
+    import urllib.error
+    import urllib.request  # 0.5 MB that a monitor without such a target does not need
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:  # another server must not get the message
+            return None
+
     try:
-        opener = urllib.request.build_opener(_NoRedirect)
-        with opener.open(http_request(message), timeout=NOTICE_DEADLINE_S) as response:
+        request = urllib.request.Request(*http_request(message))
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=NOTICE_DEADLINE_S) as response:
             return True, f"answered {response.status}", None
     except urllib.error.HTTPError as error:
         error.close()

@@ -5388,8 +5388,9 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
     note, *stored = monitor.stored_events()
     assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
     assert not any("usage" in it["data"] for it in stored if it["eventType"] != "usage"), "a thread reads it"
-    ends = [place for place, event in enumerate(stored) if event["eventType"] == "turn_end"]
-    totals_after = [stored[place + 1]["data"]["usage"] for place in ends]
+    own = [it for it in stored if it["sessionId"] == session]
+    ends = [place for place, event in enumerate(own) if event["eventType"] == "turn_end"]
+    totals_after = [own[place + 1]["data"]["usage"] for place in ends]
     assert [usage_output(usage) for usage in totals_after] == outputs[1:]
     monitor.kill()
     assert monitor.serve().sessions() == sessions
@@ -6339,12 +6340,12 @@ def test_a_message_has_no_control_characters_secrets_or_markup(form: str, tmp_pa
             assert cm.attempt(message)[:2] == (True, "ended with status 0")
             whole = path.read_text()
         else:
-            request = cm.http_request(message)
-            assert (request.full_url, request.headers["Authorization"]) == ("http://a/b", "Basic dTpwQA==")
-            whole = request.data.decode()
-            assert request.headers.get("Click", "https://m.example/x/#s=s1") == "https://m.example/x/#s=s1"
+            url, body, headers = cm.http_request(message)
+            assert (url, headers["Authorization"]) == ("http://a/b", "Basic dTpwQA==")
+            whole = body.decode()
+            assert headers.get("Click", "https://m.example/x/#s=s1") == "https://m.example/x/#s=s1"
             if form == "ntfy":
-                whole = base64.b64decode(request.headers["Title"].split("?")[3]).decode() + "|" + whole
+                whole = base64.b64decode(headers["Title"].split("?")[3]).decode() + "|" + whole
             else:
                 body = json.loads(whole)
                 assert "https://m.example/x/#s=s1" in (body.get("link") or body["text"])
