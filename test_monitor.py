@@ -26,6 +26,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import dis
 import fcntl
 import functools
@@ -7509,8 +7510,7 @@ class RedisServer:
         mode: str = "",
     ) -> None:  # fmt: skip
         self.directory, self.mode = new_home(), mode
-        self.socket_path = self.directory + "/redis.sock"
-        self.port = port or redis_free_port()
+        self.socket_path, self.port = self.directory + "/redis.sock", port or redis_free_port()
         self.user, self.password, self.certificates = user, password, certificates
         common = [
             f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}",
@@ -8265,8 +8265,7 @@ class DrippingServer:
     def __init__(self, port: int) -> None:
         self.listener = socket.create_server(("127.0.0.1", port))
         self.listener.settimeout(0.05)
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._serve)
+        self.stopping, self.thread = threading.Event(), threading.Thread(target=self._serve)
         self.thread.start()
 
     def _serve(self) -> None:
@@ -9241,7 +9240,7 @@ class EditHistory:
     """Random edits of the files in a directory: what the client does, and the calls that its hooks report."""
 
     def __init__(self, root: pathlib.Path, seed: int) -> None:
-        self.root, self.rng, self.calls, self.made = root, random.Random(seed), [], 0
+        self.root, self.rng, self.calls, self.made, self.known = root, random.Random(seed), [], 0, set()
         for name in ("a.txt", "b c.txt"):
             (root / name).write_text(self.lines(40))
 
@@ -9255,9 +9254,11 @@ class EditHistory:
         before = path.read_text() if path.exists() else None
         lines = (before or "").splitlines(keepends=True)
         at = self.rng.randrange(len(lines) + 1)
-        if before is None or at == len(lines) or self.rng.random() < 0.2:
+        is_command = (before is None or path in self.known) and self.rng.random() < 0.4
+        if is_command or before is None or at == len(lines) or self.rng.random() < 0.2:
             text = "".join(lines[:at]) + self.lines(self.rng.randrange(3)) + "".join(lines[at + 2 :])
-            text = text[:-1] if self.rng.random() < 0.3 else text
+            cut = text[:-1] if self.rng.random() < 0.3 else text
+            text = text.replace("one", "two", 3) if is_command else cut
             tool, given = "Write", {"content": text}
             reply = {"type": "create" if before is None else "update", "content": text, "structuredPatch": []}
         else:
@@ -9276,10 +9277,16 @@ class EditHistory:
                 if lines == [""]:
                     break
             tool, given = ("Edit", edits[0]) if len(edits) == 1 else ("MultiEdit", {"edits": edits})
-            reply = {"oldString": edits[0]["old_string"], "newString": edits[0]["new_string"]}
-            reply = reply if tool == "Edit" else {}
+            reply = {"oldString": old, "newString": new} if tool == "Edit" else {}
         path.write_text(text)
         reply |= {"filePath": str(path), "originalFile": before, "userModified": False}
+        if is_command:  # the client gives the hunks of `git diff`
+            diff = (line.rstrip("\n") for line in difflib.unified_diff(lines, text.splitlines(keepends=True)))
+            parts = iter(re.split(r"(?m)^@@ -(\d+).*\n", "\n".join(diff))[1:])
+            hunks = [{"oldStart": int(start), "lines": next(parts).splitlines()} for start in parts]
+            file = {"filePath": str(path), "hunks": hunks, "created": before is None}
+            tool, reply = "Bash", {"bashEditDiff": {"files": [file]}}
+        self.known.add(path)
         self.calls.append({"tool": tool, "input": {"file_path": str(path), **given}, "output": reply})
 
 
@@ -10418,10 +10425,8 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking):
             data = {"status": status, "previous": "busy"}
             monitor.emit({**about, "pid": asking.client.pid, "timestamp": ee.now_ms() + 5, "data": data})
 
-    def next_prompt() -> None:
-        monitor.emit(payload("UserPromptSubmit", prompt="go on"))
-
     monitor = asking.monitor
+    next_prompt = functools.partial(monitor.emit, payload("UserPromptSubmit", prompt="go on"))
     for end in (monitor.stop, monitor.kill):
         hook, _ = asking.ask()
         end()
@@ -11497,8 +11502,7 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
         f"limit=1&cursor={page['next']}": ["a"], "state=waiting": ["b"], "state=failed": [], "state=waiting&session=a": [],
     }.items():  # fmt: skip
         assert found_in(running.get("/api/search?q=quokka&" + query)) == found, query
-    client = running.websocket("rows")
-    wanted = {"type": "search", "query": "quokka"}
+    client, wanted = running.websocket("rows"), {"type": "search", "query": "quokka"}
     answer = client.ask("search_results", eventType="user_prompt", session="a", requestId=7, **wanted)
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
