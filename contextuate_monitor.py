@@ -1586,6 +1586,8 @@ def apply_event(
         runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
         kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
     rule = _NOTHING if _is_second_process(session, event, kind, at, late) else RULES.get(kind, _NOTHING)
+    is_shared = rule.waits in ("agent", "all") and not agent_id and _goes_on_elsewhere(session, event)
+    rule = Rule(rule.turn.replace("idle", ""), "", "input") if is_shared else rule  # the rest is not its own
     until, silence_ms = at if late else _NEVER, at - session.last_event
     is_stale = late and kind != "replaced" and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
@@ -1655,8 +1657,7 @@ def _is_second_process(session: Session, event: JsonObject, kind: str, at: int, 
     if kind == "session_start":  # processes not seen alive recently may have been killed
         is_open, since = session.turn != "ended", at - REORDER_WINDOW_MS
         others = {other: alive_at for other, alive_at in others.items() if is_open and alive_at > since}
-    others = dict(list(others.items())[-7:])
-    session.processes = {**others, process: session.processes.get(process, 0)}
+    session.processes = {**dict(list(others.items())[-7:]), process: session.processes.get(process, 0)}
     return kind == "session_start" and bool(others)
 
 
@@ -1673,8 +1674,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.directory = event["workingDirectory"] or session.directory
     if not session.parent_by_user and parent_id not in (None, session.session_id):
         session.parent_id = session.parent_id or parent_id
-    if isinstance(data.get("session_title"), str) and data["session_title"].strip():
-        session.title = one_line(data["session_title"])
+    session.title = one_line(text_of(data.get("session_title"))) or session.title
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
         session.model = one_line(model)
@@ -1712,8 +1712,7 @@ WAITS_LIMIT = 100  # of a session; each event goes through them, and each update
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     """Apply the totals from the transcripts, the newest; other programs' `usage` has another form."""
-    about = object_of(usage)
-    models, agents, model, context = map(about.get, ("models", "agents", "model", "context"))
+    models, agents, model, context = map(object_of(usage).get, ("models", "agents", "model", "context"))
     if not isinstance(models, dict) or not isinstance(agents, dict):
         return
     used = {text_of(name): tokens_of(it) for name, it in itertools.islice(models.items(), MODELS_LIMIT)}
@@ -1772,9 +1771,8 @@ def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
     if at < session.gauges_time:
         return []
     session.gauges_time, (session.gauges, limits) = at, gauges_of(data.get("gauges"), at)
-    level, model = object_of(data.get("effort")).get("level"), data.get("model")
-    session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
-    session.model = one_line(model) if isinstance(model, str) and model else session.model
+    session.effort = one_line(text_of(object_of(data.get("effort")).get("level")), 20) or session.effort
+    session.model = one_line(text_of(data.get("model"))) or session.model
     return limits
 
 
@@ -2168,7 +2166,7 @@ _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input"
 
 def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: str) -> None:
     """End the waits that an event ends; one without a call is tied to its call when that begins."""
-    kept, data = [], event["data"]
+    kept, data, is_only = [], event["data"], not _goes_on_elsewhere(session, event)
     use_id = text_of(data.get("toolUseId")) or UNNAMED + event["id"]
     begun = session.open_calls.get(use_id) if kind == "tool_call" else None
     server = text_of(data.get("mcp_server_name"))
@@ -2186,7 +2184,7 @@ def _end_waits(session: Session, event: JsonObject, kind: str, at: int, over: st
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
             or (may_end and (over == "agent" or wait.kind == "input"))
             # Calls of one round begin together, so only a later call proves that this one was decided.
-            or (may_end and kind == "tool_call" and abs(at - wait.since) > REORDER_WINDOW_MS)
+            or (may_end and kind == "tool_call" and is_only and abs(at - wait.since) > REORDER_WINDOW_MS)
             or (may_end and kind == "permission_result" and names_it)
             or (may_end and is_answer and (not server or wait.tool in (None, server)))
             or (kind == "answer" and data.get("outcome") == "delivered" and wait.event_id == data.get("to"))
@@ -2219,6 +2217,8 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         held_until = at + event["answerable"] * 1000 if precedes_dialog(event) else 0
         wait = wait._replace(event_id=event["id"], held_until=held_until)
     if wait.kind in ("input", "prompt"):
+        if _goes_on_elsewhere(session, event):
+            return
         # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
@@ -2249,11 +2249,16 @@ _CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes 
 _DIALOGS = {"permission prompt": "permission", "sandbox request": "permission", "input needed": "question"}
 
 
-def _client_status(session: Session) -> tuple[str, str]:
-    """Return the status that counts for a session: (status, waitingFor); ("", "") if none is known."""
-    reported = [it for process, it in session.client_status.items() if process in session.processes]
+def _client_status(session: Session, besides: tuple[int, int] | None = None) -> tuple[str, str]:
+    """Return the status that counts, `besides` that of a process: (status, waitingFor); ("", ""): unknown."""
+    reported = [session.client_status.get(it, ("", "")) for it in session.processes if it != besides]
     ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
     return min((it for it in reported if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+
+
+def _goes_on_elsewhere(session: Session, event: JsonObject) -> bool:
+    """True if another process of the session works or asks, e.g. after `--resume` in a second terminal."""
+    return "pid" in event and _client_status(session, process_of(event))[0] in ("waiting", "busy")
 
 
 def _apply_client_status(
@@ -2371,13 +2376,11 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     if not (is_esc or kind in ("pre_compact", "compacted")):  # a command outlives these
         session.background = []
     session.turn, session.turn_since, session.wakeup = turn, at, ""
-    if kind == "client_exited":
-        end_session(session, at, _EXITED, presumed=True)
-        return
     if turn == "ended":
-        why = one_line(text_of(data.get("reason"))) or "ended"
+        is_exit = kind == "client_exited"
+        why = _EXITED if is_exit else one_line(text_of(data.get("reason"))) or "ended"
         session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
-        end_session(session, at, why, presumed=False)
+        end_session(session, at, why, presumed=is_exit)
         return
     session.end, session.end_reason, session.failure, session.unseen_failure = None, "", failure, False
     if kind == "turn_end":
@@ -5029,10 +5032,9 @@ class Access:
 
 def peer_address(sock: socket.socket) -> str:
     """Return the IP address of a connection's other end; "" once it is closed."""
-    try:
+    with contextlib.suppress(OSError):
         return str(sock.getpeername()[0]).partition("%")[0].replace("::ffff:", "")
-    except OSError:
-        return ""
+    return ""
 
 
 def peer_owner(sock: socket.socket) -> tuple[int, str]:
@@ -6831,9 +6833,8 @@ class MessageHandlers:
 
         def read() -> JsonObject:
             lines = self._monitor.history.newest(limit + 1, head.get("sessionId"), before)
-            events = [event for _, event, _ in readable(reversed(lines[:limit]))]
-            if client.view == "rows":
-                events = [event_row(event) for event in events]
+            found = readable(reversed(lines[:limit]))
+            events = [event_row(event) if client.view == "rows" else event for _, event, _ in found]
             return {**head, "events": events, "more": len(lines) > limit}
 
         return self._monitor.reader.submit(read)
@@ -6960,10 +6961,9 @@ def foreign_files(home: str) -> list[tuple[str, str, str]]:
 
 def user_name(uid: int) -> str:
     """Return the name of a user; the number where there is none, as in many containers."""
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return str(uid)
 
 
 def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
