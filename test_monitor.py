@@ -1383,8 +1383,7 @@ HOOK_SECRET_KINDS = sorted({kind for kind, _, _ in HOOK_SECRETS})
 
 def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
     """List the pieces of a secret that stand in an event."""
-    text = json.dumps(event)
-    pieces = {secret[at : at + length] for at in range(4, len(secret) - length + 1)}
+    text, pieces = json.dumps(event), {secret[at : at + length] for at in range(4, len(secret) - length + 1)}
     return sorted(piece for piece in pieces if json.dumps(piece)[1:-1] in text)
 
 
@@ -8751,8 +8750,7 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
     command, hook = monitor.installed_command(), payload("PreToolUse", tool_use_id="t", tool_input={})
     shutil.rmtree(monitor.claude_home)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        watch = pool.submit(safe_open_modes, monitor.home, done)
-        mask = os.umask(0)
+        watch, mask = pool.submit(safe_open_modes, monitor.home, done), os.umask(0)
         try:
             hook_call(command, hook, monitor.environment)  # into the spool
             assert in_process(monitor, "start", "--no-open").returncode == 0
@@ -8817,8 +8815,7 @@ def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, k
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
     SQUATS[kind](place, precious)
-    before = os.lstat(place)
-    refused = in_process(monitor, "start", "--no-open")
+    before, refused = os.lstat(place), in_process(monitor, "start", "--no-open")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
     assert (place if squatted == "events" else monitor.socket_path) in refused.stderr
     hook_alone()
@@ -11928,8 +11925,7 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     shared.emit(*recorded("simple"), payload("UserPromptSubmit", "import-x", prompt="hello there"))
     export, node_export = running.home + "/export.ndjson", running.home + "/node.json"
     in_process(shared, "export", "--output", export)
-    expected = shared.stored_events()
-    common = {"sessionId": "0123456789abcdef", "machineId": "mac"}
+    expected, common = shared.stored_events(), {"sessionId": "0123456789abcdef", "machineId": "mac"}
     node = [
         {"id": "n1", "timestamp": NOW_MS, **common, "eventType": "tool_call", "hookType": "PreToolUse",
          "data": {"toolName": "Bash", "toolInput": {"command": "ls"}}},
