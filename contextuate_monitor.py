@@ -1662,8 +1662,7 @@ def _is_second_process(session: Session, event: JsonObject, kind: str, at: int, 
 
 
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
-    data, parent_id = event["data"], event.get("parentSessionId")
-    by_main = "agentId" not in event
+    data, parent_id, by_main = event["data"], event.get("parentSessionId"), "agentId" not in event
     session.agent = event.get("agent", session.agent)
     session.counts["events"] += kind != "replaced" and event["eventType"] != "client_status"  # no hook's
     session.has_hooks = session.has_hooks or event["hookType"] != ""
@@ -2780,6 +2779,11 @@ class Sessions:
         session.continued_from = before.session_id
         session.user_label = session.user_label or before.user_label
         session.model, session.pinned = session.model or before.model, session.pinned or before.pinned
+        if session.start_source == "clear" and session.state == "idle":  # the background goes on here
+            left = (it for it in before.agents.values() if it.background and it.end == before.end)
+            kept = {it.agent_id: dataclasses.replace(it, end=None, counts=dict(it.counts)) for it in left}
+            session.agents = {**kept, **session.agents}
+            session.state = _state_of(session)
         inherits = not session.parent_by_user and session.parent_id is None
         if inherits and session.session_id not in self.lineage(before.parent_id):
             session.parent_id, session.parent_by_user = before.parent_id, before.parent_by_user
@@ -6488,8 +6492,7 @@ class Ingest:
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
         given = emit_event.parse_event_line(line)
-        if "eventType" in given:
-            given = like_ours(given)
+        given = like_ours(given) if "eventType" in given else given
         event = emit_event.build_event(given, received_ms, "unknown" if remote else self._machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if event["eventType"] == "answer" and event["id"] not in self.own_answers:
@@ -8583,8 +8586,7 @@ class Doctor:
     """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings, self._warnings = settings, warnings
-        self._is_redis = settings["mode"] == "redis"
+        self._settings, self._warnings, self._is_redis = settings, warnings, settings["mode"] == "redis"
         self._about, self._client_files = running_monitor(settings), client_files(os.getcwd())
 
     def run(self) -> Findings:
