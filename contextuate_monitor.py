@@ -493,8 +493,7 @@ class FrameParser:
         self._size = 0  # of that message so far, bytes
         self._parts: list[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
         self.is_between_messages = True  # no message is partly received: a new parser can continue
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._parser = self._parse()
+        self._decoder, self._parser = codecs.getincrementaldecoder("utf-8")(), self._parse()
         next(self._parser)
 
     def feed(self, data: bytes) -> list[Message | Close]:
@@ -1541,7 +1540,7 @@ def _batch_calls(event: JsonObject) -> list[JsonObject]:
 # Statuses that are no client's own: its process has ended, or its transcript is evidence.
 _STATUS_KINDS = {
     emit_event.CLIENT_EXITED: "client_exited", "interrupted": "interrupted", "killed": "task_killed",
-    "failed": "turn_error",
+    "failed": "turn_error", "stopped": "message", "blocked": "prompt_blocked",
 }  # fmt: skip
 
 
@@ -2463,6 +2462,9 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
+        if kind == "prompt_blocked" or (session.prompt_id and event["data"].get("role") == "withdrawn"):
+            session.counts["prompts"] -= session.counts["prompts"] > 0
+            session.first_prompt = session.first_prompt if session.counts["prompts"] else ""
         if kind in ("session_meta", *READ_KINDS):
             if kind == "session_meta":
                 _apply_user_action(session, event["data"])
@@ -3527,8 +3529,7 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
             "AND max(latest) >= :from AND min(earliest) < :to ORDER BY days.name DESC",
             limits,
         ).fetchall()
-        of_days = (of_day(day_id) for (day_id,) in days)
-        in_order = journal.in_order
+        of_days, in_order = (of_day(day_id) for (day_id,) in days), journal.in_order
         places = itertools.chain.from_iterable(of_days) if in_order else heapq.merge(*of_days, reverse=True)
     else:
         chosen = f"FROM events {_IN_FILES} WHERE {bounded} ORDER BY seq DESC"

@@ -1820,7 +1820,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed, with one of the first three where a tool's result is in it.
-_MARKS = b'"usage" "toolDenial "[Request "cost-state" <status>killed "max_turns "commandMode "popAll'.split()
+_MARKS = b'"usage" "toolDenial "[Request "cost-state >killed< "max_turns "commandMode "popAll "ending'.split()
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled" "CommandExecution"'
@@ -1978,7 +1978,7 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
         return {}
     message, attachment, item, error = map(inner.get, ("message", "attachment", "item", "error"))
     blocks = objects_in(message.get("content") if isinstance(message, dict) else [])
-    calls = objects_in(entry.get("toolCalls"))
+    calls, ending = objects_in(entry.get("toolCalls")), entry.get("promptSubmitEnding")
     text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
     if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
         shown: JsonObject = {"agentId": agent_id} if agent_id else {}
@@ -1996,17 +1996,18 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
         data = {"toolName": "Bash", "toolUseId": item.get("id"), "exitCode": item["exit_code"]}
         data["error"] = f"Exit code {item['exit_code']}\n{item.get('aggregated_output')}"
         return {"eventType": "tool_error", "data": data}
-    is_esc = kind == "user" and text.startswith("[Request interrupted by user")
-    if is_esc or kind in ("turn_aborted", "abort"):
+    if kind in ("turn_aborted", "abort") or (kind == "user" and text.startswith("[Request interrupted by")):
         data = {"status": "interrupted"}
     elif calls and all(call.get("status") == "cancelled" for call in calls):
         data, at = {"status": "interrupted"}, {"at": calls[-1].get("timestamp")}
     elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
         data = {"status": "killed", "message": str(entry["content"])[:2000]}
-    elif kind == "task_complete" and isinstance(error, dict):
-        data = {"status": "failed", "error": "error", "error_details": error.get("message")}
-    elif kind == "error" and program == "gemini":
-        data = {"status": "failed", "error": "error", "error_details": entry.get("content")}
+    elif isinstance(ending, dict):  # of a prompt that a hook has blocked, or stopped once it was sent
+        words = str(entry.get("content")).partition("\nOriginal prompt: ")[0][:2000]
+        data = {"status": "stopped" if ending.get("promptKept") else "blocked", "message": words}
+    elif (kind == "task_complete" and isinstance(error, dict)) or (kind == "error" and program == "gemini"):
+        details = error.get("message") if isinstance(error, dict) else entry.get("content")
+        data = {"status": "failed", "error": "error", "error_details": details}
     elif entry.get("isApiErrorMessage") is True:
         data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
     elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
@@ -2798,8 +2799,7 @@ class Publisher:
 
     def run(self) -> None:
         """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
-        last_event = time.monotonic()
-        is_redis = self._values["mode"] == "redis"
+        last_event, is_redis = time.monotonic(), self._values["mode"] == "redis"
         while is_redis and not self.stopping and self._current_basis() == self._basis:
             now = time.monotonic()
             if now >= self._registry_due:
