@@ -2915,8 +2915,7 @@ def terminal_of(variables: JsonObject) -> JsonObject | None:
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
-    action = data.get("action")
-    if action == "rename":
+    if (action := data.get("action")) == "rename":
         session.user_label = one_line(text_of(data.get("label")))
     elif action == "pin":
         session.pinned = data.get("pinned") is True
@@ -3880,8 +3879,7 @@ class History:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        status = self.status()
-        if status["state"] == "off":
+        if (status := self.status())["state"] == "off":
             raise RequestError(503, f"statistics need the index: {status['error']}")
         try:
             with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
@@ -5193,8 +5191,7 @@ class Api:
 
     def _export(self, query: Query, _body: bytes) -> Response:
         lines = matching_lines(self._monitor.journal, self._search_query(query))
-        form = query.get("format") or "ndjson"
-        if form not in ("ndjson", "html"):
+        if (form := query.get("format") or "ndjson") not in ("ndjson", "html"):
             raise SearchError("format", "ndjson or html")
         content_type, name = "application/x-ndjson", "contextuate-events.ndjson"
         if form == "html":
