@@ -647,8 +647,7 @@ def handshake_response(request: Request) -> bytes:
         raise RequestError(426, "a WebSocket handshake is expected here", upgrade)
     if request.one("sec-websocket-version") != "13":
         raise RequestError(426, "WebSocket version 13 is needed", [("Sec-WebSocket-Version", "13")])
-    key = request.one("sec-websocket-key")
-    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key := request.one("sec-websocket-key")):
         raise RequestError(400, "Sec-WebSocket-Key must be 16 bytes in base64")
     accept = base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()).decode("ascii")
     return response_head(101, [*upgrade, ("Sec-WebSocket-Accept", accept)])
@@ -1672,7 +1671,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.directory = event["workingDirectory"] or session.directory
     if not session.parent_by_user and parent_id not in (None, session.session_id):
         session.parent_id = session.parent_id or parent_id
-    session.title = one_line(text_of(data.get("session_title"))) or session.title
+    if isinstance(data.get("session_title"), str) and data["session_title"].strip():
+        session.title = one_line(data["session_title"])
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
         session.model = one_line(model)
@@ -1769,8 +1769,9 @@ def _apply_gauges(session: Session, data: JsonObject, at: int) -> list[Limit]:
     if at < session.gauges_time:
         return []
     session.gauges_time, (session.gauges, limits) = at, gauges_of(data.get("gauges"), at)
-    session.effort = one_line(text_of(object_of(data.get("effort")).get("level")), 20) or session.effort
-    session.model = one_line(text_of(data.get("model"))) or session.model
+    level, model = object_of(data.get("effort")).get("level"), data.get("model")
+    session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+    session.model = one_line(model) if isinstance(model, str) and model else session.model
     return limits
 
 
@@ -5790,8 +5791,7 @@ class Answers:
 
     def check_page(self, client: Client) -> str:
         """Return from where a page answers; raise RequestError without the right; in a thread."""
-        pairing = self._find_pairing(client.pairing) if client.pairing else {}
-        if not pairing:
+        if not (pairing := self._find_pairing(client.pairing) if client.pairing else {}):
             raise self._refused("a page that is not paired tried to answer; `answers pair` prints a code")
         self._check_process(client.sock)
         return text_of(pairing.get("name"))
