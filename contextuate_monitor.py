@@ -1303,6 +1303,7 @@ class Session:
     has_hooks: bool = False
     first_prompt: str = ""
     prompt_id: str = ""  # of the last prompt
+    queued: int = 0  # prompts that hooks reported while the turn ran
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
@@ -1686,6 +1687,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     if kind in ("user_prompt", "queued_prompt", "task_notification"):
         session.prompt_id, is_typed = text_of(data.get("prompt_id")), kind != "task_notification"
         session.counts["prompts"] += is_typed
+        session.queued = (session.queued + is_typed) * (session.turn == "working")
         if is_typed and not session.first_prompt:
             session.first_prompt = one_line(_CLIENT_TAGS.sub("", text_of(data.get("message"))[:2000]), 80)
     elif kind == "session_start":
@@ -2463,8 +2465,10 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind == "prompt_blocked" or (session.prompt_id and event["data"].get("role") == "withdrawn"):
+        # No hook reports a queued `!` or `/` command.
+        if kind == "prompt_blocked" or (session.queued and event["data"].get("role") == "withdrawn"):
             session.counts["prompts"] -= session.counts["prompts"] > 0
+            session.queued -= session.queued > 0
             session.first_prompt = session.first_prompt if session.counts["prompts"] else ""
         if kind in ("session_meta", *READ_KINDS):
             if kind == "session_meta":
@@ -3379,8 +3383,7 @@ class IndexFile:
             self.db.execute(f"CREATE VIRTUAL TABLE {words} USING fts5(words, {options})")
             # Fewer, larger pieces: twice as fast to fill and less to merge.
             self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
-        key = (day_id, session_file_name(session))
-        names = map(self._name_id, (session, machine, project))
+        key, names = (day_id, session_file_name(session)), map(self._name_id, (session, machine, project))
         self.db.execute(
             "INSERT INTO files(day, name, session, machine, project, agent) VALUES(?, ?, ?, ?, ?, ?) "
             "ON CONFLICT(day, name) DO UPDATE SET agent = ifnull(agent, excluded.agent)",
@@ -3982,8 +3985,7 @@ class History:
                     size, now = 0, time.monotonic()
                     if now - self._last_live < LIVE_S:
                         self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
-                    slice_began = time.monotonic()
-                    more = not to_end and now - began > INDEX_BATCH_S
+                    slice_began, more = time.monotonic(), not to_end and now - began > INDEX_BATCH_S
                     if more:
                         break
             file.flush(seq)
@@ -7026,8 +7028,7 @@ class Status:
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
         keys = itertools.islice(reversed(machines), MACHINES_SHOWN)
         shown = [{**machines[key], "clockSkewMs": skew_ms(key)} for key in keys]
-        segments = emit_event.spool_segments(monitor.settings.path("spool"))
-        index = monitor.history.status()
+        segments, index = emit_event.spool_segments(monitor.settings.path("spool")), monitor.history.status()
         slow_at, slow_ms = monitor.journal.slow_write
         status: JsonObject = {
             "version": __version__,
@@ -9983,8 +9984,7 @@ def command_tail(settings: Settings, args: argparse.Namespace) -> int:
             last_seq, is_of_session = event["seq"], event["sessionId"].startswith(begin)
             is_of_type = args.type in (None, event["eventType"], event["hookType"])
             if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
-                row = event_row(event)
-                colour = TAIL_COLOURS.get(effective_type(event), "") if colours else ""
+                row, colour = event_row(event), TAIL_COLOURS.get(effective_type(event), "") if colours else ""
                 line = encode_json(event).decode() if args.json else event_line(row, "%H:%M:%S", colour)
                 print(line, flush=True)
         if not page["more"]:

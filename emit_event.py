@@ -1820,7 +1820,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed, with one of the first three where a tool's result is in it.
-_MARKS = b'"usage" "toolDenial "[Request "cost-state >killed< "max_turns "commandMode "popAll "ending'.split()
+_MARKS = b'"usage" "toolDenial "[Request "cost-state >killed< "max_turns "commandMode "pop "ending'.split()
 _AGENT_MARKS = (
     b'"usage" "tokens" "usageMetadata" "turn_context" "turn_aborted" "task_complete" "abort" "error"'
     b' "permission.completed" "cancelled" "CommandExecution"'
@@ -1958,7 +1958,7 @@ class TranscriptParser:
 def as_message(entry: JsonObject) -> JsonObject:
     """Return a line as a message's, where it is about a prompt that was typed during a turn."""
     queued = entry.get("attachment")
-    if entry.get("operation") == "popAll":  # before the client has read it
+    if entry.get("operation") in ("popAll", "popOne"):  # before the client has read it
         return {**entry, "type": "user", "role": "withdrawn", "message": {"content": entry.get("content")}}
     if isinstance(queued, dict) and queued.get("commandMode") == "prompt":
         role = "user" if "source_uuid" in queued else "queued"  # clients up to 2.1.200: no hook reports it
