@@ -2259,7 +2259,8 @@ def _client_status(session: Session, besides: tuple[int, int] | None = None) -> 
 
 def _goes_on_elsewhere(session: Session, event: JsonObject) -> bool:
     """True if another process of the session works or asks, e.g. after `--resume` in a second terminal."""
-    return "pid" in event and _client_status(session, process_of(event))[0] in ("waiting", "busy")
+    is_known = "pid" in event or len(session.processes) > 1  # a transcript names none
+    return is_known and _client_status(session, process_of(event))[0] in ("waiting", "busy")
 
 
 def _apply_client_status(
@@ -2486,8 +2487,7 @@ class Sessions:
             self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
-        session.seq = seq
-        check_ms = STILL_BUSY_MS if session.state == "idle" else self._quiet_ms
+        session.seq, check_ms = seq, STILL_BUSY_MS if session.state == "idle" else self._quiet_ms
         self._schedule_check(session, session.last_event + min(check_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
