@@ -2337,7 +2337,7 @@ def _wait_of_one(kind: str, calls: list[OpenCall], text: str, at: int) -> Reason
     """Return the wait of one of these calls; `text` is in place of its name where it may be another's."""
     if not (calls := [it for it in calls if it.tool_name not in AGENT_TOOLS] or calls):
         return Reason(kind, None, text, at)
-    call, is_known = calls[-1], len(calls) == 1
+    call, is_known = sorted(calls, key=lambda it: it.agent_id == MAIN)[-1], len(calls) == 1
     tool, detail = (call.tool_name, call.target) if is_known else (None, text)
     return Reason(kind, tool, detail, at, call.agent_id, call.tool_use_id)
 
