@@ -1937,8 +1937,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
     elif agent.end is not None and session.turn != "ended" and (is_start or RULES.get(kind, _NOTHING).turn):
         agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
-    agent.agent_type = event.get("agentType") or agent.agent_type
-    note = event["data"].get("agentMeta")
+    agent.agent_type, note = event.get("agentType") or agent.agent_type, event["data"].get("agentMeta")
     if isinstance(note, dict):  # the client's metadata, the only reliable source on nested agents
         parent_id, agent.has_metadata = note.get("parentAgentId"), True
         agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent_id else MAIN
@@ -5326,8 +5325,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
-        self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._stopping, self._thread = False, threading.Thread(target=self._serve, name="http", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -6448,13 +6446,16 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            session_id, is_shown = event["sessionId"], event["eventType"] == "client_status"
-            if is_shown and session_id in self.deleted.ids and not any(self._journal.lines(session_id)):
-                continue  # only what its hooks report brings a deleted session back
             ids = {event["id"], self._second.first_id(event, text)}
             is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
             if is_known and (remote or "imported" not in event):  # an import looks at what is stored itself
                 self.counts["duplicates"] += 1
+                continue
+            gone, is_back = event["sessionId"] in self.deleted.ids, event["hookType"] or "imported" in event
+            if gone and is_back:  # only what its hooks report, or an import, brings a deleted session back
+                del self.deleted.ids[event["sessionId"]]
+                self.deleted.add(())
+            elif gone and event["eventType"] == "client_status":
                 continue
             if late and late[number]:
                 event["spooled"] = True
@@ -9300,8 +9301,7 @@ def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
     with open_regular(path) as file:
         first = next(filter(bytes.strip, file), b"")
         file.seek(0)
-        is_document = not first.endswith(b"\n") or not emit_event.is_json_object(first)
-        missed = 0
+        is_document, missed = not first.endswith(b"\n") or not emit_event.is_json_object(first), 0
         for part in [file.read()] if is_document else file:
             events, value = [], None
             with contextlib.suppress(ValueError, RecursionError):

@@ -1190,8 +1190,7 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
         wrapped = ee.wrap(line, {b"CLAUDE_PID": b"77", b"CONTEXTUATE_MACHINE_ID": b"box"})
         assert wrapped.count(b"\n") == 1 and wrapped.endswith(b"}\n")
         for sent, origin in ((line, ("m", None)), (wrapped, ("box", 77))):
-            given_payload = json.loads(line)
-            event = ee.build_event(ee.parse_event_line(sent), 5, "m")
+            given_payload, event = json.loads(line), ee.build_event(ee.parse_event_line(sent), 5, "m")
             hook_check_form(event)
             moved = {"session_id": "sessionId", "cwd": "workingDirectory", "hook_event_name": "hookType"}
             if "agent_id" in given_payload:
@@ -1810,8 +1809,7 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
             ee.append_to_spool(directory, spool_line(f"gone-{number}"))
         ee.drop_old_segments(directory)
     hook_alone()
-    path = ee.append_to_spool(directory, spool_line("one"))
-    before = hook_alone.spooled()
+    path, before = ee.append_to_spool(directory, spool_line("one")), hook_alone.spooled()
     with open(path, "ab") as file:
         file.write(b"\n" + spool_line("torn")[:40])  # what a kill in the middle of a write leaves
     assert ee.append_to_spool(directory, spool_line("two")) == path
@@ -4381,8 +4379,7 @@ SESSION_WORK = st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "Se
 
 @given(st.lists(st.tuples(st.integers(0, 4), SESSION_WORK, st.integers(1, 9000)), max_size=30))
 def test_ticks_only_when_due_report_what_ticks_always_report(steps):
-    books = [cm.Sessions(quiet_ms=120_000, ended_ms=9_000_000) for _ in range(2)]
-    now = 1_000_000
+    books, now = [cm.Sessions(quiet_ms=120_000, ended_ms=9_000_000) for _ in range(2)], 1_000_000
     for number, (session, hook, seconds) in enumerate(steps):
         now += seconds * 1000
         event = payload(hook, f"s{session}", **({"agent_id": "a"} if hook == "SubagentStart" else {}))
@@ -5954,10 +5951,13 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     registry_file(home, status="waiting", waitingFor="permission prompt", **about)
     eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
     assert protocol_post(machine, type="delete_session", sessionId="s1")[0] == 200
+    machine.emit(words := {"eventType": ee.WORDS, "sessionId": "s1", "data": {"text": "said"}})
     registry_file(home, status="busy", **{**about, "statusUpdatedAt": ee.now_ms()})
     time.sleep(1.5)
     assert "s1" not in machine.sessions(), "only what its hooks report brings it back"
-    machine.emit(payload("UserPromptSubmit"))
+    esc = {**words, "eventType": "client_status", "data": {"status": "interrupted"}}
+    machine.emit(payload("UserPromptSubmit"), esc)
+    assert machine.sessions()["s1"]["state"] == "idle", "what comes with it counts"
     registry_file(home, status="idle", **{**about, "statusUpdatedAt": ee.now_ms() + 1000})
     eventually(lambda: machine.sessions()["s1"]["pid"] == client.pid, what="the session that goes on")
     client.kill()
