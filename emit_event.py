@@ -1918,8 +1918,7 @@ class TranscriptParser:
         if kind != "assistant" or not message_id or model in ("", "<synthetic>") or type(usage) is not dict:
             return
         ids = (f'"{it}"'.encode("utf-8", "replace") for it in (message_id, request))
-        self._counted = [*ids, encode_json(usage)]
-        counts = _counts_of(usage, _MESSAGE_COUNTS)
+        self._counted, counts = [*ids, encode_json(usage)], _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
@@ -2003,8 +2002,9 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
     elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
         data = {"status": "killed", "message": str(entry["content"])[:2000]}
     elif isinstance(ending, dict):  # of a prompt that a hook has blocked, or stopped once it was sent
-        words = str(entry.get("content")).partition("\nOriginal prompt: ")[0][:2000]
-        data = {"status": "stopped" if ending.get("promptKept") else "blocked", "message": words}
+        words, _, prompt = str(entry.get("content")).partition("\nOriginal prompt: ")
+        is_other = ending.get("promptKept") or prompt.startswith("<task-notification>")  # which nobody typed
+        data = {"status": "stopped" if is_other else "blocked", "message": words[:2000]}
     elif (kind == "task_complete" and isinstance(error, dict)) or (kind == "error" and program == "gemini"):
         details = error.get("message") if isinstance(error, dict) else entry.get("content")
         data = {"status": "failed", "error": "error", "error_details": details}
