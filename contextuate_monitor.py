@@ -1154,7 +1154,7 @@ _RULED = (
     (Rule("working", "call", "input"), "tool_result", "tool_error", "permission_denied"),
     (Rule("working", "", "input"), "tool_call", "queued_prompt", "permission_request", "permission_result",
      "elicitation", "elicitation_result", "pre_compact"),
-    (Rule("idle", "", ""), "compacted"),  # at a person's request
+    (Rule("idle", "", ""), "compacted", "prompt_blocked"),  # a compaction that a person asked for
     (Rule("", "call", "agent"), "round_end"),
     (Rule("", "agent", ""), "subagent_stop"),
     (Rule("", "task", ""), "task_killed"),
@@ -1584,6 +1584,8 @@ def apply_event(
     if kind == "turn_end" and event["data"].get("mayBeSubagent"):
         runs_agent = any(call.tool_name in AGENT_TOOLS for call in session.open_calls.values())
         kind = "message" if runs_agent else kind  # the end of its turn, which names no agent
+    is_queued = kind == "prompt_blocked" and _client_status(session)[0] != "idle"  # it was, in a turn
+    kind = "message" if is_queued else kind
     rule = _NOTHING if _is_second_process(session, event, kind, at, late) else RULES.get(kind, _NOTHING)
     is_shared = rule.waits in ("agent", "all") and not agent_id and _goes_on_elsewhere(session, event)
     rule = Rule(rule.turn.replace("idle", ""), "", "input") if is_shared else rule  # the rest is not its own
@@ -5069,8 +5071,7 @@ def _proc_address(address: tuple[Any, ...]) -> str:
 def read_token(path: str) -> str:
     """Return the token from our 0600 file, 192 random bits; create it if there is none."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=emit_event.open_own) as file:
-        token = file.read().decode("ascii", "replace").strip()
-        if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
+        if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token := file.read().decode("ascii", "replace").strip()):
             os.chmod(path, 0o600)
             return token
     token = secrets.token_urlsafe(24)
@@ -6760,8 +6761,7 @@ class MessageHandlers:
         client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
-        answer = done.result(120)
-        if isinstance(answer, Exception):
+        if isinstance(answer := done.result(120), Exception):
             raise answer
         return with_request_id(message, answer or {"type": "done"})
 
