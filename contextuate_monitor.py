@@ -3128,8 +3128,8 @@ class Term:
     @property
     def pattern(self) -> str:
         """Return the pattern that finds the term in the original text, decomposed (NFD)."""
-        marks = _MARKS.pattern
-        between = r"[\W_]*".join("".join(re.escape(it) + marks + "*" for it in word) for word in self.words)
+        marks = _MARKS.pattern  # [\W_] has them, too: a second way for each would let a search take minutes
+        between = r"[\W_]*".join(f"{marks}*".join(map(re.escape, it)) for it in self.words) + f"{marks}*"
         # A Korean syllable without a last consonant begins others.
         start, more = (rf"(?<![^\W_]|{marks})", r"[^\W_]") if between.isascii() else ("", r"[\u11a8-\u11ff]")
         return start + between + (rf"(?:\w|{marks})*" if self.is_prefix else rf"(?!{more}|{marks})")
