@@ -10817,13 +10817,10 @@ class IndexCase:
     def search(self, words: str = "", **wanted: Any) -> list[dict[str, Any]]:
         """Return every result, over all pages."""
         results: list[dict[str, Any]] = []
-        cursor = ""
-        while cursor is not None:
-            page = self.history.search(
-                cm.search_query({"q": words, "limit": 200, **wanted, "cursor": cursor})
-            )
-            results += page["results"]
-            cursor = page["next"]
+        wanted |= {"q": words, "limit": 200, "cursor": ""}
+        while wanted["cursor"] is not None:
+            page = self.history.search(cm.search_query(wanted))
+            results, wanted["cursor"] = results + page["results"], page["next"]
         return results
 
     def ids(self, words: str = "", **wanted: Any) -> list[str]:
