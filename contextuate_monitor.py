@@ -8753,8 +8753,7 @@ class Doctor:
 
     def _redis_py(self) -> Findings:
         python = emit_event.publisher_python(self._settings.home)
-        answer = run_in_python(python, "import redis; print(redis.__version__)")
-        if answer.returncode:
+        if (answer := run_in_python(python, "import redis; print(redis.__version__)")).returncode:
             yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", redis_py_advice(python))
         else:
             yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
@@ -9542,11 +9541,13 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 def command_restart(settings: Settings, args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
     service, has_options = this_service(), not args.host is args.port is args.ws_port is args.config is None
+    home, unit = os.environ.get("CONTEXTUATE_HOME", ""), read_text(service.path)
+    is_its = re.search(re.escape(home) + '["<]', unit) if home else "CONTEXTUATE_HOME" not in unit != ""
     if (about := running_monitor(running := settings)) is not None:
         given = {name: value for name, value in vars(args).items() if value is not None}
         vars(args).update({**(about.get("options") or {}), **given})
         settings = settings_of(args)  # a fault in the configuration stops nothing
-    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+    if is_its and not has_options and trouble_of(service.check) is None:
         start_service(settings, [service.restart], service.check)
         return 0
     if about is not None:
@@ -9905,8 +9906,7 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
     """Return the running monitor's sessions; print a warning while it is still reading stored ones."""
-    answer = ask_monitor(settings, f"/api/sessions?hidden={int(with_hidden)}")
-    if answer.get("loading"):
+    if (answer := ask_monitor(settings, f"/api/sessions?hidden={int(with_hidden)}")).get("loading"):
         print_status(f"{loading_words(answer['loading'])}; the list is not complete yet")
     return list(answer["sessions"])
 

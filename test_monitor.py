@@ -1545,8 +1545,7 @@ def test_a_long_field_is_cut_in_the_middle_once_and_with_its_size(letter, limit)
     width = len(letter.encode("utf-8", "surrogatepass"))
     for over in (*range(0, 320, 3), 100_000):
         text = "head" + letter * ((limit - 8) // width + over) + "tail"
-        size = len(text.encode("utf-8", "surrogatepass"))
-        response = {"stdout": text, "lines": ["x", text]}
+        size, response = len(text.encode("utf-8", "surrogatepass")), {"stdout": text, "lines": ["x", text]}
         given_payload = payload("PostToolUse", tool_response=response, tool_input={"a": "b"})
         event = hook_protected(given_payload, ee.Privacy(field_limit_bytes=limit))
         assert protected(json.loads(json.dumps(event)), ee.Privacy(field_limit_bytes=limit)) == event
@@ -7284,7 +7283,8 @@ def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMoni
     world, pid = [str(UNSHARE), *options, SERVICE_WORLD, "sh"], "$CONTEXTUATE_HOME/monitor.pid"
     waits = f"until $P status --short | grep -q idle; do sleep 0.1; done; cat {pid}; echo;"
     script = (f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
-              f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
+              f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits}"
+              f"mkdir $HOME/b; cp $HOME/*.json $HOME/b; CONTEXTUATE_HOME=$HOME/b $P restart; $P restart; {waits}"
               """$P stop; $P service status; sed -i 's/"port": 0/"port": 0, "host": "a..b"/' $HOME/monitor.config.json;"""
               "$P service install; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -7292,11 +7292,12 @@ def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMoni
     lines = [re.sub(":[0-9]+/$", "", line) for line in said.splitlines() if not line.startswith("ls:")]
     runs = "Contextuate Monitor runs (pid {}): http://localhost".format
     assert [line for line in lines if not line.isdigit()] == [
-        "not installed", lines[1], runs(lines[3]), "running", runs(lines[7]), f"stopped (pid {lines[7]})",
-        "installed, not running", lines[1], lines[11], lines[12], "not installed",
+        "not installed", lines[1], runs(lines[3]), "running", lines[6], runs(lines[8]), f"stopped (pid {lines[8]})",
+        "installed, not running", lines[1], lines[12], lines[13], "not installed",
     ]  # fmt: skip
-    assert "contextuate-monitor.service installed" in lines[1] and lines[12].endswith("removed")
-    assert lines[11].startswith("contextuate: error: a..b port 0 cannot be opened"), lines
+    assert "contextuate-monitor.service installed" in lines[1] and lines[13].endswith("removed")
+    assert "another monitor uses" in lines[6], "the service is of another directory"
+    assert lines[12].startswith("contextuate: error: a..b port 0 cannot be opened"), lines
     assert len({it for it in lines if it.isdigit()}) == 3, "a process for each start"
 
 
