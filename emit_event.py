@@ -1878,7 +1878,7 @@ class TranscriptParser:
     def facts_of(self, line: bytes, has_words: bool = True) -> "list[Any]":
         """Return what is in one line, a message's own usage last; only lines with a mark are parsed."""
         if all(map(line.__contains__, self._counted)) and b'"text"' not in line:
-            return []
+            return []  # each line of a message has all of its usage
         has_words = has_words and not self._program
         is_result = b'"tool_result"' in line and not self._program
         is_prompt = has_words and b'"user"' in line and not is_result
@@ -2071,7 +2071,7 @@ class UsageReader:
         if now == states and any(it[1] for it in now.values()) and not is_due:
             return []
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        about["timestamp"] = newest_ms = max(newest_ms, event["timestamp"])  # of late lines too
+        about["timestamp"] = newest_ms = max(newest_ms, event["timestamp"])  # else late ones are dropped
         since = int(event.get("since") or event["timestamp"]) - 2000  # a hook and its line: at most 2 s apart
         program = event.get("agent", "") if event.get("agent") in AGENTS else ""
         found: list[JsonObject] = []

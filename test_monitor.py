@@ -5952,7 +5952,7 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     assert protocol_post(machine, type="delete_session", sessionId="s1")[0] == 200
     machine.emit(words := {"eventType": ee.WORDS, "sessionId": "s1", "data": {"text": "said"}})
     registry_file(home, status="busy", **{**about, "statusUpdatedAt": ee.now_ms()})
-    time.sleep(1.5)
+    time.sleep(1.5)  # a status that has changed is reported within 0.5 s
     assert "s1" not in machine.sessions(), "only what its hooks report brings it back"
     esc = {**words, "eventType": "client_status", "data": {"status": "interrupted"}}
     machine.emit(payload("UserPromptSubmit"), esc)
