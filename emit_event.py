@@ -2083,12 +2083,9 @@ class UsageReader:
             same = [now[it][0] is not None and now[it][:2] == states[it][:2] for it in grown]
             if is_due or not grown or not all(same):
                 files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
-                mains = (str(data.get("transcriptPath")), *(path for path in files if not files[path]))
-                tops = {path[: -len(".jsonl")] + "/subagents" for path in mains}
-                walks = (os.walk(top) for top in tops if not os.path.islink(top))
-                folders = [*tops, *(folder for walk in walks for folder, _, _ in walk)]
-                now = {it: (files.get(it), *_file_state(it)) for it in (*folders, *files)}
-                grown = [it for it in files if now[it][1] and (is_due or now[it] != states.get(it))]
+                now = {it: (files[it], *_file_state(it)) for it in files}
+                there = [it for it in now if now[it][0] is not None and now[it][1]]
+                grown = there if is_due else [it for it in there if now[it] != states.get(it)]
             with self._open() as database:  # all or nothing
                 # The main one is the last, because the client's sums in it include those of the subagents.
                 for path in sorted(grown, key=lambda it: now[it][0] == ""):
@@ -2315,35 +2312,37 @@ class UsageWorker(threading.Thread):
         self.reader.close()  # SQLite wants it in the thread that opened it
 
 
-def transcripts_of(main_path: Any, agent_path: Any = "") -> "dict[str, str]":
-    """Find a session's transcripts: path without links → agent id; "" for the main one."""
-    places = transcript_places(main_path)
-    found = dict.fromkeys(map(os.path.realpath, places), "")
-    for path in (*agent_files(places, "agent-", ".jsonl"), *transcript_places(agent_path)):
+def transcripts_of(main_path: Any, agent_path: Any = "") -> "dict[str, Optional[str]]":
+    """Find a session's transcripts: path without links → agent id, "" for the main one; None for a folder."""
+    places, agents = transcript_places(main_path), []
+    found: dict[str, Optional[str]] = dict.fromkeys(places.values(), "")
+    for folder, names in agent_folders(places):
+        found[folder] = None
+        agents += [f"{folder}/{it}" for it in names if it.startswith("agent-") and it.endswith(".jsonl")]
+    for path in (*agents, *transcript_places(agent_path)):
         named = re.search(r"/agent-([^/]*)\.jsonl\Z", path)
         found.setdefault(os.path.realpath(path), named[1] if named else "")
     return found
 
 
-def agent_files(places: "list[str]", start: str, end: str) -> "Iterator[str]":
-    """Yield files of a session's agents by their names, in `<session>/subagents/` or below."""
-    own = (place[: -len(".jsonl")] + "/subagents" for place in places)
-    for top in (it for it in own if not os.path.islink(it)):  # a link may lead to all of the disk
-        for folder, _, names in os.walk(top):
-            yield from (f"{folder}/{it}" for it in sorted(names) if it.startswith(start) and it.endswith(end))
+def agent_folders(places: "dict[str, str]") -> "Iterator[tuple[str, list[str]]]":
+    """Yield `<session>/subagents`, even where it is missing, and each folder below, with its files' names."""
+    for top in dict.fromkeys(it[: -len(".jsonl")] + "/subagents" for it in (*places, *places.values())):
+        yield top, []
+        for folder, _, names in () if os.path.islink(top) else os.walk(top):  # it may lead to all of the disk
+            yield folder, sorted(names)
 
 
-def transcript_places(path: Any) -> "list[str]":
-    """Return where a transcript may be: at its path, where a link there leads, or in another folder."""
+def transcript_places(path: Any) -> "dict[str, str]":
+    """Return where a transcript may be, at its path or in another folder → the same without links."""
     if not _is_transcript_path(path):
-        return []
-    places, (folder, _, name) = [path, os.path.realpath(path)], path.rpartition("/")
-    projects = os.path.dirname(folder)  # of a worktree the client may name a folder that does not exist
+        return {}
+    places, name, projects = [path], os.path.basename(path), os.path.dirname(os.path.dirname(path))
     if unnamed := re.fullmatch(r"(.*)(/sessions/\*/[\w-]+/agents/\*/wire\.jsonl)", path):
-        return sorted(glob.iglob(glob.escape(unnamed[1]) + unnamed[2]))  # of a program that names none
-    if not os.path.exists(path) and os.path.basename(projects) == "projects":
-        places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
-    return list(dict.fromkeys(places))
+        places = glob.glob(glob.escape(unnamed[1]) + unnamed[2])  # of a program that names none
+    elif not os.path.exists(path) and os.path.basename(projects) == "projects":  # named for a worktree
+        places += glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}")
+    return {it: os.path.realpath(it) for it in sorted(places)}
 
 
 def _file_state(path: str) -> "tuple[Any, Any]":
@@ -2405,9 +2404,10 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
     if not looks and len(noted) >= 4096:
         del noted[next(iter(noted))]
     noted[key] = looks if looks == event["id"] else looks + 1
-    notes = agent_files(transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.", ".meta.json")
+    places, name = transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.meta.json"
+    path = next((f"{folder}/{name}" for folder, names in agent_folders(places) if name in names), "/")
     try:
-        with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
+        with open(os.path.realpath(path), "rb", opener=open_own) as file:
             note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
     except (OSError, MalformedEvent):
         return  # not there, or only half written

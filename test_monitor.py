@@ -5269,7 +5269,7 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
 
 def test_a_missing_note_is_looked_for_a_few_times_only(tmp_path, monkeypatch):
     looks, copied = [], [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each][:1]
-    monkeypatch.setattr(ee, "agent_files", lambda *given: iter(looks.append(given) or ()))
+    monkeypatch.setattr(ee, "agent_folders", lambda *given: iter(looks.append(given) or ()))
     usage_noted([{**copied[0], "transcript_path": None}] * 100 + copied * 100)
     assert len(looks) == ee.NOTE_LOOKS
 
