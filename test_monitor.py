@@ -10704,8 +10704,7 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     tab.press("A")
     assert asking.decision(first)["updatedPermissions"]
     tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
-    both = "allow Bash(make:*) in this session; switch to the mode acceptEdits in this session"
-    tab.row_with(f"Always allowed: {both}, from Chrome")
+    tab.row_with("Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this")
     for number, line in enumerate(story_blocks("answers")[3], 2):
         kind, acts, decision = re.fullmatch(r"(\w+) (.*) → (.*)", line).groups()
         hook, _ = asking.ask(kind, f"s{number}")
@@ -10714,14 +10713,16 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
         for act in acts.split("; "):
             browser_acts(tab, act)
         assert asking.decision(hook) == json.loads(decision)
-    hook, _ = asking.ask("Bash", "s6", tool_name="mcp__x__write", tool_input={"rows": list(range(300))})
-    tab.page.click("[data-session-id=s6]")
-    tab.shows("ask", "Show all of it before you allow it")
-    assert tab.page.is_disabled("[data-act=a]")
-    while tab.page.query_selector("#ask .showmore:not([hidden])"):
-        tab.page.click("#ask .showmore:not([hidden])")
-    tab.until("!document.querySelector('[data-act=a]').disabled")
-    asking.monitor.emit(payload("UserPromptSubmit", "s6", prompt="go on"))
+    long = {"mcp__x__write": {"n": [*range(300)]}, "ExitPlanMode": {"plan": "a|b\n--|--" + "\nc|d" * 400}}
+    for tool, whole in long.items():
+        hook, _ = asking.ask("Bash", f"s6{tool}", tool_name=tool, tool_input=whole)
+        tab.page.click(f"[data-session-id=s6{tool}]")
+        tab.shows("ask", "Show all of it before you allow it")
+        assert tab.page.is_disabled("[data-act=a]")
+        while tab.page.query_selector("#ask .showmore:not([hidden])"):
+            tab.page.click("#ask .showmore:not([hidden])")
+        tab.until("!document.querySelector('[data-act=a]').disabled")
+    asking.monitor.emit(payload("UserPromptSubmit", "s6ExitPlanMode", prompt="go on"))
     tab.shows("ask", "answered in the terminal")
     hook.communicate(timeout=20)
     hiding = {'export TOKEN="a1;$(make)"': True, "printf '\\u001b'": False, "ls \x1b]; make ;\x07": True}
@@ -10737,8 +10738,7 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     tab.load("#s=s7")
     tab.page.wait_for_selector("[data-act=a]")
     boxes = tab.page.evaluate("look.seen('#ask .push').map((it) => it.getBoundingClientRect().toJSON())")
-    seen = [box for box in boxes if box["width"]]
-    assert seen and all(it["height"] >= 40 and it["left"] >= 0 and it["right"] <= 360 for it in seen)
+    assert boxes and all(it["height"] >= 40 and it["left"] >= 0 and it["right"] <= 360 for it in boxes)
     tab.page.click("[data-act=d]")
 
 
