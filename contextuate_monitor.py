@@ -2447,9 +2447,7 @@ class Sessions:
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
         self.linked: set[str] = set()  # ids of sessions that an event of another session changed
         self.answerable: set[str] = set()  # ids of events whose hook waits for an answer
-        # A heap of (time, session id): when `tick` checks it next; an entry counts if it is that in _due_at.
-        self._due: list[tuple[int, str]] = []
-        self._due_at: dict[str, int] = {}
+        self._due_at: dict[str, int] = {}  # session id → when `tick` checks it next; those to be checked only
         self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to check first
 
     def apply(self, event: JsonObject) -> Session:
@@ -2628,13 +2626,9 @@ class Sessions:
                 each.last_event = min(each.last_event, time_ms)
                 self._schedule_check(each, time_ms)
         self._ahead_ms, changed = ahead_ms, []
-        while self._due and self._due[0][0] <= time_ms:
-            due, session_id = heapq.heappop(self._due)
-            session = self.sessions.get(session_id)
-            if session is None or self._due_at.get(session_id) != due:
-                continue
+        for session_id in [it for it, due_at in self._due_at.items() if due_at <= time_ms]:
             del self._due_at[session_id]
-            if session.turn == "ended":
+            if (session := self.sessions[session_id]).turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
             quiet_at = max(session.last_event, self._set_at) + self._quiet_ms
@@ -2670,7 +2664,6 @@ class Sessions:
         """Schedule the next check of a session, at this time at the latest, and those of its processes."""
         if time_ms < self._due_at.get(session.session_id, _NEVER):
             self._due_at[session.session_id] = time_ms
-            heapq.heappush(self._due, (time_ms, session.session_id))
         if session.session_id not in self._with_process and self._is_watched(session):
             self._with_process[session.session_id] = None
 

@@ -4386,7 +4386,6 @@ def test_ticks_only_when_due_report_what_ticks_always_report(steps):
             if hook != "wait":
                 book.apply(ee.build_event(event, now, f"m{session % 3}") | {"id": str(number)})
             if always:  # every session is due
-                book._due = sorted((0, each) for each in book.sessions)
                 book._due_at = dict.fromkeys(book.sessions, 0)
             before = {name: book.to_json(it) for name, it in book.sessions.items()}
             reported = {it.session_id for it in book.tick(now, now)}
