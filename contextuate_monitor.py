@@ -6941,8 +6941,8 @@ def test_event(settings: Settings) -> JsonObject:
     return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
 
 
-def foreign_files(home: str) -> list[tuple[str, str, str]]:
-    """Return (path, owner, command that repairs it) for files in our directories that we cannot use."""
+def foreign_problems(home: str) -> list[JsonObject]:
+    """Return a problem, with the command that repairs it, for up to nine of our files that we cannot use."""
     found = []
     for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -6951,9 +6951,10 @@ def foreign_files(home: str) -> list[tuple[str, str, str]]:
                 is_useless = stat.S_ISFIFO(about.st_mode) or entry.name.endswith(".foreign")
                 if about.st_uid != os.getuid() or is_useless:
                     command = "rm -r" if is_useless else f"chown {user_name(os.getuid())}"
-                    command = f"sudo {command} {shlex.quote(entry.path)}"
-                    found.append((entry.path, user_name(about.st_uid), command))
-    return found
+                    words = f"{entry.path} (owner: {user_name(about.st_uid)}) cannot be used by this user"
+                    advice = f"Run: sudo {command} {shlex.quote(entry.path)}"
+                    found.append({"kind": "files", "level": "warn", "words": words, "advice": advice})
+    return found[:9]
 
 
 def user_name(uid: int) -> str:
@@ -7060,7 +7061,7 @@ class Status:
             "notify": monitor.notifier.status() if monitor.notifier else [],
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        problems = status_problems(status, unsaved, foreign_files(monitor.settings.home))
+        problems = status_problems(status, unsaved) + foreign_problems(monitor.settings.home)
         return {**status, "problems": problems, "facts": status_facts(status)}
 
     def metrics(self) -> bytes:
@@ -7594,80 +7595,65 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
-def add_redis_problems(add: Callable[..., None], redis: JsonObject, publisher: JsonObject) -> None:
-    """Add what is wrong with Redis, by the parts of a status."""
-    if redis.get("state") in ("waiting", "connecting") and redis["attempt"]:
-        words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
-        add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
-    elif redis.get("state") == "given_up":
-        words = f"Redis did not answer, and the monitor no longer tries ({attempt_words(redis)})"
-        add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
-    if redis.get("streamState") == "refused":
-        advice = "Events sent while this monitor is not running will be missing."
-        add("stream", "fail", "Redis refuses the stream", redis["streamReason"], advice)
-    if publisher.get("channelState") == "refused":
-        words = "Redis refuses this machine's events"
-        add("channel", "fail", words, publisher.get("channelReason"), "Correct the user's rights in Redis.")
-    if redis.get("state") == "connected" and publisher.get("state") == "waiting":
-        words = "Events of this machine wait in the spool, since Redis does not accept them"
-        add("publisher", "fail", words, publisher.get("reason"), "The publisher sends them when it does.")
-    if redis.get("gaps"):
-        words = f"{redis['gaps']} times the stream lacked events that were not read yet: some may be missing"
-        add("gaps", "warn", words, None, "Raise redis.streamMaxLength, or let Redis save its data.")
-
-
-def status_problems(
-    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
-) -> list[JsonObject]:
-    """Return what is wrong as [{"kind", "level", "words", "advice"}]; `foreign`: see `foreign_files`."""
-    found: list[JsonObject] = []
-
-    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
-        because = f": {reason.rstrip('.')}" if reason else ""
-        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
-
-    add_redis_problems(add, status["redis"] or {}, status["publisher"] or {})
+def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
+    """Return what is wrong as [{"kind", "level", "words", "advice"}]."""
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
-    if not store["ok"]:
-        words = "Events cannot be written, hooks keep them in the spool while they can"
-        advice = "Free space on its disk, or make it writable; the monitor then continues by itself."
-        add("store", "fail", words, store["error"], advice)
-    if unsaved_bytes:
-        words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
-        add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
-    if spool["dropped"]:
-        words = f"{spool['dropped']} events were dropped by full spools"
-        add("spool", "warn", words, None, "Keep a monitor (or Redis) running while agents work.")
-    if index["state"] == "off" and store["persistent"]:
-        words = "There is no index: searches read every file, and there are no statistics"
-        add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
-    if disk.get("error"):
-        add("disk", "warn", disk["error"], None, "Correct this; it is tried again within 5 minutes.")
-    if disk.get("overLimit"):
-        words = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
-        add("disk", "warn", words, None, "Raise it, or delete sessions.")
-    if store["slowWriteMs"] is not None:
-        words = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
-        add("store", "warn", words, None, "Move CONTEXTUATE_HOME to a faster disk.")
-    for refused in status["answers"]["refused"][-1:]:
-        count = len(status["answers"]["refused"])
-        advice = "If that was not you, look at what runs on this machine."
-        add("answers", "warn", f"{count} attempts to answer were refused, the last", refused["words"], advice)
-    for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
-        advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
-        add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
-    for target in status["notify"]:
-        if target["ok"] is False:
-            advice = "Correct `notify` in the configuration; `notify-test` sends a message now."
-            words = f"Notifications do not arrive: {target['name']}"
-            add("notify", "warn", words, target["words"], advice)
-    return found + foreign_problems(foreign)
-
-
-def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
-    """Return the problems for up to nine results of `foreign_files`."""
-    texts = [(f"{it[0]} (owner: {it[1]}) cannot be used by this user", f"Run: {it[2]}") for it in foreign[:9]]
-    return [{"kind": "files", "level": "warn", "words": words, "advice": advice} for words, advice in texts]
+    redis, publisher, refused = status["redis"] or {}, status["publisher"] or {}, status["answers"]["refused"]
+    state, tried = redis.get("state"), attempt_words(redis) if redis else ""
+    same_names = sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]})
+    # (kind, level, whether it is so, words, the reason after them, advice)
+    rows: tuple[tuple[str, str, Any, str, str | None, str], ...] = (
+        ("redis", "fail", state in ("waiting", "connecting") and redis["attempt"],
+         f"Redis does not answer ({tried})", redis.get("reason"),
+         "The page shows the events that this machine has stored."),
+        ("redis", "fail", state == "given_up",
+         f"Redis did not answer, and the monitor no longer tries ({tried})", redis.get("reason"),
+         "Reconnect, or send the monitor SIGHUP."),
+        ("stream", "fail", redis.get("streamState") == "refused", "Redis refuses the stream",
+         redis.get("streamReason"), "Events sent while this monitor is not running will be missing."),
+        ("channel", "fail", publisher.get("channelState") == "refused", "Redis refuses this machine's events",
+         publisher.get("channelReason"), "Correct the user's rights in Redis."),
+        ("publisher", "fail", state == "connected" and publisher.get("state") == "waiting",
+         "Events of this machine wait in the spool, since Redis does not accept them",
+         publisher.get("reason"), "The publisher sends them when it does."),
+        ("gaps", "warn", redis.get("gaps"),
+         f"{redis.get('gaps')} times the stream lacked events that were not read yet: some may be missing",
+         None, "Raise redis.streamMaxLength, or let Redis save its data."),
+        ("store", "fail", not store["ok"],
+         "Events cannot be written, hooks keep them in the spool while they can", store["error"],
+         "Free space on its disk, or make it writable; the monitor then continues by itself."),
+        ("unsaved", "warn", unsaved_bytes,
+         f"{human_size(unsaved_bytes)} of events could not be written to their session's file",
+         None, "monitor.log names the file; correct it, then run: restart"),
+        ("spool", "warn", spool["dropped"], f"{spool['dropped']} events were dropped by full spools",
+         None, "Keep a monitor (or Redis) running while agents work."),
+        ("index", "warn", index["state"] == "off" and store["persistent"],
+         "There is no index: searches read every file, and there are no statistics", index["error"],
+         "Correct its cause; the index is then rebuilt."),
+        ("disk", "warn", disk.get("error"), disk.get("error") or "", None,
+         "Correct this; it is tried again within 5 minutes."),
+        ("disk", "warn", disk.get("overLimit"),
+         "Today's events and pinned sessions alone take more than retention.maxMegabytes",
+         None, "Raise it, or delete sessions."),
+        ("store", "warn", store["slowWriteMs"] is not None,
+         f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait",
+         None, "Move CONTEXTUATE_HOME to a faster disk."),
+        ("answers", "warn", refused, f"{len(refused)} attempts to answer were refused, the last",
+         refused[-1]["words"] if refused else None,
+         "If that was not you, look at what runs on this machine."),
+        *(("machines", "warn", True, f"Several machines have the same name, {safe_line(name)}",
+           None, "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them.")
+          for name in same_names),
+        *(("notify", "warn", target["ok"] is False, f"Notifications do not arrive: {target['name']}",
+           target["words"], "Correct `notify` in the configuration; `notify-test` sends a message now.")
+          for target in status["notify"]),
+    )  # fmt: skip
+    shown = (
+        (kind, level, f"{words}: {reason.rstrip('.')}" if reason else words, advice)
+        for kind, level, is_so, words, reason, advice in rows
+        if is_so
+    )
+    return [dict(zip(("kind", "level", "words", "advice"), it)) for it in shown]
 
 
 def lock_file(path: str, in_use: Callable[[], str]) -> int:
@@ -8712,7 +8698,7 @@ class Doctor:
 
     def _monitor(self) -> Findings:
         mode, about, facts = self._settings["mode"], self._about, []
-        problems = foreign_problems(foreign_files(self._settings.home))  # as the status of a monitor has them
+        problems = foreign_problems(self._settings.home)  # as the status of a monitor has them
         if about is None and self._is_redis:
             yield _ok("monitor", "not running: this machine only sends events")
         elif about is None:
