@@ -3228,8 +3228,8 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
 
 
-def moment_ms(text: str, zone: TimeZone = None, is_end: bool = False) -> int:
-    """Return the ms of a time in ms or ISO form in a zone, of a day its start or end; raise ValueError."""
+def moment_ms(name: str, text: str, zone: TimeZone, is_end: bool = False) -> int:
+    """Return the ms of a time in ms or ISO form in a zone, of a day its start or end; raise SearchError."""
     if re.fullmatch(r"[0-9]{10,16}", text):
         return int(text)
     for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
@@ -3238,19 +3238,13 @@ def moment_ms(text: str, zone: TimeZone = None, is_end: bool = False) -> int:
             if is_end and form == "%Y-%m-%d":
                 return int(moment.replace(hour=23, minute=59, second=59).timestamp() * 1000) + 1000
             return int(moment.timestamp() * 1000)
-    raise ValueError("a time such as 2026-11-24 or 2026-11-24T14:30, or milliseconds since the epoch")
+    raise SearchError(name, "a time such as 2026-11-24 or 2026-11-24T14:30, or milliseconds since the epoch")
 
 
 def time_range(start: str | None, end: str | None, zone: TimeZone = None) -> tuple[int, int]:
     """Return [from, to) in ms; from a day to the same day is that day; raise SearchError."""
-    times = [0, 1 << 53]
-    for index, (name, text) in enumerate((("from", start), ("to", end))):
-        try:
-            if text is not None:
-                times[index] = moment_ms(text, zone, name == "to" and text == start)
-        except ValueError as error:
-            raise SearchError(name, str(error)) from None
-    return times[0], times[1]
+    first = 0 if start is None else moment_ms("from", start, zone)
+    return first, 1 << 53 if end is None else moment_ms("to", end, zone, end == start)
 
 
 def time_zone(name: str) -> TimeZone:
