@@ -5091,11 +5091,6 @@ class Response(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    """Return a response with a JSON body."""
-    return Response(status, encode_json(value))
-
-
 class Query(dict[str, str]):
     """The query parameters of a request, checked as they are read."""
 
@@ -5133,7 +5128,7 @@ class Api:
                 raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
                 answer = handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
-                return answer if isinstance(answer, Response) else json_response(answer)
+                return answer if isinstance(answer, Response) else Response(200, encode_json(answer))
         raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
     def page(self, host: str) -> Response:
@@ -5422,17 +5417,18 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 response = response._replace(body=text, content_type="text/plain; charset=utf-8")
             return response
         except SearchError as error:
-            return json_response({"error": str(error), "field": error.field}, 400)
+            return Response(400, encode_json({"error": str(error), "field": error.field}))
         except MalformedEvent as error:
-            return json_response({"error": f"the body must be one JSON object: {error}"}, 400)
+            return Response(400, encode_json({"error": f"the body must be one JSON object: {error}"}))
         except (TimeoutError, concurrent.futures.TimeoutError) as error:
-            return json_response({"error": str(error) or "the monitor is too busy to answer"}, 503)
+            return Response(503, encode_json({"error": str(error) or "the monitor is too busy to answer"}))
         except (ConnectionError, socket.timeout):
             raise
         except Exception:  # unexpected: log and answer
             self.close_connection = True
             log.exception("a request could not be answered")
-            return json_response({"error": "it could not be answered; monitor.log has the reason"}, 500)
+            words = "it could not be answered; monitor.log has the reason"
+            return Response(500, encode_json({"error": words}))
 
     @functools.cached_property
     def _is_own_user(self) -> bool:  # on Linux by /proc/net/tcp, which may be long: once a connection
@@ -5821,9 +5817,9 @@ class Answers:
             self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
             self._code_until = time.monotonic() + CODE_LIFE_S
             log.info("a code to pair a browser was printed")
-            return json_response({"code": self._code})
+            return Response(200, encode_json({"code": self._code}))
         wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
-        return json_response(self.answer(*wanted, "a terminal"))
+        return Response(200, encode_json(self.answer(*wanted, "a terminal")))
 
     def _pair(self, code: str, request: Request, sock: socket.socket) -> Response:
         is_known = self._code != "" and time.monotonic() < self._code_until
