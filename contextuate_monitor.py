@@ -670,7 +670,6 @@ _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
 REMEMBERED_IDS = 64_000
-SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
 SLOW_WRITE_MS = 100
 SLOW_WRITE_SHOWN_S = 600.0
 
@@ -1080,28 +1079,6 @@ class SeenIds:
     def _place(self, event_id: str) -> tuple[int, bytes]:
         digest = hashlib.blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=10).digest()
         return hash(digest) % len(self._new), digest
-
-
-class SecondDeliveries:
-    """Finds prompts and calls that a hook registered twice delivers again, with another id."""
-
-    def __init__(self) -> None:
-        self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
-
-    def first_id(self, event: JsonObject, encoded: bytes) -> str:
-        """Return the id of the event that this one repeats, else its own."""
-        data, own = event["data"], (str(event["id"]), event["timestamp"])
-        is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
-        if not (is_prompt or data.get("toolUseId")):
-            return own[0]
-        within_ms = SECOND_PROMPT_MS if is_prompt else SECOND_CALL_MS
-        place = event["sessionId"], event.get("agentId"), event["hookType"]
-        digest = hash((place, encoded[encoded.find(b',"data":') :]))
-        first = self._first.pop(digest, own)
-        self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
-        if len(self._first) > 4096:
-            del self._first[next(iter(self._first))]
-        return first[0]
 
 
 class DeletedIds:
@@ -6250,6 +6227,7 @@ STATUS_INTERVAL_S = 4.0  # to notice what no part reports, such as a full spool
 STATUS_AGE_S = 0.1
 SNAPSHOT_INTERVAL_S = 30.0
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
+SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
 CATCH_UP_EVENTS = 2000
 CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
@@ -6400,7 +6378,7 @@ class Ingest:
         self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
         self.own_answers: set[str] = set()  # ids of events of answers that are being stored
-        self._second = SecondDeliveries()
+        self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal, self._quarantine_path = journal, settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
@@ -6430,7 +6408,7 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            ids = {event["id"], self._second.first_id(event, text)}
+            ids = {event["id"], self._first_id(event, text)}
             is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
             if is_known and (remote or "imported" not in event):  # an import looks at what is stored itself
                 self.counts["duplicates"] += 1
@@ -6501,6 +6479,20 @@ class Ingest:
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
+
+    def _first_id(self, event: JsonObject, encoded: bytes) -> str:
+        """Return the id of the prompt or call that a hook registered twice delivers again, else its own."""
+        data, own = event["data"], (str(event["id"]), event["timestamp"])
+        is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
+        if not (is_prompt or data.get("toolUseId")):
+            return own[0]
+        within_ms = SECOND_PROMPT_MS if is_prompt else SECOND_CALL_MS
+        place = event["sessionId"], event.get("agentId"), event["hookType"]
+        digest = hash((place, encoded[encoded.find(b',"data":') :]))
+        first = self._first.pop(digest, own)
+        self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
+        _drop_oldest(self._first, 4096)
+        return first[0]
 
     def _quarantine(self, line: bytes, error: Exception) -> None:
         self.counts["quarantined"] += 1
