@@ -1875,24 +1875,20 @@ def _estimated_context(session: Session, usage: SessionUsage) -> JsonObject | No
     return {"percent": percent, "used": used, "size": size, "estimated": True}
 
 
-class PriceList:
-    """The prices of models: the configured `prices`, by model, family ("opus-4-5") or kind, then PRICES."""
+def estimated_usd(usage: SessionUsage, configured: Mapping[str, Price]) -> float | None:
+    """Return the cost of a session in USD; None if a model is not known, as a part would mislead.
 
-    def __init__(self, configured: dict[str, dict[str, float]] | None = None) -> None:
-        self._configured = {name: Price.of(**given) for name, given in (configured or {}).items()}
-
-    def estimate(self, usage: SessionUsage) -> float | None:
-        """Return the cost of a session in USD; None if a model is not known, as a part would mislead."""
-        cost = 0.0
-        for model, used in usage.models.items():
-            family = model_family(model)
-            names = (model, family, family.partition("-")[0])
-            own = (self._configured[name] for name in names if name in self._configured)
-            price = next(own, PRICES.get(family))
-            if price is None and any(used):
-                return None
-            cost += price.cost(used) if price else 0.0
-        return round(cost, 6)
+    `configured` prices are those of a model, a family ("opus-4-5") or a kind; they come before PRICES.
+    """
+    cost = 0.0
+    for model, used in usage.models.items():
+        family = model_family(model)
+        own = map(configured.get, (model, family, family.partition("-")[0]))
+        price = next(filter(None, own), PRICES.get(family))
+        if price is None and any(used):
+            return None
+        cost += price.cost(used) if price else 0.0
+    return round(cost, 6)
 
 
 def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until: int) -> None:
@@ -2406,13 +2402,13 @@ class Sessions:
         quiet_ms: int = 120_000,
         ended_ms: int = 12 * 3_600_000,
         own_machine: str = "",
-        prices: PriceList | None = None,
+        prices: Mapping[str, Price] = {},
         own_name: str = "",
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self._quiet_ms, self._ended_ms = quiet_ms, ended_ms
         self._own_machine, self._own_name = own_machine, own_name
-        self._prices = prices or PriceList()
+        self._prices = prices
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         self._accounts: list[Account] = []  # the most recently active last
@@ -2773,7 +2769,7 @@ class Sessions:
         label, label_source = session.label
         children = self.children(session.session_id) if children is None else children
         usage, reason = session.usage, session.reason
-        estimate = usage and self._prices.estimate(usage)
+        estimate = usage and estimated_usd(usage, self._prices)
         gauges = session.gauges or {**_NO_GAUGES, "context": usage and _estimated_context(session, usage)}
         costs = {"client": gauges["costUsd"], "estimate": estimate}
         source = next((name for name, cost_usd in costs.items() if cost_usd is not None), None)
@@ -3535,7 +3531,7 @@ class Statistics:
     """Statistics for a time range, of all sessions or of one, counted in quarters of an hour."""
 
     def __init__(
-        self, db: sqlite3.Connection, journal: Journal, prices: PriceList, session_id: str | None
+        self, db: sqlite3.Connection, journal: Journal, prices: Mapping[str, Price], session_id: str | None
     ) -> None:
         self._db, self._journal, self._prices, self._session_id = db, journal, prices, session_id
         self._names = {number: key_name(key) for number, key in db.execute("SELECT id, name FROM names")}
@@ -3649,13 +3645,13 @@ class Statistics:
                 if cell.hour > self._exact.get(cell.session, -1):
                     rest[cell.model] += cell.tokens
         exact = used.pop(_CLIENT_COST, Tokens()).input
-        usage, part = SessionUsage(0, used), self._prices.estimate(SessionUsage(0, rest))
+        usage, part = SessionUsage(0, used), estimated_usd(SessionUsage(0, rest), self._prices)
         is_known = part is not None and bool(used or exact)
         return {
             "sessions": len({cell.session for cell in cells}),
             **{name: sum(cell.counts[at] for cell in cells) for at, name in enumerate(_COUNTED)},
             "tokenUsage": usage.total.to_json() if used else None,
-            "estimatedCostUsd": self._prices.estimate(usage) if used else None,
+            "estimatedCostUsd": estimated_usd(usage, self._prices) if used else None,
             "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
             "estimatedPartUsd": part if is_known else None,
         }
@@ -3721,8 +3717,8 @@ class History:
     and all must be saved again.
     """
 
-    def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
-        self._journal, self._path, self._prices = journal, path, prices or PriceList()
+    def __init__(self, journal: Journal, path: str, prices: Mapping[str, Price] = {}) -> None:
+        self._journal, self._path, self._prices = journal, path, prices
         self.generation, self._error = 0, ""
         if sqlite3 is None:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
@@ -7079,7 +7075,8 @@ class Monitor:
         self.settings, self.loop, self.started_at = settings, EventLoop(), now_ms()
         quiet_ms = settings["sessions.quietSeconds"] * 1000
         ended_ms = settings["sessions.endedHours"] * 3_600_000
-        prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
+        prices = {name: Price.of(**given) for name, given in settings["prices"].items()}
+        persistent = settings["persistence.enabled"]
         own_name = settings.machine_id if settings["mode"] == "local" else ""  # others may have it, too
         self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_key, prices, own_name)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()

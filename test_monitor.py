@@ -5353,10 +5353,11 @@ def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(line):
     models, *given = re.fullmatch(r"(.*?) (\{.*\}) (\{.*\}) → (.*)", line).groups()
     prices, millions, cost = map(json.loads, given)
     tokens = cm.Tokens(**{kind: number * 1_000_000 for kind, number in millions.items()})
+    prices = {name: cm.Price.of(**it) for name, it in prices.items()}
     for model in models.split():
-        assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
+        assert cm.estimated_usd(cm.SessionUsage(1, {model: tokens}), prices) == cost
     half = {"some-model": tokens, "claude-opus-4-1-20250805": tokens}
-    assert cm.PriceList({}).estimate(cm.SessionUsage(1, half)) is None
+    assert cm.estimated_usd(cm.SessionUsage(1, half), {}) is None
 
 
 def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_installed, monitor):
@@ -11382,7 +11383,7 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
     assert figures["totals"]["estimatedCostUsd"] is None
     costs = {row["model"]: row["estimatedCostUsd"] for row in figures["models"]}
     opus = cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(6000, 600, 7)})
-    assert costs["strange-model"] is None and costs["claude-opus-4-5"] == cm.PriceList().estimate(opus)
+    assert costs["strange-model"] is None and costs["claude-opus-4-5"] == cm.estimated_usd(opus, {})
     later = indexed.history.statistics(NOW_MS + DAY_MS - 3_600_000, 1 << 53, "a")
     assert later["totals"]["tokenUsage"]["totalInput"] == 1050
 
@@ -11400,7 +11401,7 @@ def test_the_clients_own_cost_counts_before_an_estimate(indexed: IndexCase) -> N
         line(7, "d", 2), index_usage(2 * day, "d", **million),  # without a status line on its last day
     )  # fmt: skip
     figures = indexed.ready().figures()
-    part = cm.PriceList().estimate(cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(1_000_000, 0, 7)}))
+    part = cm.estimated_usd(cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(1_000_000, 0, 7)}), {})
     assert part and figures["totals"]["costUsd"] == pytest.approx(4.5 + 1 + 2 + 2 * part)
     assert figures["totals"]["estimatedPartUsd"] == pytest.approx(2 * part)
     costs = {row["sessionId"]: (row["costUsd"], row["estimatedPartUsd"]) for row in figures["sessions"]}
