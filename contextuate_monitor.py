@@ -804,13 +804,10 @@ class Journal:
 
     def is_writable(self) -> bool:
         """True if events can be written; writes a test file, since quotas and broken disks show only then."""
-        try:
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root, buffering=0) as file:
             free = os.statvfs(self.root)
-            with tempfile.TemporaryFile(dir=self.root, buffering=0) as file:
-                written = file.write(bytes(_BLOCK_BYTES))
-        except OSError:
-            return False
-        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > 4 << 20
+            return file.write(bytes(_BLOCK_BYTES)) == _BLOCK_BYTES and free.f_bavail * free.f_frsize > 4 << 20
+        return False
 
     def delete_session(self, session_id: str) -> int:
         """Delete every file of a session; return the bytes that were freed."""
@@ -3361,12 +3358,11 @@ class IndexFile:
         quarter, rows = timestamp // QUARTER_MS, self._rows
         about = (event["sessionId"], event["machineId"], event["workingDirectory"], event.get("agent"))
         file_id, day_id, session = self._file_of(day, *about)
-        usage = event["data"].get("usage")  # totals of the session so far
-        models = usage.get("models") if isinstance(usage, dict) else None
+        models = object_of(object_of(event["data"].get("usage")).get("models"))  # totals so far
         if kind == "status_line":
             cost_usd = gauges_of(event["data"].get("gauges"), timestamp)[0]["costUsd"]
-            models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
-        for model, used in itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ():
+            models = {} if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
+        for model, used in itertools.islice(models.items(), MODELS_LIMIT):
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
