@@ -3217,12 +3217,12 @@ def time_range(start: str | None, end: str | None, zone: TimeZone = None) -> tup
     return first, 1 << 53 if end is None else moment_ms("to", end, zone, end == start)
 
 
-def time_zone(name: str) -> TimeZone:
-    """Return a time zone by its name, such as Europe/Berlin; raise SearchError where there is none."""
+def time_zone(name: str | None) -> TimeZone:
+    """Return a time zone by its name, such as Europe/Berlin, ours without one; raise SearchError."""
     import zoneinfo  # not every system that lacks its data lacks them for all of the program
 
     try:
-        return zoneinfo.ZoneInfo(name)
+        return zoneinfo.ZoneInfo(name) if name else None
     except (KeyError, ValueError, OSError):
         raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
@@ -5071,16 +5071,11 @@ class Query(dict[str, str]):
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
-    def zone(self) -> TimeZone:
-        """Return the zone that `timeZone` names."""
-        name = self.get("timeZone")
-        return time_zone(name) if name else None
-
     def time_range(self) -> tuple[int, int]:
         """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
         given = map(self.get, ("from", "to"))
         start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
-        return time_range(start, end, self.zone())
+        return time_range(start, end, time_zone(self.get("timeZone")))
 
 
 class Api:
@@ -5170,15 +5165,15 @@ class Api:
         return {}
 
     def _search_query(self, query: Query) -> SearchQuery:
-        wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
-        wanted["limit"] = query.integer("limit")
-        wanted["from"], wanted["to"] = query.time_range()
+        start, end = query.time_range()
+        wanted = {**query, "limit": query.integer("limit"), "from": start, "to": end}
         asked: SearchQuery = self.ask(lambda: self._monitor.search_query(wanted))
         return asked
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
-        figures = self._monitor.history.statistics(start, end, query.get("session"), query.zone())
+        zone = time_zone(query.get("timeZone"))
+        figures = self._monitor.history.statistics(start, end, query.get("session"), zone)
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
@@ -6825,9 +6820,7 @@ class MessageHandlers:
         return self._monitor.reader.submit(read)
 
     def _on_search(self, client: Client, message: JsonObject) -> Answer:
-        names = {name: name for name in (*SEARCH_FIELDS, "from", "to", "limit")}
-        names.update(q="query", type="eventType")
-        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
+        wanted = {**message, "q": message.get("query"), "type": message.get("eventType")}
         history, query = self._monitor.history, self._monitor.search_query(wanted)
         return self._monitor.reader.submit(lambda: {"type": "search_results", **history.search(query)})
 
@@ -7483,7 +7476,7 @@ class Monitor:
 
     def search_query(self, wanted: JsonObject) -> SearchQuery:
         """Return a query of the API or of a client, whose `state` is that of sessions now."""
-        state, sessions = wanted["state"], self.sessions.sessions.values()
+        state, sessions = wanted.get("state"), self.sessions.sessions.values()
         found = frozenset(it.session_id for it in sessions if it.state == state) if state else None
         return search_query(wanted, found)
 
@@ -10110,7 +10103,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def filters_of(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Return what to search for, of the options; explain a range that ends with a day."""
-    start, end = time_range(args.start, args.end, time_zone(args.time_zone) if args.time_zone else None)
+    start, end = time_range(args.start, args.end, time_zone(args.time_zone))
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
     given = {"machine": args.machine, "tool": args.tool, "type": args.type, "q": " ".join(args.words)}
