@@ -6835,7 +6835,7 @@ class MessageHandlers:
         self._monitor.answers.look()
 
     def _on_notify_test(self, client: Client, message: JsonObject) -> Answer:
-        if self._monitor.notifier is None:
+        if not self._monitor.notifier.targets:
             raise RequestError(400, 'no target is configured: add "notify" to the configuration')
         return self._monitor.notifier.test()
 
@@ -7025,7 +7025,7 @@ class Status:
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
             "limits": monitor.sessions.limits(now_ms()),
-            "notify": monitor.notifier.status() if monitor.notifier else [],
+            "notify": monitor.notifier.status(),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         problems = status_problems(status, unsaved) + foreign_problems(monitor.settings.home)
@@ -7076,8 +7076,7 @@ class Monitor:
         self._is_draining = False
         self.redis: RedisLink | None = None
         self._publisher = 0  # pid of one that was started here, until it has ended
-        targets = settings.notify_targets
-        self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
+        self.notifier = Notifier(settings.notify_targets, settings.path("notified.json"), self.loop)
         self._notice_changes: set[str] = set()  # ids of sessions whose notices may have changed
         self._short = ""  # content of the file `short`, for prompts
         self._arrivals = Turns()  # of lines, each with the connection to acknowledge it on
@@ -7161,8 +7160,7 @@ class Monitor:
         for server in self.http:
             server.stop()
         self.answers.close()
-        if self.notifier:
-            self.notifier.close()
+        self.notifier.close()
         with contextlib.suppress(OSError):
             os.unlink(self.settings.path("short"))
         self.reader.shutdown(wait=True)
@@ -7237,7 +7235,7 @@ class Monitor:
             self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(STATUS_INTERVAL_S, self._send_status)
-        if self.notifier:
+        if self.notifier.targets:
             self._notice_changes = {*self.sessions.sessions, ""}
             self.loop.call_every(0.2, self._notify)
 
@@ -7392,7 +7390,6 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _notify(self) -> None:
-        assert self.notifier  # else no timer calls this
         current: dict[str, list[Notice]] = {it: [] for it in self._notice_changes}
         with_limits = "limit" in self.notifier.kinds
         for session in filter(None, map(self.sessions.sessions.get, current)):
