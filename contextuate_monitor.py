@@ -4630,15 +4630,9 @@ READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the i
 BATCH_LINES = 200  # passed to the loop together
 INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
+RemoteLine = tuple[bytes, Union[str, None]]  # an event, and its id in the stream; None: from the channel
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
-
-
-class RemoteLine(NamedTuple):
-    """An event from Redis; `position`: its id in the stream, None from the channel."""
-
-    line: bytes
-    position: str | None
 
 
 def position_key(position: str) -> tuple[int, int]:
@@ -4833,7 +4827,7 @@ class RedisLink(threading.Thread):
             self._read_stream(may_have_gap=True)
         elif message and kind == "message" and (key := event_key(message["data"])) not in self._seen:
             self._seen.add(key)
-            self._batch.append(RemoteLine(message["data"], None))
+            self._batch.append((message["data"], None))
 
     def _is_silent(self) -> bool:
         return time.monotonic() - self._last_alive > SUBSCRIBER_DEADLINE_S
@@ -4871,7 +4865,7 @@ class RedisLink(threading.Thread):
                     self._read, line = raw_id.decode("ascii"), fields.get(b"event", b"")
                     if line and (key := event_key(line)) not in self._seen:
                         self._seen.add(key)
-                        self._batch.append(RemoteLine(line, self._read))
+                        self._batch.append((line, self._read))
                 self._hand_over()
         except redis.ResponseError as error:
             if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
@@ -7302,8 +7296,8 @@ class Monitor:
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - 60_000  # what waited longer in the stream is no measure of clocks
-        late = [it.position is not None and position_key(it.position)[0] < since for it in lines]
-        return self._take_all([remote.line for remote in lines], remote=True, late=late)
+        late = [position is not None and position_key(position)[0] < since for _, position in lines]
+        return self._take_all([line for line, _ in lines], remote=True, late=late)
 
     def _take_all(self, lines: Sequence[bytes], remote: bool, late: Sequence[bool] = ()) -> bool:
         """Store lines of the spool or of Redis in order; return whether all are settled.

@@ -7978,7 +7978,7 @@ def test_what_the_stream_delivered_and_waits_holds_up_no_machine(make, monkeypat
     server, home, takes, stored = make(RedisServer), new_home(), threading.Event(), []
 
     def take(lines: list[cm.RemoteLine]) -> bool:
-        stored.extend(it.line for it in lines if takes.is_set())
+        stored.extend(line for line, _ in lines if takes.is_set())
         return takes.is_set()
 
     monkeypatch.setattr(cm, "REDIS_PING_INTERVAL_S", 0.1)
