@@ -380,11 +380,10 @@ def human_size(size: int) -> str:
 
 
 class Progress:
-    """Print the progress of long work once a second."""
+    """Count the events of long work, and print its progress once a second."""
 
-    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
-        self.count, self._done = 0, 0
-        self._total, self._what = human_size(total_bytes), what
+    def __init__(self, total_bytes: int, quiet: bool) -> None:
+        self.count, self._done, self._total = 0, 0, human_size(total_bytes)
         self._next_s = math.inf if quiet else time.monotonic() + 1
 
     def add(self, count: int, size: int) -> None:
@@ -393,7 +392,7 @@ class Progress:
         self._done += size
         if time.monotonic() > self._next_s:
             self._next_s = time.monotonic() + 1
-            print_status(f"{self.count} {self._what}, {human_size(self._done)} of at most {self._total}")
+            print_status(f"{self.count} events, {human_size(self._done)} of at most {self._total}")
 
     def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Pass lines on and count them."""
@@ -2904,7 +2903,7 @@ def _agents_json(session: Session) -> list[JsonObject]:
     agents = session.agents.values()
     newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
     sent, waiting = {agent.agent_id for agent in newest}, {it.agent_id for it in session.waits if it.tool}
-    activities = {call.agent_id: call.activity for call in session.open_calls.values()} if sent else {}
+    activities = {call.agent_id: call.activity for call in session.open_calls.values()}
     tokens = {it: session.agent_usage[it][1].to_json() for it in sent & session.agent_usage.keys()}
     return [
         {
@@ -9963,7 +9962,7 @@ def command_import(settings: Settings, args: argparse.Namespace) -> int:
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
-    progress = Progress(sizes, "events", quiet=False)
+    progress = Progress(sizes, quiet=False)
     store, known = Journal(settings.path("events")), 0
     machine, names = settings.machine_id, {file.name for file in store.files()}
     batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
@@ -10018,7 +10017,7 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
     if not settings["persistence.enabled"]:
         print_status("persistence.enabled is false: only events stored before can be exported")
     query = search_query(wanted, sessions)
-    counter = Progress(sum(file.size for file in store.files()), "events", quiet=not args.output)
+    counter = Progress(sum(file.size for file in store.files()), quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
     if args.format == "html":
         if not args.session:
