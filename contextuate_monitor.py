@@ -6216,8 +6216,8 @@ LOADING = "stored sessions are still being read; try again in a moment"
 ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
-class StartError(Exception):
-    """The monitor cannot start; the message says why and what to do."""
+class CommandError(Exception):
+    """A command failed, or the monitor cannot start; the message says why and what to do."""
 
 
 @dataclasses.dataclass
@@ -7085,7 +7085,7 @@ class Monitor:
     # Start and stop
 
     def open(self) -> None:
-        """Open every port and start to serve the page; raise StartError."""
+        """Open every port and start to serve the page; raise CommandError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
         in_use = "another monitor runs for this directory; `stop` ends it"
@@ -7454,7 +7454,7 @@ class Monitor:
         if self.loading is not None:
             log.info("%s", loading_words(self.loading))
             self._send_status()
-        with contextlib.suppress(OSError, StartError):  # tried again
+        with contextlib.suppress(OSError, CommandError):  # tried again
             about = emit_event.read_small(self.settings.path("monitor.run.json"))
             if about != encode_json(self.about) + b"\n":  # removed or damaged
                 emit_event.make_private_directory(self.settings.home)
@@ -7615,7 +7615,7 @@ def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
 
 
 def lock_file(path: str, in_use: Callable[[], str]) -> int:
-    """Lock a file until this process exits, write our pid, return its descriptor; StartError(`in_use()`)."""
+    """Lock a file until this process exits, write our pid, return its descriptor, else raise `in_use()`."""
     for _ in range(25):
         try:
             fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
@@ -7623,7 +7623,7 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
         except OSError as error:
             advice = "remove it, or choose another "
             advice += "socketPath" if path.endswith(".lock") else "CONTEXTUATE_HOME"
-            raise StartError(f"{path}: cannot be opened: {error.strerror}; {advice}") from None
+            raise CommandError(f"{path}: cannot be opened: {error.strerror}; {advice}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(path), about):
@@ -7635,7 +7635,7 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
             time.sleep(0.02)
         os.close(fd)
-    raise StartError(in_use())
+    raise CommandError(in_use())
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -7675,7 +7675,7 @@ def stop_advice(socket_path: str) -> str:
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
-    """Listen on a TCP port; raise a StartError that names the key and the option to change."""
+    """Listen on a TCP port; raise a CommandError that names the key and the option to change."""
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], socket.SOCK_STREAM)
@@ -7686,25 +7686,26 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: such as of a..b, which is no host name
         is_in_use = getattr(error, "errno", None) == errno.EADDRINUSE
         what = "is in use" if is_in_use else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-        raise StartError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
+        raise CommandError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket (0600) whose lock we have; raise StartError if something else is there."""
+    """Listen on a Unix socket (0600) whose lock we have; raise CommandError if something else is there."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         about = os.lstat(path)
         probe.settimeout(1)
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
-            raise StartError(f"{path} exists and is not a socket; remove it or choose another socketPath")
+            raise CommandError(f"{path} exists and is not a socket; remove it or choose another socketPath")
         if probe.connect_ex(path) == 0:
-            raise StartError(f"{path}: another program listens there{stop_advice(path)}")
+            raise CommandError(f"{path}: another program listens there{stop_advice(path)}")
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)  # 0600 from the first moment
     try:
         sock.bind(path)
     except OSError as error:
-        raise StartError(f"{path}: cannot be created: {error.strerror}; choose another socketPath") from None
+        words = f"{path}: cannot be created: {error.strerror}"
+        raise CommandError(f"{words}; choose another socketPath") from None
     finally:
         os.umask(mask)
     sock.listen(4096)
@@ -7750,10 +7751,6 @@ class Containers:
 #
 # Knows: the files with a monitor's address, its HTTP port, the hooks' socket.
 # ---------------------------------------------------------------------------
-
-
-class CommandError(Exception):
-    """A command failed; the message says what to do."""
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
@@ -8668,7 +8665,7 @@ class Doctor:
             for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
                 try:
                     bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
-                except StartError as error:
+                except CommandError as error:
                     yield _fail("ports", str(error))
         else:
             status = ask_monitor(self._settings, "/api/status")
@@ -9327,7 +9324,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def command_start(settings: Settings, args: argparse.Namespace) -> int:
     """Start the monitor in the background and print the page's address."""
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
-        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
+        raise CommandError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
     if (about := running_monitor(settings)) is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
         if not args.host is args.port is args.ws_port is None:
@@ -9366,23 +9363,24 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def start_in_background(settings: Settings) -> JsonObject:
-    """Start a detached process and wait until it serves and closes its standard error; raise StartError."""
+    """Start a detached process, wait until it serves and closes its standard error; raise CommandError."""
     import compileall  # it would add 1 MB to the process that serves
 
     emit_event.make_private_directory(settings.home)
     command, place = start_command(settings.options)
+    advice = f"{settings.path('monitor.log')} may name the reason"
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
     null, pipe, command = subprocess.DEVNULL, subprocess.PIPE, [*command, "--detached"]
     child = subprocess.Popen(command, stdin=null, stdout=null, stderr=pipe, start_new_session=True, cwd=place)
     try:
         said = emit_event.within(START_DEADLINE_S, lambda: child.stderr and child.stderr.read())
     except TimeoutError:
-        what = f"(process {child.pid}) does not answer; end it, start again"
-        raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason") from None
+        words = f"the monitor (process {child.pid}) does not answer; end it, start again"
+        raise CommandError(f"{words}; {advice}") from None
     if failed := re.search(r"^contextuate: error: (.*)", said.decode("utf-8", "replace"), re.M):
-        raise StartError(failed[1])
+        raise CommandError(failed[1])
     if (about := running_monitor(settings)) is None:
-        raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may name the reason")
+        raise CommandError(f"the monitor ended at once; {advice}")
     return about
 
 
@@ -9409,7 +9407,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
             record_publisher_python(settings.home)
         monitor = Monitor(settings)
         monitor.open()
-    except (StartError, OSError) as error:
+    except (CommandError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             error.filename = error.filename or settings.home  # a write names no file
         log.error("cannot start: %s", error)
@@ -9522,14 +9520,14 @@ def command_service(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def start_service(settings: Settings, steps: Iterable[str], check: str) -> None:
-    """Start the monitor by commands of the system, and print its address once it serves; raise StartError."""
+    """Start the monitor by commands of the system, print its address once it serves; raise CommandError."""
     path, started_ms, deadline = settings.path("monitor.log"), now_ms(), time.monotonic() + START_DEADLINE_S
     before = len(read_text(path))
     run_steps(steps)
     while (about := running_monitor(settings)) is None or about["startedAt"] < started_ms:
         has_ended = trouble_of(check) is not None or time.monotonic() > deadline
         if (failed := re.search("cannot start: (.*)", read_text(path)[before:])) or has_ended:
-            raise StartError(failed[1] if failed else f"the monitor did not start; see {path}")
+            raise CommandError(failed[1] if failed else f"the monitor did not start; see {path}")
         time.sleep(0.1)
     print(f"Contextuate Monitor runs ({about['process']}): {page_links(settings, about)[0]}", flush=True)
 
@@ -10222,7 +10220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except (ConfigError, StartError, CommandError, SearchError) as error:
+    except (ConfigError, CommandError, SearchError) as error:
         print_status(f"error: {error}")
         return 2 if isinstance(error, (ConfigError, SearchError)) else 1
     except UnicodeEncodeError as error:

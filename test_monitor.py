@@ -6678,7 +6678,7 @@ def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, t
     ee.write_atomically(str(python), b"#!/bin/sh\nexec sleep 60\n", 0o700)
     monkeypatch.setattr(cm.sys, "executable", str(python))
     monkeypatch.setattr(cm, "START_DEADLINE_S", 0.5)
-    with pytest.raises(cm.StartError) as caught:
+    with pytest.raises(cm.CommandError) as caught:
         cm.start_in_background(cm.Settings(monitor.home, "", "", {}))
     pid = int(re.search(r"process (\d+).*monitor\.log", str(caught.value))[1])
     os.kill(pid, signal.SIGKILL)
@@ -6797,7 +6797,7 @@ def test_a_lock_waits_for_a_check_and_is_refused_or_made_again(tmp_path, monkeyp
     with open(path, "wb") as looker:
         fcntl.flock(looker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as running_monitor does, for a moment
         holder = lock(lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
-    with pytest.raises(cm.StartError, match="another monitor runs"):
+    with pytest.raises(cm.CommandError, match="another monitor runs"):
         lock(lambda _: None)
     second = lock(lambda _: cm.unlock_file(path, holder))  # which removes it
     assert cm.lock_holder(path) == os.getpid()
@@ -7397,7 +7397,7 @@ def test_doctor_reports_a_socket_of_another_user(running):
 
 
 def test_a_host_that_is_no_name_is_refused_with_the_key_to_change():
-    with pytest.raises(cm.StartError, match=r"a\.\.b port 0 cannot be opened: .* server\.port"):
+    with pytest.raises(cm.CommandError, match=r"a\.\.b port 0 cannot be opened: .* server\.port"):
         cm.bind_tcp("a..b", 0, "server.port", "--port")
 
 
