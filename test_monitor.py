@@ -11491,7 +11491,7 @@ def found_in(answer: dict[str, Any]) -> list[str]:
 
 
 def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningMonitor) -> None:
-    running.emit(*hooks("@a prompt where is the quokka?; @b prompt quokka; @b call rm; @b ask rm"))
+    running.emit(*hooks("@a call quokka; @a prompt where is the quokka?; @b prompt quokka; @b ask rm"))
     index_ready(running)
     page = running.get("/api/search?q=quokka&limit=1")
     assert found_in(page) == ["b"] and page["complete"] is True
@@ -11503,7 +11503,7 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     answer = client.ask("search_results", eventType="user_prompt", session="a", requestId=7, **wanted)
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
-    assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
+    assert found_in(client.ask("search_results", state="working", **wanted)) == ["a", "a"]
     for name, wrong in (("state", "asleep"), ("cursor", "x"), ("limit", 9999)):
         client.send(requestId=name, **wanted, **{name: wrong})
         assert name in client.next("error", requestId=name)["message"]
