@@ -2957,13 +2957,27 @@ def event_row(event: JsonObject) -> JsonObject:
             }
             for call in batch[:50]
         ]
-    text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
-    if (models := object_of(object_of(data.get("usage")).get("models"))) and text is data:
-        used = sum(map(tokens_of, models.values()), Tokens())
-        text = f"{used.input + used.cache_read + used.cache_creation:,} tokens in, {used.output:,} out"
+    text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None)
+    if text is None and not event["hookType"]:
+        text = _text_of_figures(event) or data
     if text is not None:
         small["text"] = one_line(_CLIENT_TAGS.sub("", text_of(text)[:2000]))
     return {**{name: event[name] for name in _ROW_FIELDS if name in event}, "partial": True, "data": small}
+
+
+def _text_of_figures(event: JsonObject) -> str:
+    """Return the words for tokens, a status line or the client's status; "" for any other event."""
+    data = event["data"]
+    if models := object_of(object_of(data.get("usage")).get("models")):
+        used = sum(map(tokens_of, models.values()), Tokens())
+        return f"{used.input + used.cache_read + used.cache_creation:,} tokens in, {used.output:,} out"
+    gauges, _ = gauges_of(data.get("gauges"), event["timestamp"])
+    percent, cost_usd = gauges["context"]["percent"], gauges["costUsd"]
+    is_status = event["eventType"] == "client_status"
+    texts = [text_of(data.get(it)) for it in ("status", "waitingFor") if is_status]
+    texts += [f"{percent:g} % of the context"] if percent is not None else []
+    texts += [f"${cost_usd:.2f}"] if cost_usd is not None else []
+    return ", ".join(filter(None, texts))
 
 
 # ---------------------------------------------------------------------------

@@ -4318,11 +4318,15 @@ def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
         assert set(row) <= set(about) and set(data) <= set(words)
         assert all(len(it) <= 160 and "\n" not in it for it in map(data.get, words[-2:]) if it)
     assert 200 < statistics.median(sizes) < 400 and max(sizes) < 900
-    other = {"id": "x", "workingDirectory": "", "hookType": "", "data": {"test": "message"}}
-    assert cm.event_row(other)["data"]["text"] == '{"test": "message"}'
     counts = {"input": 10, "output": 2000, "cacheRead": 300_000, "cacheCreation": 5000, "cacheCreation1h": 9}
-    other["data"] = {"usage": {"models": {"claude-opus-5": counts, "odd": "x"}, "agents": {}}}
-    assert cm.event_row(other)["data"]["text"] == "305,010 tokens in, 2,000 out"
+    for kind, data, text in (
+        ("other", {"status": "good"}, '{"status": "good"}'),
+        ("usage", {"usage": {"models": {"m": counts, "odd": "x"}}}, "305,010 tokens in, 2,000 out"),
+        ("client_status", {"status": "waiting", "waitingFor": "a plan", "kind": "x"}, "waiting, a plan"),
+        ("status_line", {"gauges": {"cost": {"total_cost_usd": 1.5, "x": 2}}}, "$1.50"),
+    ):
+        event.update(hookType="", eventType=kind, data=data)
+        assert cm.event_row(event)["data"]["text"] == text
 
 
 @story_table("tables.txt", "processes", "namespace, events, here, state")
@@ -4557,8 +4561,7 @@ def stories(name: str, mark: str) -> dict[str, list[tuple[str, str]]]:
     return {title: [(got.strip(), then.strip()) for got, then in lines] for title, lines in cut.items()}
 
 
-USAGE_MACHINE = "box"
-USAGE_MODEL = "claude-opus-4-5-20251101"
+USAGE_MACHINE, USAGE_MODEL = "box", "claude-opus-4-5-20251101"
 
 
 def session_after(story: SessionStory, hook: str, at: int | None = None, **fields: Any) -> dict[str, Any]:
@@ -6444,8 +6447,7 @@ sys.path.insert(0, sys.argv[1])
 import emit_event
 emit_event.ACKNOWLEDGEMENT_DEADLINE_S = float(sys.argv[2])
 for line in sys.stdin.buffer:
-    reader, writer = os.pipe()
-    errors, said = os.pipe()
+    (reader, writer), (errors, said) = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
         os.dup2(reader, 0), os.dup2(said, 2)
@@ -7457,8 +7459,7 @@ def test_doctor_names_two_registrations_and_a_broken_file(examined, monkeypatch,
 # ---- Redis mode: many machines, several monitors, and a Redis that misbehaves ------------------------------
 # Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
 
-REDIS_CHANNEL = "contextuate:events"
-REDIS_STREAM = "contextuate:events:stream"
+REDIS_CHANNEL, REDIS_STREAM = "contextuate:events", "contextuate:events:stream"
 
 
 REDIS_FIRST_PORT = 11_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10)
@@ -8150,8 +8151,7 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
 #
 # One machine for each, all started at once; the tests look at what each of them says.
 
-REDIS_PASSWORD = "correct-horse-battery-9217"
-REDIS_WRONG_PASSWORD = "wrong-staple-4711"
+REDIS_PASSWORD, REDIS_WRONG_PASSWORD = "correct-horse-battery-9217", "wrong-staple-4711"
 
 
 REDIS_FAULTS = story_cases("tables.txt", "faults of Redis")
