@@ -4153,8 +4153,8 @@ def metrics_text(status: JsonObject, states: Mapping[str, int]) -> bytes:
     events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"] or {}
 
     def of_machines(field: str, divisor: int = 1) -> list[tuple[JsonObject, float]]:
-        known = [machine for machine in status["machines"] if machine[field] is not None]
-        return [({"machine": machine["label"]}, machine[field] / divisor) for machine in known]
+        known = {it["label"]: it[field] / divisor for it in status["machines"] if it[field] is not None}
+        return [({"machine": label}, value) for label, value in known.items()]  # a series twice is invalid
 
     build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
     connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))] if redis else None
@@ -6961,7 +6961,7 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
         elif line["sameName"] and line["machineKey"] != name:
             line["label"] += f" ({line['machineKey'][:4]})"
     labels = collections.Counter(line["label"] for line in lines.values())
-    for line in lines.values():  # two series of /metrics with one label would be invalid
+    for line in lines.values():
         line["label"] += f" ({machine_host(line['machineKey'])})" * (labels[line["label"]] > 1)
     return sorted(lines.values(), key=operator.itemgetter("label"))
 

@@ -6216,8 +6216,7 @@ def test_a_target_that_cannot_be_used_is_refused_by_number_and_key(tmp_path, lin
 
 @pytest.mark.parametrize("line", story_blocks("notices")[0])
 def test_each_kind_of_notice_comes_from_the_state_of_a_session(line: str) -> None:
-    steps, _, expected = line.partition(" →")
-    story = SessionStory()
+    (steps, _, expected), story = line.partition(" →"), SessionStory()
     story.play(f"start startup; prompt; {steps}")
     found = cm.notices_of(story.book.sessions["s1"], None)
     assert "|".join(f"{it.kind} {it.detail}" for it in found) == expected.strip()
@@ -7196,8 +7195,6 @@ def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
     for command in ("status", "doctor"):
         assert "Several machines have the same name, macbook" in in_process(monitor, command).stdout
     assert "macbook (1111): 1 events" in in_process(monitor, "status").stdout
-    metrics = monitor.request("/metrics")[2].decode()
-    assert 'machine="macbook (1111)"' in metrics and 'machine="macbook (2222)"' in metrics
     keys = {it["sessionId"]: it["machineKey"] for it in monitor.get("/api/sessions")["sessions"]}
     assert (keys["s0"], keys["s1"]) == ("1111aa", "2222bb")
 
@@ -12146,6 +12143,9 @@ def test_prometheus_reads_what_is_measured(running):
     assert sessions["waiting"] == 1 and sum(sessions.values()) == 2
     assert {name: sum(measured[name].values()) for name in single} == single
     assert measured["index_bytes"][()] > 0
+    boxes = {"1111aa": "box", "2222aa": "box", "3333aa": "box (1111)", "4444aa": "box (1111) (1111aa)"}
+    running.emit(*({**odd, "machineKey": key, "machineId": name} for key, name in boxes.items()))
+    assert (("machine", "box (2222)"),) in metrics_of(running)["contextuate_events_total"]
 
 
 # ---- The source itself: its rooms and their order ----------------------------------------------------------
