@@ -379,6 +379,11 @@ def human_size(size: int) -> str:
     return next((f"{size / of:.1f} {unit}" for unit, of in sizes if size >= of), f"{size} B")
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 event" and "1,200 events"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class Progress:
     """Count the events of long work, and print its progress once a second."""
 
@@ -392,7 +397,7 @@ class Progress:
         self._done += size
         if time.monotonic() > self._next_s:
             self._next_s = time.monotonic() + 1
-            print_status(f"{self.count} events, {human_size(self._done)} of at most {self._total}")
+            print_status(f"{plural(self.count, 'event')}, {human_size(self._done)} of at most {self._total}")
 
     def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Pass lines on and count them."""
@@ -7540,7 +7545,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
             "building": f"being built: {index['done']:,} of {index['total']:,} events are read",
         }.get(index["state"], f"off: {index['error']}"),
         "spool": f"{human_size(spool['bytes'])} waiting",
-        "lost": f"{spool['dropped']:,} events lost to full spools, {store['repaired']:,} torn lines repaired",
+        "lost": f"{plural(spool['dropped'], 'event')} lost to full spools, "
+        f"{plural(store['repaired'], 'torn line')} repaired",
     }
     link, publisher = status["redis"], status["publisher"]
     if link:
@@ -7548,7 +7554,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         if link["state"] != "connected":
             words += f", {attempt_words(link)}: {link['reason'] or 'no answer yet'}"
         read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
-        published = publisher.get("reason") or f"{publisher.get('published', 0):,} events since its start"
+        sent = plural(publisher.get("published", 0), "event")
+        published = publisher.get("reason") or f"{sent} since its start"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
         facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
@@ -7558,7 +7565,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         rows.append({"name": "notify", "words": f"{target['name']}: {target['words']}{age}"})
     for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        words = f"{machine['label']}: {machine['events']:,} events, last {age} ago"
+        words = f"{machine['label']}: {plural(machine['events'], 'event')}, last {age} ago"
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})
@@ -7589,7 +7596,7 @@ def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
          "Events of this machine wait in the spool, since Redis does not accept them",
          publisher.get("reason"), "The publisher sends them when it does."),
         ("gaps", "warn", redis.get("gaps"),
-         f"{redis.get('gaps')} times the stream lacked events that were not read yet: some may be missing",
+         f"{plural(redis.get('gaps', 0), 'time')} the stream lacked events not read yet: some may be missing",
          None, "Raise redis.streamMaxLength, or let Redis save its data."),
         ("store", "fail", not store["ok"],
          "Events cannot be written, hooks keep them in the spool while they can", store["error"],
@@ -7597,7 +7604,7 @@ def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
         ("unsaved", "warn", unsaved_bytes,
          f"{human_size(unsaved_bytes)} of events could not be written to their session's file",
          None, "monitor.log names the file; correct it, then run: restart"),
-        ("spool", "warn", spool["dropped"], f"{spool['dropped']} events were dropped by full spools",
+        ("spool", "warn", spool["dropped"], f"Full spools dropped {plural(spool['dropped'], 'event')}",
          None, "Keep a monitor (or Redis) running while agents work."),
         ("index", "warn", index["state"] == "off" and store["persistent"],
          "There is no index: searches read every file, and there are no statistics", index["error"],
@@ -7610,7 +7617,7 @@ def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
         ("store", "warn", store["slowWriteMs"] is not None,
          f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait",
          None, "Move CONTEXTUATE_HOME to a faster disk."),
-        ("answers", "warn", refused, f"{len(refused)} attempts to answer were refused, the last",
+        ("answers", "warn", refused, f"{plural(len(refused), 'attempt')} to answer refused, the last",
          refused[-1]["words"] if refused else None,
          "If that was not you, look at what runs on this machine."),
         *(("machines", "warn", True, f"Several machines have the same name, {safe_line(name)}",
@@ -8630,7 +8637,7 @@ class Doctor:
             trust = codex_trust(plan.path, len(plan.names)) if program == "codex" else ""
             words += f"; {trust}" if trust else ""
             level = "warn" if trust not in ("", "trusted") else "ok"
-            words = f"{len(plan.names)} events of {program} in {plan.path}{words}"
+            words = f"{plural(len(plan.names), 'event')} of {program} in {plan.path}{words}"
             yield Finding(level, check, words, "start codex and choose “Trust all”, or give it /hooks")
         has_remote = self._settings["answers.remote"] and emit_event.read_answer_key(self._settings.home)
         if answers and self._is_redis and program == CLAUDE and not has_remote:
@@ -8732,8 +8739,8 @@ class Doctor:
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
             return
-        words = f"pid {state['pid']}, {state['published']} events published"
-        words = "; ".join(reasons) or f"{words}, the last to {state['subscribers']} subscribers"
+        words = f"pid {state['pid']}, {plural(state['published'], 'event')} published"
+        words = "; ".join(reasons) or f"{words}, the last to {plural(state['subscribers'], 'subscriber')}"
         yield Finding("fail" if state.get("reason") else "warn" if reasons else "ok", "publisher", words)
 
     def _probe(self) -> Findings:
@@ -9184,7 +9191,7 @@ class TranscriptReader:
                 blocks = emit_event.objects_in(entry["message"].get("content"))
                 yield {**entry, "agentId": agent, "facts": facts, "timestamp_ms": time_ms, "blocks": blocks}
         if malformed:
-            self.skipped.append(f"{path}: {malformed} lines are not JSON")
+            self.skipped.append(f"{path}: not JSON: {plural(malformed, 'line')}")
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
         agent_id, message = entry.get("agentId"), entry.get("message", {})
@@ -9257,7 +9264,8 @@ def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
             missed += not (events or part.isspace() or _is_node_session(value))
             yield from events
     if missed:
-        skipped.append(f"{path}: " + ("it has no events" if is_document else f"{missed} lines are no events"))
+        words = "it has no events" if is_document else f"no events: {plural(missed, 'line')}"
+        skipped.append(f"{path}: {words}")
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
@@ -9756,7 +9764,7 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
             print_status(f"{words}; put it on the PATH and run install again")
         if not args.dry_run:
             install_hook_files(settings.home)
-        words = f"{len(plan.names)} events registered"
+        words = f"{plural(len(plan.names), 'event')} registered"
         words += ", answers on the page switched off" * (not key and " --answer" in plan.old_text)
         if plan.status_line:
             words += ", and the status line" + (f", around {it}" if (it := plan.status_line.wrapped) else "")
@@ -9962,8 +9970,8 @@ def command_prune(settings: Settings, args: argparse.Namespace) -> int:
         print("nothing is too old or too much")
         return 0
     verb = "would be deleted" if args.dry_run else "deleted"
-    what = f"{pruned['files']} files of {pruned['sessions']} sessions, {human_size(pruned['bytes'])}"
-    print(f"{what}, of {pruned['days'][0]} to {pruned['days'][-1]} {verb}")
+    what = f"{plural(pruned['files'], 'file')} of {plural(pruned['sessions'], 'session')}"
+    print(f"{what}, {human_size(pruned['bytes'])}, of {pruned['days'][0]} to {pruned['days'][-1]} {verb}")
     return 0
 
 
@@ -9991,7 +9999,7 @@ def command_import(settings: Settings, args: argparse.Namespace) -> int:
         print_status(f"skipped {words}")
     if len(skipped) > 10:
         print_status(f"skipped {len(skipped) - 10} more")
-    print(f"{progress.count} events imported, {known} were stored already")
+    print(f"{plural(progress.count, 'event')} imported, {known:,} stored already")
     return 1 if skipped else 0
 
 
@@ -10046,7 +10054,7 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if first else 0)
         with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
             file.writelines(itertools.chain([first], chunks))
-        print(f"{counter.count} events written to {args.output}")
+        print(f"{plural(counter.count, 'event')} written to {args.output}")
     if not counter.count:
         print_status("no event matches")
     return 0 if counter.count else 1

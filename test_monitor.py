@@ -7194,7 +7194,7 @@ def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
         monitor.emit({**event, "machineId": "macbook"})
     for command in ("status", "doctor"):
         assert "Several machines have the same name, macbook" in in_process(monitor, command).stdout
-    assert "macbook (1111): 1 events" in in_process(monitor, "status").stdout
+    assert "macbook (1111): 1 event," in in_process(monitor, "status").stdout
     keys = {it["sessionId"]: it["machineKey"] for it in monitor.get("/api/sessions")["sessions"]}
     assert (keys["s0"], keys["s1"]) == ("1111aa", "2222bb")
 
@@ -11853,9 +11853,9 @@ def import_hooks(name: str, start_ms: int) -> list[dict[str, Any]]:
 def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
     names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
     first, stored = in_process(running, "import").stdout, len(running.stored_events())
-    assert first == f"{stored} events imported, 0 were stored already\n" and stored
+    assert first == f"{stored} events imported, 0 stored already\n" and stored
     again = in_process(running, "import", running.claude_home).stdout
-    assert again == f"0 events imported, {stored} were stored already\n"
+    assert again == f"0 events imported, {stored} stored already\n"
     assert len(running.stored_events()) == stored
     sessions = running.sessions()
     assert set(sessions) == set(names)
@@ -11951,7 +11951,7 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense(tmp_path):
     path.write_text("\n\n".join(story_parts("tables.txt")["odd transcript"]))
     reader = cm.TranscriptReader("s", "m", set(), lambda _: False, ee.UsageReader(""), skipped)
     events = reader.events([str(path)])
-    assert skipped == [f"{path}: 2 lines are not JSON"]
+    assert skipped == [f"{path}: not JSON: 2 lines"]
     read = [event["hookType"] for event in events]
     assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
@@ -12051,7 +12051,7 @@ def test_import_names_each_file_that_it_did_not_understand(running, tmp_path):
         assert f"/{name}: {words}\n" in done.stderr if words else done.stderr == "", name
     write_files(tmp_path, {"settings.json": "{}", "x.txt": ""})  # which are ignored in a directory
     done = in_process(running, "import", str(tmp_path))
-    assert done.returncode == 1 and done.stdout.startswith("0 events imported, 8 were stored already")
+    assert done.returncode == 1 and done.stdout.startswith("0 events imported, 8 stored already")
     assert f"skipped {sum(words != '' for *_, words in files.values()) - 10} more" in done.stderr
 
 
@@ -12064,7 +12064,7 @@ def test_import_says_what_to_do_when_the_monitor_takes_no_more(running, tmp_path
     assert refused.returncode == 1 and "import again" in refused.stderr.splitlines()[-1], refused.stderr
     os.kill(running.pid, signal.SIGCONT)
     eventually(lambda: os.path.exists(running.socket_path), what="the socket")
-    assert in_process(running, "import", str(export)).stdout.startswith("1 events imported")
+    assert in_process(running, "import", str(export)).stdout.startswith("1 event imported")
 
 
 def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, tmp_path: Any) -> None:
@@ -12073,7 +12073,7 @@ def test_the_directory_of_the_node_monitor_is_imported(monitor: RunningMonitor, 
     # session have an id that it makes up.
     shutil.copytree(ROOT + "/.ci/stories/node-monitor", tmp_path, dirs_exist_ok=True)
     done = in_process(running, "import", str(tmp_path))
-    assert (done.returncode, done.stdout) == (0, "12 events imported, 0 were stored already\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "12 events imported, 0 stored already\n"), done.stderr
     sessions = running.sessions()
     assert set(sessions) == {"0123456789abcdef", "fedcba9876543210"}
     main, other = sessions["0123456789abcdef"], sessions["fedcba9876543210"]
