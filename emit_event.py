@@ -2441,7 +2441,7 @@ class ClientRecord(NamedTuple):
     started: int  # when its process began, as `process_start`; -1: not given
     session_id: str
     directory: str
-    since_ms: int  # when its status began; 0: not known
+    since_ms: int  # when its status began (2.1.150 says only when it wrote the file); 0: not known
     about: "dict[str, str]"  # the event's data: those of _ABOUT_CLIENT that it has
 
 
@@ -2451,14 +2451,14 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
         fields = parse_event_line(content)
     except MalformedEvent:
         return None
-    pid, session_id, cwd, since_ms = map(fields.get, ("pid", "sessionId", "cwd", "statusUpdatedAt"))
+    pid, session_id, cwd = map(fields.get, ("pid", "sessionId", "cwd"))
+    since, ticks = fields.get("statusUpdatedAt", fields.get("updatedAt")), str(fields.get("procStart"))[:20]
     if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
         return None
     about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
-    since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
-    ticks, directory = str(fields.get("procStart"))[:20], cwd if isinstance(cwd, str) else ""
+    since_ms = since if type(since) is int and 0 < since < 1 << 53 else 0
     started = int(ticks) if ticks.isdecimal() else -1
-    return ClientRecord(pid, started, str(session_id), directory, since, about)
+    return ClientRecord(pid, started, str(session_id), cwd if isinstance(cwd, str) else "", since_ms, about)
 
 
 def process_start(pid: int) -> "Optional[int]":
