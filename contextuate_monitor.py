@@ -6532,7 +6532,7 @@ class RegistryThread(threading.Thread):
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
         self.watcher.learn(event)
-        if "pid" in event and not self.watcher.clients:
+        if not self.watcher.clients:
             self._wake.set()
 
     def close(self) -> None:

@@ -5734,7 +5734,7 @@ SCREENS = {  # state on the page → what the client's screen, or its file, may 
 
 def registry_file(directory: Any, pid: int = 4711, **fields: Any) -> Any:
     """Write the file of a client, as the client does."""
-    (directory / "sessions").mkdir(exist_ok=True)
+    (directory / "sessions").mkdir(parents=True, exist_ok=True)
     path = directory / "sessions" / f"{pid}.json"
     about = {"pid": pid, "sessionId": "s1", "cwd": "/w", "procStart": "1", "kind": "interactive"}
     path.write_text(json.dumps({**about, **fields}))
@@ -5745,9 +5745,11 @@ def test_a_status_that_was_not_stored_is_delivered_again(tmp_path, watcher):
     given: list[Any] = []
     thread = cm.RegistryThread("box", lambda events: not events or given.append(events[:]) or len(given) > 2)
     thread.watcher = watcher
-    registry_file(tmp_path, status="busy", statusUpdatedAt=cm.now_ms() - 5000)
     thread.start()
-    eventually(lambda: len(given) > 2)
+    time.sleep(2 * ee.REGISTRY_POLL_S)  # no client runs: it rests
+    registry_file(tmp_path, status="busy", statusUpdatedAt=cm.now_ms() - 5000)
+    thread.learn({"data": {}})  # from Claude Code 2.1.150, which does not name its process
+    eventually(lambda: len(given) > 2, cm.REGISTRY_REST_S)
     time.sleep(2 * ee.REGISTRY_POLL_S)  # what was stored is not delivered a fourth time
     thread.close()
     assert len(given) == 3 and given[0] == given[1] == given[2]
@@ -5856,8 +5858,7 @@ def test_a_status_is_reported_once_it_has_settled(clock, tmp_path, watcher):
     assert changes(watcher, 2600) == []
     registry_file(tmp_path, status="idle", **{clock: 2700})
     assert changes(watcher, 2900, 3200) == [("idle", "busy", 2700)]
-    named = {"status": "idle", clock: 2700, "name": "payments", "nameSource": "user"}
-    registry_file(tmp_path, **named)
+    registry_file(tmp_path, **(named := {"status": "idle", clock: 2700, "name": "pay", "nameSource": "user"}))
     assert changes(watcher, 3500) == [("idle", "idle", 3500)]
     registry_file(tmp_path, **{**named, clock: 3600})  # after a short "busy"
     assert changes(watcher, 3700) == []
@@ -5868,10 +5869,8 @@ def test_a_status_is_reported_once_it_has_settled(clock, tmp_path, watcher):
 
 def test_a_flood_of_configuration_directories_is_not_watched(tmp_path, watcher):
     for number in range(300):
-        place = tmp_path / str(number)
-        place.mkdir()
-        registry_file(place, sessionId=f"s{number}", status="busy", statusUpdatedAt=500)
-        watcher.learn({"data": {"transcriptPath": f"{place}/projects/p/x.jsonl"}})
+        registry_file(tmp_path / str(number), sessionId=f"s{number}", status="busy", statusUpdatedAt=500)
+        watcher.learn({"data": {"transcriptPath": f"{tmp_path}/{number}/projects/p/x.jsonl"}})
     assert 200 < len(changes(watcher, 1000, 3000, 3300)) < 257
 
 
@@ -5942,7 +5941,6 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
     machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
     machine.serve()
     home = pathlib.Path(machine.claude_home)
-    home.mkdir(exist_ok=True)
     start = str(ee.process_start(client.pid))
     about = {"pid": client.pid, "procStart": start, "statusUpdatedAt": ee.now_ms()}
     registry_file(home, status="busy", **about)
