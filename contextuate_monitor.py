@@ -1657,8 +1657,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
         session.model = one_line(model)
-    if "usage" in data:
-        _apply_usage(session, data["usage"], at)
+    _apply_usage(session, data.get("usage"), at)
     if by_main and isinstance(data.get("git"), dict):
         place = map(data["git"].get, ("branch", "root", "project"))
         session.branch, session.root, session.project = (one_line(text_of(it), 4096) for it in place)
@@ -1696,11 +1695,12 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     if not isinstance(models, dict) or not isinstance(agents, dict):
         return
     used = {text_of(name): tokens_of(it) for name, it in itertools.islice(models.items(), MODELS_LIMIT)}
-    model = one_line(model) if isinstance(model, str) else None
     context = context if type(context) is int and 0 < context <= 1e9 else None
-    read = SessionUsage(time_ms, used, model, context)
+    read = SessionUsage(time_ms, used, one_line(model) if isinstance(model, str) else None, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
+    if session.gauges_time < session.source_time < time_ms:
+        session.gauges = None  # of the run before; this one may have no status line, as `claude -p`
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
         if isinstance(by_model, dict) and len(session.agent_usage) < AGENTS_LIMIT:
             before = session.agent_usage.get(agent_id, (0, Tokens()))

@@ -4535,7 +4535,9 @@ def test_machines_with_the_same_resets_are_one_account() -> None:
 @story_table("tables.txt", "contexts", "model, used, percent, size")
 def test_without_a_status_line_the_context_is_estimated(model, used, percent, size):
     case = GaugeCase()
-    case.hook("SessionStart")
+    case.hook("SessionStart", NOW_MS - 3)
+    case.line(NOW_MS - 2, model=None)
+    case.hook("SessionStart", NOW_MS - 1, source="resume")  # by `claude -p`
     usage = {"models": {model: {"input": 1_000_000}}, "agents": {}, "model": model, "context": used}
     case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": usage}}, NOW_MS)
     shown, known = case.shown(), {"percent": percent, "used": used, "size": size, "estimated": True}
