@@ -1781,8 +1781,7 @@ def _window_json(name: str, window: LimitWindow, time_ms: int) -> JsonObject:
     """Return a window; `forecast`: when it is full at the last hour's pace; `shares`: percent by cost."""
     (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
     since = max(begun, at - PACE_MS)
-    before = 0.0 if since == begun else window.samples[0][1]
-    grown, took_ms = percent - before, at - since
+    grown, took_ms = percent - (0.0 if since == begun else window.samples[0][1]), at - since
     full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
     if full_at and percent < 100 and (full_at <= time_ms or time_ms - at > PACE_MS):
         full_at = None  # nothing has grown since
@@ -7461,7 +7460,8 @@ class Monitor:
             with contextlib.suppress(ChildProcessError):  # SIGCHLD may be ignored since before our start
                 if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
                     self._publisher = 0
-            if emit_event.spool_segments(self.settings.path("spool")):
+            state = emit_event.publisher_file(self.settings.home).get("state", "stopped")
+            if state != "stopped" or emit_event.spool_segments(self.settings.path("spool")):  # or was killed
                 try:
                     started = emit_event.ensure_publisher(self.settings.home)
                     self._publisher = int(re.sub(r"\D", "", started) or self._publisher)

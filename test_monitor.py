@@ -5950,6 +5950,8 @@ def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, mon
         machine.say("a hook starts the publisher", "other")
     session = eventually(lambda: machine.sessions().get("s1"), what="the session")
     assert (session["state"], session["withoutHooks"], session["pid"]) == ("working", True, client.pid)
+    if mode == "redis":
+        machine.end_publisher()  # by a kill: the monitor starts another one
     about["statusUpdatedAt"] += 2000
     registry_file(home, status="waiting", waitingFor="permission prompt", **about)
     eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
@@ -6696,8 +6698,7 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running, mak
         assert f"port {running.port} is in use" in refused.stderr
     other.config = {"socketPath": running.socket_path}
     other.write_config({})
-    words = f"it uses {running.socket_path} (pid {running.pid}); `kill"
-    assert words in in_process(other, "doctor").stdout
+    assert f"it uses {running.socket_path} (pid {running.pid}); `kill" in in_process(other, "doctor").stdout
     for _ in range(2):
         refused = in_process(other, "start", "--no-open")
         assert refused.returncode == 1 and running.socket_path in refused.stderr
@@ -8765,8 +8766,7 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
             done.set()
         os.kill(json.loads(install_text(monitor.home + "/publisher.json"))["pid"], signal.SIGKILL)
     # the configuration is the user's own file; bytecode holds nothing but our program
-    seen = [path for path in watch.result() if "__pycache__" not in path and not config.endswith(path)]
-    assert seen == []
+    assert not [path for path in watch.result() if "__pycache__" not in path and not config.endswith(path)]
 
 
 SAFE_FILES = (
