@@ -5566,8 +5566,8 @@ class Answers:
             sock = waiting.get(event["id"])
             limit = "answers.backgroundSeconds" if precedes_dialog(event) else "answers.waitSeconds"
             if (sock or (at_redis and "spooled" not in event)) and len(self.questions) <= 1000:
-                until = time.monotonic() + min(event["answerable"], self._settings[limit])
-                self.questions[event["id"]] = OpenQuestion(event, sock, until)
+                left = min(event["answerable"], self._settings[limit]) - (now_ms() - event["received"]) / 1000
+                self.questions[event["id"]] = OpenQuestion(event, sock, time.monotonic() + left)
                 self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
             self._monitor.hooks.release(sock)
@@ -5622,9 +5622,8 @@ class Answers:
 
     def close(self) -> None:
         """End all waits."""
-        for question in self.questions.values():
-            if question.sock:
-                question.sock.close()
+        for sock in filter(None, (question.sock for question in self.questions.values())):
+            sock.close()
         self.threads.shutdown(wait=True)
 
     # Answering
@@ -5634,13 +5633,12 @@ class Answers:
         if (line := self._monitor.journal.find(event_id, session_id)) is None:
             raise RequestError(400, "eventId: no such question is stored")
         event = parse_stored(line)
-        data = event["data"]
-        asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
-        asked["tool_input"] = data.get("toolInput")
+        asked = {**event["data"], "hook_event_name": event["hookType"]}
+        asked.update(tool_name=asked.get("toolName"), tool_input=asked.get("toolInput"))
         if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > 100 << 10:
             raise RequestError(400, "answer: it does not fit what is asked")
         hides = b"[redacted:" in line or b"\\u001b" in line.replace(b"\\\\", b"")  # which can hide a command
-        if (hides or "truncated" in data) and answer["do"] in ("allow", "always", "accept"):
+        if (hides or "truncated" in asked) and answer["do"] in ("allow", "always", "accept"):
             raise RequestError(400, "it is not shown whole, so it can only be allowed in the terminal")
         if (question := self._loop.call(lambda: self._begin(event["id"], answer))) is None:
             outcome, words = "late", "it was answered elsewhere, or the client no longer waits"
@@ -6052,8 +6050,7 @@ def http_request(message: Delivery) -> tuple[str, bytes, dict[str, str]]:
     user, _, place = parts.netloc.rpartition("@")
     headers = {"Content-Type": "application/json", "User-Agent": f"contextuate/{__version__}"}
     if user:
-        user = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        headers["Authorization"] = f"Basic {user}"
+        headers["Authorization"] = f"Basic {base64.b64encode(urllib.parse.unquote(user).encode()).decode()}"
     if target.format == "ntfy":
         headers["Title"] = f"=?utf-8?b?{base64.b64encode(title.encode()).decode()}?="
         # A later message with the same sequence replaces this one.
@@ -7233,9 +7230,12 @@ class Monitor:
         self.loading = None
         self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
         self._pass_time()
-        for session in self.sessions.sessions.values() if self.redis is None else ():
-            if session.turn == "working" and session.processes:
-                self.ingest.read_transcripts(session.session_id, is_over=False)
+        for name, session in self.sessions.sessions.items():
+            if self.redis and session.waits:  # hooks may have waited there since before the start
+                asked = (self.journal.find(it.event_id, name) for it in session.waits if it.event_id)
+                self.answers.take([StoredEvent(0, parse_stored(it), it) for it in asked if it], {})
+            elif self.redis is None and session.turn == "working" and session.processes:
+                self.ingest.read_transcripts(name, is_over=False)
         gc.freeze()
         self.feed.send_list()
         self._send_status()

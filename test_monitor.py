@@ -10658,15 +10658,12 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     asking, other = make(Asking, one), make(Asking, two)
     os.makedirs(one.home + "/hooks", exist_ok=True)
     ee.write_atomically(one.home + "/hooks/publisher-python", os.fsencode(sys.executable) + b"\n")
-    page, hook = other.page(other.pair()), asking.hook(ANSWER_ASKED["Bash"])
+    hook = asking.hook(ANSWER_ASKED["Bash"])
     event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
     place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
     allow = {"do": "allow"}
-    for at, signed_id, by in (
-        (now, event_id, b"0" * 64),
-        (now, "another", key),
-        (now - 300_000, event_id, key),
-    ):
+    refused = (now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key)
+    for at, signed_id, by in refused:
         mac = ee.signature(by, signed_id, allow, at, "n")
         server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
     server.cli("RPUSH", place, json.dumps({"answer": allow}))
@@ -10674,9 +10671,11 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     eventually(lambda: server.cli("LLEN", place) == "0", 20)
     server.stop()
     server.start()
+    two.kill()
+    two.serve()
     two.wait_until("connected")
     assert hook.poll() is None
-    deny = functools.partial(other.answer, page, event_id, {"do": "deny"})
+    deny = functools.partial(other.answer, other.page(other.pair()), event_id, {"do": "deny"})
     assert eventually(lambda: (outcome := deny()) != "failed" and outcome, 30) == "delivered"
     assert asking.decision(hook)["behavior"] == "deny"
     reports = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
