@@ -1657,7 +1657,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
         session.model = one_line(model)
-    _apply_usage(session, data.get("usage"), at)
+    if "usage" in data:
+        _apply_usage(session, data["usage"], at)
     if by_main and isinstance(data.get("git"), dict):
         place = map(data["git"].get, ("branch", "root", "project"))
         session.branch, session.root, session.project = (one_line(text_of(it), 4096) for it in place)
