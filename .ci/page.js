@@ -120,7 +120,7 @@ window.look = {
     document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
     window.strange = new Set();
     const known = new Set(`HTML HEAD BODY META TITLE LINK STYLE SCRIPT HEADER MAIN ASIDE SECTION DIV SPAN LABEL
-      INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
+      FORM INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
       OPTION KBD HR PROGRESS NAV TABLE THEAD TBODY TR TH TD H4 BLOCKQUOTE STRONG EM S`.split(/\s+/));
     const check = (node) => {
       for (const el of node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : []) {
