@@ -7234,7 +7234,8 @@ class Monitor:
         for name, session in self.sessions.sessions.items():
             if self.redis and session.waits:  # hooks may have waited there since before the start
                 asked = (self.journal.find(it.event_id, name) for it in session.waits if it.event_id)
-                self.answers.take([StoredEvent(0, parse_stored(it), it) for it in asked if it], {})
+                found = readable(filter(None, asked))
+                self.answers.take([it for it in found if it.event["id"] not in self.answers.questions], {})
             elif self.redis is None and session.turn == "working" and session.processes:
                 self.ingest.read_transcripts(name, is_over=False)
         gc.freeze()

@@ -8305,8 +8305,7 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> No
 
 
 def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings(maxRetries=2))
+    machine = make(RedisMachine, config=(server := make(RedisServer)).settings(maxRetries=2))
     machine.serve().wait_until("connected")
     client = machine.websocket("rows")
 
@@ -8336,8 +8335,7 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
 
 
 def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+    machine = make(RedisMachine, config=(server := make(RedisServer)).settings())
     server.stop()
     assert "\nNot connected yet, trying again: " in machine.command("start", "--no-open").stdout
     eventually(lambda: machine.know().redis()["attempt"] >= 2)
@@ -8370,8 +8368,7 @@ def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
 
 
 def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
+    machine = make(RedisMachine, config=(server := make(RedisServer)).settings(streamMaxLength=100))
 
     def publish(first: int, last: int) -> None:
         for number in range(first, last):
@@ -8403,8 +8400,7 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
 
 
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+    machine = make(RedisMachine, config=(server := make(RedisServer)).settings())
     assert "\nConnected to Redis at 127.0.0.1" in machine.command("start", "--no-open").stdout
     assert install_text(machine.home + "/hooks/publisher-python") == sys.executable + "\n"
     for marker, session in (("a", "private"), ("b", "private"), ("c", "s1")):
@@ -8412,24 +8408,24 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.gets(2, "private")
     machine.gets(1)
     machine.websocket().ask("session_deleted", type="delete_session", sessionId="private")
+    machine.emit(payload("UserPromptSubmit"), payload("PermissionRequest", tool_name="Bash", tool_input={}))
     machine.stop()
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(machine.home + "/redis-position.json")  # then all of the stream is read again
+    pathlib.Path(machine.home, "redis-position.json").unlink(missing_ok=True)  # all of the stream is read
+    stored = next(pathlib.Path(machine.home).glob("events/*/s1.jsonl"))
+    stored.write_bytes(stored.read_bytes()[:-9] + b"\n")  # the question that is to be offered again
     machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
 
 
 def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+    machine = make(RedisMachine, config=(server := make(RedisServer)).settings())
     without = machine.home + "/python-without"
     ee.write_atomically(without, f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n'.encode(), 0o700)
     machine.installed_command()
     ee.write_atomically(machine.home + "/hooks/publisher-python", without.encode() + b"\n")
     machine.say("first")
-    reason = "redis-py is missing"
-    eventually(lambda: reason in str(machine.publisher().get("reason")), 60, reason)
+    eventually(lambda: "redis-py is missing" in str(machine.publisher().get("reason")), 60, "the reason")
     assert not server.streamed() and cm.record_publisher_python(machine.home)
     machine.publishes_all()  # by itself
     assert [json.loads(event)["data"]["toolUseId"] for event in server.streamed()] == ["first"]
@@ -10666,8 +10662,7 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     for at, signed_id, by in refused:
         mac = ee.signature(by, signed_id, allow, at, "n")
         server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
-    server.cli("RPUSH", place, json.dumps({"answer": allow}))
-    server.cli("RPUSH", place, "x")
+    server.cli("RPUSH", place, json.dumps({"answer": allow}), "x")
     eventually(lambda: server.cli("LLEN", place) == "0", 20)
     server.stop()
     server.start()
