@@ -7085,6 +7085,7 @@ class Monitor:
         self._is_draining = False
         self.redis: RedisLink | None = None
         self._publisher = 0  # pid of one that was started here, until it has ended
+        self._replaced: Any = None  # pid of the one before, for which no other is started
         self.notifier = Notifier(settings.notify_targets, settings.path("notified.json"), self.loop)
         self._notice_changes: set[str] = set()  # ids of sessions whose notices may have changed
         self._short = ""  # content of the file `short`, for prompts
@@ -7462,11 +7463,13 @@ class Monitor:
             with contextlib.suppress(ChildProcessError):  # SIGCHLD may be ignored since before our start
                 if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
                     self._publisher = 0
-            state = emit_event.publisher_file(self.settings.home).get("state", "stopped")
-            if state != "stopped" or emit_event.spool_segments(self.settings.path("spool")):  # or was killed
+            last = emit_event.publisher_file(self.settings.home)
+            was_killed = last.get("state", "stopped") != "stopped" and last.get("pid") != self._replaced
+            if was_killed or emit_event.spool_segments(self.settings.path("spool")):
                 try:
                     started = emit_event.ensure_publisher(self.settings.home)
-                    self._publisher = int(re.sub(r"\D", "", started) or self._publisher)
+                    if pid := re.sub(r"\D", "", started):
+                        self._publisher, self._replaced = int(pid), last.get("pid")
                 except OSError as error:
                     log.warning("the publisher cannot be started: %s", error)
         if self.store_error and self.journal.is_writable():

@@ -8416,6 +8416,11 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
+    ends = {"py": '#!/bin/sh\necho >> "$0.starts"\n', "hooks/publisher-python": f"{machine.home}/py\n"}
+    for name, text in {**ends, "publisher.json": '{"pid": 1, "state": "idle"}'}.items():
+        ee.write_atomically(f"{machine.home}/{name}", text.encode(), 0o700)
+    time.sleep(3.5)
+    assert install_text(machine.home + "/py.starts") == "\n", "it is started once"
 
 
 def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
