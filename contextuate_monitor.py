@@ -8744,8 +8744,9 @@ class Doctor:
         if not state["running"]:
             yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
             return
-        words = f"pid {state['pid']}, {plural(state['published'], 'event')} published"
-        words = "; ".join(reasons) or f"{words}, the last to {plural(state['subscribers'], 'subscriber')}"
+        got = plural(state["subscribers"] or 0, "subscriber")  # None before the first event
+        words = f"pid {state['pid']}, {plural(state['published'], 'event')} published, the last to {got}"
+        words = "; ".join(reasons) or words
         yield Finding("fail" if state.get("reason") else "warn" if reasons else "ok", "publisher", words)
 
     def _probe(self) -> Findings:

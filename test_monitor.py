@@ -8142,7 +8142,8 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
     for answer in ("publisher started", "a publisher runs already", "a publisher runs already"):
         command = [f'exec "$0" -c "$1" "$2" "$3" {closed}', sys.executable, start, answer, machine.home]
         subprocess.run(["/bin/sh", "-c", *command], cwd=ROOT, env=machine.environment, check=True)
-    eventually(lambda: len(machine.publishers()) == 1, what="one publisher")
+    assert eventually(lambda: len(machine.publishers()) == 1 and machine.publisher(), what="one publisher")
+    assert "the last to 0 subscribers" in in_process(machine, "doctor").stdout
 
 
 # -- configurations that cannot work -------------------------------------------
