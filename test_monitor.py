@@ -2922,8 +2922,7 @@ def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, A
 
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     spoken.emit(*protocol_events("order", 3))
-    client = spoken.websocket()
-    ids = [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, *range(30)]
+    client, ids = spoken.websocket(), [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, *range(30)]
     for number in ids:
         client.send(type="get_sessions", requestId=number)
         client.send(type="get_events", sessionId="order", limit=2, requestId=number)
@@ -3829,8 +3828,7 @@ class SessionStory:
                     self.do(part)
             elif verb == "shows":
                 self.time += 1000
-                at = self.marked + 500 if late else self.time
-                status, _, more = rest.partition(" ")
+                at, (status, _, more) = self.marked + 500 if late else self.time, rest.partition(" ")
                 data = {"status": status, **({"previous": ""} if more == "again" else {"waitingFor": more})}
                 shown = {"eventType": "client_status", "hookType": "", "pid": self.pid, "data": data}
                 if rest in SESSION_LINES:
@@ -8417,6 +8415,10 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
+
+
+def test_a_publisher_that_ends_at_once_is_started_again_only_once(make: Any) -> None:
+    machine = make(RedisMachine, config=make(RedisServer).settings()).serve()
     ends = {"py": '#!/bin/sh\necho >> "$0.starts"\n', "hooks/publisher-python": f"{machine.home}/py\n"}
     for name, text in {**ends, "publisher.json": '{"pid": 1, "state": "idle"}'}.items():
         ee.write_atomically(f"{machine.home}/{name}", text.encode(), 0o700)
@@ -9046,8 +9048,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("mkfs.ext4"), reason="makes an ext4 disk")
 def test_a_disk_that_breaks_is_reported_and_its_replacement_used(monitor, breaking_disk):
-    fail, replace = breaking_disk
-    command = monitor.installed_command()
+    (fail, replace), command = breaking_disk, monitor.installed_command()
     monitor.serve()
     store = cm.Journal(monitor.home + "/events")
     assert safe_told(monitor, range(6)) == list(range(6)) and store.is_writable()
@@ -10198,8 +10199,7 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
     monitor.program = folder + "/contextuate_monitor.py"
     monitor.start().emit(*hooks("prompt early"))
     assert folder not in protocol_check_page(monitor)
-    tab = open_tab(monitor)
-    shows = "document.querySelector({0!r}).innerText.includes({1!r})"
+    tab, shows = open_tab(monitor), "document.querySelector({0!r}).innerText.includes({1!r})"
     tab.until(shows.format("body", folder + "/index.html"))
     tab.until(shows.format("#events", "early"))
     tab.emit("@later prompt later <b>work</b>")
