@@ -1700,8 +1700,10 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     read = SessionUsage(time_ms, used, one_line(model) if isinstance(model, str) else None, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
-    if session.gauges_time < session.source_time < time_ms:
-        session.gauges = None  # of the run before; this one may have no status line, as `claude -p`
+    known = (session.gauges or _NO_GAUGES)["context"]
+    is_far = abs((context or 0) - (known["used"] or 0)) * 100 > (known["size"] or 0)
+    if is_far and session.gauges_time < session.source_time < time_ms:
+        session.gauges = None  # of the run before; a status line would have reported 1 %: this is `claude -p`
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
         if isinstance(by_model, dict) and len(session.agent_usage) < AGENTS_LIMIT:
             before = session.agent_usage.get(agent_id, (0, Tokens()))

@@ -298,8 +298,7 @@ class RunningMonitor:
         self.about = json.loads(install_text(self.home + "/monitor.run.json"))
         return self
 
-    pid = property(lambda self: int(self.about["pid"]))
-    port = property(lambda self: int(self.about["port"]))
+    pid, port = property(lambda self: int(self.about["pid"])), property(lambda self: int(self.about["port"]))
     ws_port = property(lambda self: int(self.about["wsPort"]))
     url = property(lambda self: f"http://127.0.0.1:{self.port}/")
 
@@ -394,8 +393,7 @@ class TestClient:
     __test__ = False
 
     def __init__(self, connecting: Any) -> None:
-        self._connecting = connecting
-        self.connection = connecting.__enter__()
+        self._connecting, self.connection = connecting, connecting.__enter__()
         self.hello: dict[str, Any] = {}
         self.subscribed: dict[str, Any] = {}
         self.others: list[dict[str, Any]] = []
@@ -4457,6 +4455,10 @@ def test_a_status_line_gives_figures_and_is_no_activity() -> None:
     case.hook("SessionEnd", NOW_MS + 700_000, reason="other")
     case.line(NOW_MS + 800_000)
     assert case.shown()["state"] == "ended"
+    case.hook("SessionStart", NOW_MS + 900_000, source="resume")
+    small = {"models": {"m": {}}, "agents": {}, "context": 36_700}  # after its turn no figure is another
+    case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": small}}, NOW_MS + 950_000)
+    assert case.shown()["costSource"] == "client"
 
 
 @pytest.mark.parametrize("value", [
@@ -9095,8 +9097,7 @@ def test_a_monitor_without_file_descriptors_recovers(running):
 def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
     rng, command = random.Random(int(number)), shlex.split(monitor.installed_command())[:4]
     line = json.dumps(payload("UserPromptSubmit", prompt="x" * 20_000)).encode() + b"\n"
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    ended_well = 0
+    pipes, ended_well = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}, 0
     for round_number in range(30):
         if round_number == 15:
             monitor.serve()
@@ -9121,8 +9122,7 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor) -> No
         *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
         "spool/1000000000001-abcdef00.taken", "events/garbage",
     )  # fmt: skip
-    command, transcript = monitor.installed_command(), monitor.home + "/t.jsonl"
-    no_events = {"events": 0}
+    command, transcript, no_events = monitor.installed_command(), monitor.home + "/t.jsonl", {"events": 0}
     monitor.serve()
     sure = safe_told(monitor, range(9))
     ee.write_atomically(transcript, usage_line("a", 5))
