@@ -1110,7 +1110,7 @@ def _fields_of_hook(hook: JsonObject, wrapper: JsonObject) -> "tuple[JsonObject,
         if agent in AGENTS:
             hook, wrapper = like_claude(agent, hook), {**wrapper, "agent": agent}
     terminal = wrapper.pop("terminal", None)
-    known = (it for it in TERMINAL_VARIABLES.split() if isinstance(terminal, dict) and it in terminal)
+    known = [it for it in TERMINAL_VARIABLES.split() if it in terminal] if isinstance(terminal, dict) else ()
     plain = {it: re.sub(r"[\x00-\x1f\x7f-\x9f]", "", _string(terminal[it]))[:200] for it in known}
     data: JsonObject = {"terminal": plain} if plain else {}
     for field, value in hook.items():
