@@ -3324,7 +3324,7 @@ class IndexFile:
         self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
         self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
         self._file_of, self._unnamed = functools.lru_cache(NAMES_KEPT)(self._find_file), UnnamedCalls()
-        self._inodes = [about.st_ino for about in index_files(path).values()]
+        self._inodes = index_inodes(path)
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3338,7 +3338,7 @@ class IndexFile:
 
     def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
-        return self._inodes != [about.st_ino for about in index_files(self.path).values()]
+        return self._inodes != index_inodes(self.path)
 
     def transaction(self) -> sqlite3.Connection:
         """Begin a transaction, for `with`: all of it is committed, or nothing."""
@@ -3444,6 +3444,11 @@ def key_name(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
 
 
+def index_inodes(path: str) -> tuple[int, ...]:
+    """Return what changes when the index, or a file that SQLite keeps beside it, is removed or replaced."""
+    return tuple(about.st_ino for about in index_files(path).values())
+
+
 def index_files(path: str) -> dict[str, os.stat_result]:
     """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
@@ -3467,20 +3472,41 @@ def readable(lines: Iterable[bytes]) -> Iterator[StoredEvent]:
             yield StoredEvent(line_seq(line), parse_stored(line), line)
 
 
-@contextlib.contextmanager
-def reading_index(path: str, budget_s: float) -> Iterator[sqlite3.Connection]:
-    """Yield a read-only connection in a transaction; raise sqlite3.Error, "interrupt…" after `budget_s`."""
-    if not os.path.isfile(path):  # a FIFO would block
-        raise sqlite3.OperationalError("there is no index file")
-    address = f"file:{urllib.parse.quote(os.fsencode(path))}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None)) as db:
-        deadline = time.monotonic() + budget_s
-        db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
-        db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-        db.execute("BEGIN")
-        if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
-            raise sqlite3.OperationalError("there is no index of this version yet")
-        yield db
+class IndexReader:
+    """Read-only connections for any thread; one is kept, as to open it takes longer than to search."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._kept: dict[tuple[int, ...], sqlite3.Connection] = {}  # by the inodes of its files
+
+    @contextlib.contextmanager
+    def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
+        """Yield a connection in a transaction; raise sqlite3.Error, "interrupt…" after `budget_s`."""
+        if not os.path.isfile(self._path):  # a FIFO would block
+            raise sqlite3.OperationalError("there is no index file")
+        inodes, deadline = index_inodes(self._path), time.monotonic() + budget_s
+        if not (db := self._kept.pop(inodes, None)):
+            address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
+            db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+        with contextlib.ExitStack() as failed:
+            failed.callback(db.close)
+            db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
+            db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
+            db.execute("BEGIN")
+            if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
+                raise sqlite3.OperationalError("there is no index of this version yet")
+            yield db
+            db.rollback()
+            db.execute("PRAGMA cache_size = -1024")  # it frees the rest
+            failed.pop_all()
+        self.close()
+        self._kept[inodes] = db
+
+    def close(self) -> None:
+        """Close the connection that is kept."""
+        with contextlib.suppress(KeyError):
+            while True:
+                self._kept.popitem()[1].close()
 
 
 _PLACE = "seq, days.name, files.name"  # what `Journal.line` takes
@@ -3736,6 +3762,7 @@ class History:
     def __init__(self, journal: Journal, path: str, prices: Mapping[str, Price] = {}) -> None:
         self._journal, self._path, self._prices = journal, path, prices
         self.generation, self._error = 0, ""
+        self._reader = IndexReader(path)
         if sqlite3 is None:
             self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
         elif isinstance(journal, MemoryJournal):
@@ -3759,6 +3786,7 @@ class History:
         """Do what is queued, and end the thread."""
         self._stopping.set()
         self._wake.set()
+        self._reader.close()  # first: SQLite's log of changes goes with the last connection that may write
         if self._thread.ident is not None:
             self._thread.join(10)
 
@@ -3782,7 +3810,7 @@ class History:
         if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
-            with reading_index(self._path, 60.0) as db:
+            with self._reader.reading(60.0) as db:
                 (checkpoint,) = db.execute("SELECT value FROM meta WHERE name = 'checkpoint'").fetchone()
                 rows = db.execute("SELECT session, state FROM snapshots").fetchall()
             names = {session_file_name(""), *(file.name for file in self._journal.files())}
@@ -3831,7 +3859,7 @@ class History:
         before = self._state
         try:
             if self._is_used:
-                with reading_index(self._path, SEARCH_BUDGET_S * 2) as db:
+                with self._reader.reading(SEARCH_BUDGET_S * 2) as db:
                     page = search_page(query, indexed_lines(db, self._journal, query))
                 page["complete"] = page["complete"] and before == self._state == "ready"
         except sqlite3.Error as error:  # also where SQLite has no full-text search
@@ -3846,7 +3874,7 @@ class History:
     def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
         """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
         if session_id is None and before and self._state == "ready":
-            with contextlib.suppress(sqlite3.Error), reading_index(self._path, SEARCH_BUDGET_S) as db:
+            with contextlib.suppress(sqlite3.Error), self._reader.reading(SEARCH_BUDGET_S) as db:
                 lines = indexed_lines(db, self._journal, SearchQuery(before=before))
                 return list(itertools.islice(lines, count))
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
@@ -3863,7 +3891,7 @@ class History:
         if (status := self.status())["state"] == "off":
             raise RequestError(503, f"statistics need the index: {status['error']}")
         try:
-            with self._counting, reading_index(self._path, 60.0) as db:  # one at a time, for its memory
+            with self._counting, self._reader.reading(60.0) as db:  # one at a time, for its memory
                 counted = Statistics(db, self._journal, self._prices, session_id)
                 return {**counted.to_json(from_ms, to_ms, zone), "index": status}
         except sqlite3.Error as error:
@@ -3878,6 +3906,7 @@ class History:
     def _remove(self, why: str) -> None:
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
+        self._reader.close()
         with contextlib.suppress(OSError):
             remove_index(self._path)
 
