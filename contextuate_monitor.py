@@ -883,8 +883,8 @@ class Journal:
         """Return the line with this seq from a file of a day; None if it was deleted."""
         path = f"{self.root}/{day}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            lines = JournalFile(path, os.stat(path)).lines(seq - 1, seq + 1, False, _TAIL_BYTES)
-            return next((line for _, line, _ in lines if line), None)
+            _, line = JournalFile(path, os.stat(path)).find(seq)
+            return line[:-1] if line_seq(line) == seq and line.endswith(b"\n") else None
         return None
 
 
@@ -953,9 +953,9 @@ class JournalFile:
         """Yield (seq or -seq, line, day), first without a line: a merge reads a file in its turn."""
         yield (-self.last_seq if backwards else self.first_seq), b"", self.day
         if not backwards:
-            segments = self._whole_lines(self._offset_of(after + 1) if self.first_seq <= after else 0, block)
+            segments = self._whole_lines(self.find(after + 1)[0] if self.first_seq <= after else 0, block)
         else:
-            end = None if self.last_seq < before else self._offset_of(before)
+            end = None if self.last_seq < before else self.find(before)[0]
             segments = itertools.islice(self.segments_back(end, block), 1, None)
         for line in segments:
             if after < (seq := line_seq(line)) < before:
@@ -988,20 +988,22 @@ class JournalFile:
                 return os.pread(file.fileno(), size, offset)
         return b""
 
-    def _offset_of(self, seq: int) -> int:
-        """Return the offset of the first line with a number of at least `seq`, else the end; bisects."""
+    def find(self, seq: int) -> tuple[int, bytes]:
+        """Return the offset of the first line with a number of at least `seq`, else the end, and the line."""
         low, high = 0, self.size  # lines that begin before `low` are below, from `high` on none is
-        while high - low > _TAIL_BYTES:
-            middle = (low + high) // 2
-            lines = self._whole_lines(middle - 1, _TAIL_BYTES)
-            start = middle + len(next(lines, b""))  # of the first line that does not begin before
-            is_below = next(filter(None, map(line_seq, lines)), seq) < seq
-            low, high = (start, high) if is_below else (low, middle)
-        for line in self._whole_lines(low, _TAIL_BYTES):
-            if line_seq(line) >= seq:
-                break
-            low += len(line) + 1
-        return low
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb", _TAIL_BYTES) as file:
+            while high - low > _TAIL_BYTES:
+                middle = (low + high) // 2
+                file.seek(middle - 1)
+                start = middle - 1 + len(file.readline())  # of the first line that does not begin before
+                is_below = next(filter(None, map(line_seq, file)), seq) < seq
+                low, high = (start, high) if is_below else (low, middle)
+            file.seek(low)
+            for line in file:
+                if line_seq(line) >= seq:
+                    return low, line
+                low += len(line)
+        return low, b""
 
 
 def line_seq(line: bytes) -> int:
