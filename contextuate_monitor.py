@@ -3590,12 +3590,6 @@ class Statistics:
     def to_json(self, from_ms: int, to_ms: int, zone: TimeZone) -> JsonObject:
         """Return the answer of /api/stats; days and hours are those of the zone."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
-        slowest = self._select(
-            f"""SELECT duration, outcome IN {FAILED}, event FROM calls WHERE key IN (
-                SELECT key FROM calls INDEXED BY calls_by_tool
-                WHERE {self._where} AND duration IS NOT NULL ORDER BY duration DESC LIMIT {EXTREMES})
-              ORDER BY duration DESC"""
-        )
         failing = self._select(
             f"""WITH failed AS (
                 SELECT target, count(*) AS failures, max(event) AS example
@@ -3609,8 +3603,7 @@ class Statistics:
             "timeZone": zone and str(zone),
             "session": self._session_id,
             **self._groups(zone),
-            "tools": sorted(self._tools(), key=lambda tool: (-tool["calls"], tool["toolName"])),
-            "slowest": list(self._examples(("durationMs", "failed"), slowest)),
+            **self._tools(),
             "failing": list(self._examples(("failures", "calls"), failing)),
         }
 
@@ -3627,7 +3620,8 @@ class Statistics:
                 return quarter * 15
             return quarter * 15 + int(offset.total_seconds()) // 60
 
-        self._db.create_function("hour_of", 1, lambda it: it - minutes(it) % 60 // 15, deterministic=True)
+        hour_of = functools.lru_cache(None)(lambda it: it - minutes(it) % 60 // 15)
+        self._db.create_function("hour_of", 1, hour_of, deterministic=True)
         self._cells = list(self._read_cells())
         # session → the last hour for which its client has given the cost
         self._exact = {cell.session: cell.hour for cell in self._cells if cell.model == _CLIENT_COST}
@@ -3693,7 +3687,7 @@ class Statistics:
         is_known = part is not None and bool(used or exact)
         return {
             "sessions": len({cell.session for cell in cells}),
-            **{name: sum(cell.counts[at] for cell in cells) for at, name in enumerate(_COUNTED)},
+            **dict(zip(_COUNTED, map(sum, zip((0,) * len(_COUNTED), *(cell.counts for cell in cells))))),
             "tokenUsage": usage.total.to_json() if used else None,
             "estimatedCostUsd": estimated_usd(usage, self._prices) if used else None,
             "costUsd": round(exact / 1e6 + (part or 0), 6) if is_known else None,
@@ -3725,23 +3719,30 @@ class Statistics:
                 increase = Tokens(*map(operator.sub, after, before))
                 yield Cell(session, hour, model=self._names[model], tokens=increase)
 
-    def _tools(self) -> Iterator[JsonObject]:
-        chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
-        for tool, *counts in self._select(
-            f"SELECT tool, {', '.join(_TOOL_FIGURES.values())} {chosen} GROUP BY tool"
-        ):
+    def _tools(self) -> JsonObject:
+        """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
+        chosen, totals = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}", _TOOL_FIGURES.values()
+        tools: list[JsonObject] = []
+        slowest: list[tuple[int, int, int]] = []
+        for tool, *counts in self._select(f"SELECT tool, {', '.join(totals)} {chosen} GROUP BY tool"):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
-            query = f"SELECT duration {chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
+            timed = f"{chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
             for percent in (50, 95):  # the nearest rank
                 rank = -(-figures["timed"] * percent // 100) - 1
-                found = self._select(f"{query} LIMIT 1 OFFSET {rank}")
+                found = self._select(f"SELECT duration {timed} LIMIT 1 OFFSET {rank}")
                 figures[f"p{percent}Ms"] = found[0][0] if found else None
-            yield figures
+            example = f"duration, outcome IN {FAILED}, event"
+            slowest += self._select(f"SELECT {example} {timed} DESC LIMIT {EXTREMES}")
+            tools.append(figures)
+        return {
+            "tools": sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"])),
+            "slowest": list(self._examples(("durationMs", "failed"), heapq.nlargest(EXTREMES, slowest))),
+        }
 
     def _examples(self, names: Iterable[str], rows: Iterable[Sequence[int]]) -> Iterator[JsonObject]:
         """Yield rows, whose last number is the seq of an event, with its call, if it is still stored."""
         for *values, seq in rows:
-            places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = {seq}")
+            places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
             for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
                 data = event["data"]
                 yield {
