@@ -3620,9 +3620,11 @@ class Statistics:
                 return quarter * 15
             return quarter * 15 + int(offset.total_seconds()) // 60
 
-        hour_of = functools.lru_cache(None)(lambda it: it - minutes(it) % 60 // 15)
-        self._db.create_function("hour_of", 1, hour_of, deterministic=True)
-        self._cells = list(self._read_cells())
+        # SQL groups by hours, which begin at one minute unless the zone sets its clock by a part of an hour.
+        some = self._select(f"SELECT DISTINCT earliest / {_DAY_MS} * 96 FROM files")  # one of each day
+        shifts = {minutes(quarter) % 60 // 15 for (quarter,) in some}
+        hour = f"(quarter + {shifts.pop()}) / 4" if len(shifts) == 1 else "quarter"
+        self._cells = list(self._read_cells(hour, lambda quarter: quarter - minutes(quarter) % 60 // 15))
         # session → the last hour for which its client has given the cost
         self._exact = {cell.session: cell.hour for cell in self._cells if cell.model == _CLIENT_COST}
         agent = "ifnull(max(agent) OVER (PARTITION BY session), 0)"
@@ -3694,22 +3696,22 @@ class Statistics:
             "estimatedPartUsd": part if is_known else None,
         }
 
-    def _read_cells(self) -> Iterator[Cell]:
-        """Yield each session's counts in each hour, and the tokens that it used of each model."""
-        for session, hour, *counts in self._select(
-            f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
+    def _read_cells(self, hour: str, hour_of: Callable[[int], int]) -> Iterator[Cell]:
+        """Yield each session's counts in each `hour`, and the tokens that it used of each model."""
+        for session, quarter, *counts in self._select(
+            f"""SELECT session, min(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
                 UNION ALL
                 SELECT session, quarter, 0, 0, count(*), sum(outcome IN {FAILED})
                 FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
-              GROUP BY 1, 2"""
+              GROUP BY session, {hour}"""
         ):
-            yield Cell(session, hour, tuple(counts))
+            yield Cell(session, hour_of(quarter), tuple(counts))
         known: dict[tuple[int, int], Tokens] = collections.defaultdict(Tokens)
         totals = ", ".join(f"max({name})" for name in _COUNTS)
-        for session, model, quarter, hour, *used in self._select(
-            f"SELECT session, model, quarter, hour_of(quarter), {totals} FROM usage JOIN files "
+        for session, model, quarter, *used in self._select(
+            f"SELECT session, model, quarter, {totals} FROM usage JOIN files "
             f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3"
         ):
             # Events carry totals: each counts by its increase.
@@ -3717,7 +3719,7 @@ class Statistics:
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
                 increase = Tokens(*map(operator.sub, after, before))
-                yield Cell(session, hour, model=self._names[model], tokens=increase)
+                yield Cell(session, hour_of(quarter), model=self._names[model], tokens=increase)
 
     def _tools(self) -> JsonObject:
         """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
