@@ -3490,16 +3490,15 @@ class IndexReader:
         if not (db := self._kept.pop(inodes, None)):
             address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
             db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA cache_size = -16384")  # what statistics read several times fits in
         with contextlib.ExitStack() as failed:
             failed.callback(db.close)
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
-            db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
             db.execute("BEGIN")
             if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
                 raise sqlite3.OperationalError("there is no index of this version yet")
             yield db
             db.rollback()
-            db.execute("PRAGMA cache_size = -1024")  # it frees the rest
             failed.pop_all()
         self.close()
         self._kept[inodes] = db
