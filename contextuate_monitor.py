@@ -3110,7 +3110,7 @@ class Term:
         end = "" if self.is_prefix else r"(?![^\W_])"
         return re.search(rf"(?<![^\W_]){between}{end}", folded) is not None
 
-    @property
+    @functools.cached_property
     def pattern(self) -> str:
         """Return the pattern that finds the term in the original text, decomposed (NFD)."""
         marks = _MARKS.pattern  # [\W_] has them, too: a second way for each would let a search take minutes
@@ -3667,10 +3667,10 @@ class Statistics:
         keys: Iterable[int] = (),
     ) -> list[JsonObject]:
         """Return a row of `about(key)` and `fields` for each key of the cells but None, and for `keys`."""
-        groups: dict[Any, list[Cell]] = {key: [] for key in keys}
+        groups: dict[Any, list[Cell]] = collections.defaultdict(list, {key: [] for key in keys})
         for cell in self._cells:
             if (key := key_of(cell)) is not None:
-                groups.setdefault(key, []).append(cell)
+                groups[key].append(cell)
         rows = ((key, self._row(groups[key])) for key in sorted(groups))
         return [{**about(key), **{name: row[name] for name in fields}} for key, row in rows]
 
