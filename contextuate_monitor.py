@@ -3622,7 +3622,7 @@ class Statistics:
         # SQL groups by hours, which begin at one minute unless the zone sets its clock by a part of an hour.
         some = self._select(f"SELECT DISTINCT earliest / {_DAY_MS} * 96 FROM files")  # one of each day
         shifts = {minutes(quarter) % 60 // 15 for (quarter,) in some}
-        hour = f"(quarter + {shifts.pop()}) / 4" if len(shifts) == 1 else "quarter"
+        hour = f"quarter - (quarter + {shifts.pop()}) % 4" if len(shifts) == 1 else "quarter"
         self._cells = list(self._read_cells(hour, lambda quarter: quarter - minutes(quarter) % 60 // 15))
         # session → the last hour for which its client has given the cost
         self._exact = {cell.session: cell.hour for cell in self._cells if cell.model == _CLIENT_COST}
@@ -3698,13 +3698,13 @@ class Statistics:
     def _read_cells(self, hour: str, hour_of: Callable[[int], int]) -> Iterator[Cell]:
         """Yield each session's counts in each `hour`, and the tokens that it used of each model."""
         for session, quarter, *counts in self._select(
-            f"""SELECT session, min(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
+            f"""SELECT session, {hour}, sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
                 UNION ALL
                 SELECT session, quarter, 0, 0, count(*), sum(outcome IN {FAILED})
                 FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
-              GROUP BY session, {hour}"""
+              GROUP BY 1, 2"""
         ):
             yield Cell(session, hour_of(quarter), tuple(counts))
         known: dict[tuple[int, int], Tokens] = collections.defaultdict(Tokens)
