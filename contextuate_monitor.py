@@ -335,13 +335,6 @@ def load_settings(
     return settings, warnings
 
 
-def read_state(path: str) -> JsonObject:
-    """Return the JSON object in one of our files; {} if it is missing or unusable."""
-    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb", opener=emit_event.open_own) as file:
-        return emit_event.parse_event_line(file.read())
-    return {}
-
-
 def is_loopback(host: str) -> bool:
     """True if a host name or address means this machine only."""
     with contextlib.suppress(ValueError):
@@ -1091,7 +1084,7 @@ class DeletedIds:
         self._path, self._limit = path, limit
         self.ids: dict[str, None] = {}  # oldest first
         with contextlib.suppress(TypeError):
-            self.ids = dict.fromkeys(read_state(path).get("ids", ()))
+            self.ids = dict.fromkeys(emit_event.read_state(path).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
         """Add ids; keep the last `limit` of all."""
@@ -4050,7 +4043,7 @@ class ClockMemory:
         self.steps: list[ClockStep] = []
         self._path, self._boot = path, boot_id()
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
-        known = read_state(path)
+        known = emit_event.read_state(path)
         with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
             steps = [(int(seq), int(before), int(after)) for seq, before, after in known["steps"]]
             time_ms, ahead_ms = int(known["time"]), int(known["ahead"])
@@ -4767,7 +4760,7 @@ class RedisLink(threading.Thread):
         }
         self._position_path = settings.path("redis-position.json")
         self._stream_name = f"{self.state['server']} {self._stream}"
-        saved = read_state(self._position_path)
+        saved = emit_event.read_state(self._position_path)
         position = text_of(saved.get("position"))
         is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
         self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
@@ -5587,7 +5580,7 @@ class Answers:
         self._monitor, self._settings, self._loop = monitor, monitor.settings, monitor.loop
         self.questions: dict[str, OpenQuestion] = {}  # by event id
         self._path = self._settings.path("pairings.json")
-        self._pairings: list[JsonObject] = emit_event.objects_in(read_state(self._path).get("pairings"))
+        self._pairings = emit_event.objects_in(emit_event.read_state(self._path).get("pairings"))
         self._code, self._code_until, self._tries = "", 0.0, 0
         self._refusals: collections.deque[tuple[int, str]] = collections.deque(maxlen=20)
         self.threads = concurrent.futures.ThreadPoolExecutor(4, "answers")
@@ -6164,7 +6157,7 @@ class Notifier:
         self._thread, self._closing = concurrent.futures.ThreadPoolExecutor(1, "notify"), False
         sent: dict[str, JsonObject] = {}
         with contextlib.suppress(AttributeError, LookupError, TypeError):  # a damaged file
-            for key, it in read_state(path)["sent"].items():
+            for key, it in emit_event.read_state(path)["sent"].items():
                 sent[key] = {"to": [*it["to"]], "notice": Notice(key, *it["notice"][:6])[1:]}
         self._book = NoticeBook(targets, sent)
 
@@ -7005,7 +6998,7 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
 
 def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
-    state = {"state": "stopped", **emit_event.publisher_file(home)}
+    state = {"state": "stopped", **emit_event.read_state(home + "/publisher.json")}
     state.pop("recent", None)
     reasons = ("reason", "channelReason", "streamReason")
     state.update((it, redis_advised(state[it])) for it in reasons if state.get(it))
@@ -7498,7 +7491,7 @@ class Monitor:
             with contextlib.suppress(ChildProcessError):  # SIGCHLD may be ignored since before our start
                 if self._publisher and os.waitpid(self._publisher, os.WNOHANG)[0]:
                     self._publisher = 0
-            last = emit_event.publisher_file(self.settings.home)
+            last = emit_event.read_state(self.settings.path("publisher.json"))
             was_killed = last.get("state", "stopped") != "stopped" and last.get("pid") != self._replaced
             if was_killed or emit_event.spool_segments(self.settings.path("spool")):
                 try:
@@ -7816,7 +7809,8 @@ class Containers:
 
 def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid" (of `listening_pid`), "process" (as text), "host", "port", …} of our monitor, or None."""
-    pid, about = lock_holder(settings.path("monitor.pid")), read_state(settings.path("monitor.run.json"))
+    pid = lock_holder(settings.path("monitor.pid"))
+    about = emit_event.read_state(settings.path("monitor.run.json"))
     if pid is None or about.get("pid") != pid:
         return None
     about["pid"] = pid = listening_pid(about["socketPath"])

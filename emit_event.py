@@ -1059,6 +1059,13 @@ def is_json_object(data: bytes) -> bool:
     return False
 
 
+def read_state(path: str, limit_bytes: int = -1) -> JsonObject:
+    """Return the JSON object in a file of this user; {} if it is missing, unusable or above the limit."""
+    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb", opener=open_own) as file:
+        return parse_event_line(file.read(limit_bytes))
+    return {}
+
+
 def encode_json(value: Any) -> bytes:
     """Encode to one line of compact ASCII JSON: lone surrogates stay escaped, infinities become strings."""
     try:
@@ -2406,10 +2413,7 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
     noted[key] = looks if looks == event["id"] else looks + 1
     places, name = transcript_places(data.get("transcriptPath")), f"agent-{agent_id}.meta.json"
     path = next((f"{folder}/{name}" for folder, names in agent_folders(places) if name in names), "/")
-    try:
-        with open(os.path.realpath(path), "rb", opener=open_own) as file:
-            note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
-    except (OSError, MalformedEvent):
+    if not (note := read_state(os.path.realpath(path), CLIENT_FILE_LIMIT_BYTES)):
         return  # not there, or only half written
     noted[key] = event["id"]
     names = "agentType toolUseId parentAgentId requestShape spawnDepth".split()
@@ -2445,12 +2449,8 @@ class ClientRecord(NamedTuple):
     about: "dict[str, str]"  # the event's data: those of _ABOUT_CLIENT that it has
 
 
-def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
-    """Parse a client's file; None for half a file, another process's file, or an unknown form."""
-    try:
-        fields = parse_event_line(content)
-    except MalformedEvent:
-        return None
+def parse_registry(fields: JsonObject, file_name: str) -> "Optional[ClientRecord]":
+    """Parse the object in a client's file; None for another process's file, or an unknown form."""
     pid, session_id, cwd = map(fields.get, ("pid", "sessionId", "cwd"))
     since, ticks = fields.get("statusUpdatedAt", fields.get("updatedAt")), str(fields.get("procStart"))[:20]
     if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
@@ -2541,9 +2541,8 @@ class RegistryWatcher:
                 continue
             # A file that has just changed may change again within the same mtime.
             self._files[path] = state if time.time_ns() - state[2] >= 100_000_000 else None
-            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                if record := parse_registry(file.read(), os.path.basename(path)):
-                    yield path, record
+            if record := parse_registry(read_state(path), os.path.basename(path)):
+                yield path, record
 
 
 # ---------------------------------------------------------------------------
@@ -2960,19 +2959,12 @@ class Publisher:
                 self._written = dict(self._state)
 
 
-def publisher_file(home: str) -> JsonObject:
-    """Return the object in publisher.json; {} if it is missing or unreadable."""
-    with contextlib.suppress(MalformedEvent):
-        return parse_event_line(read_small(home + "/publisher.json", 1 << 20))
-    return {}
-
-
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
     """Wait for the outcome of one wrapped line in publisher.json, not long; return it as text."""
     event = parse_event_line(line)
     wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600
     while True:
-        state = publisher_file(home)
+        state = read_state(home + "/publisher.json")
         server = f"Redis at {state['server']}" if state.get("server") else "Redis"
         for known, count, streamed in state.get("recent", []):
             if known == event["id"]:

@@ -5898,13 +5898,12 @@ def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
     assert changes(watcher, 1000, 3000) == []
 
 
-@given(st.binary(max_size=200), st.dictionaries(
+@given(st.dictionaries(
     st.sampled_from(("pid", "sessionId", "cwd", "status", "statusUpdatedAt", "name", "procStart")),
     st.one_of(st.integers(), st.text(), st.none()),
 ))  # fmt: skip
-def test_parsing_a_registry_file_never_raises(content, fields):
-    ee.parse_registry(content, "1.json")
-    record = ee.parse_registry(json.dumps(fields).encode(), f"{fields.get('pid')}.json")
+def test_parsing_a_registry_file_never_raises(fields):
+    record = ee.parse_registry(fields, f"{fields.get('pid')}.json")
     assert not record or record.pid == fields["pid"] and all(len(it) <= 200 for it in record.about.values())
 
 
@@ -8394,7 +8393,7 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     assert machine.arrivals()["testbox"][-1] == "609"
     machine.stop()  # the stream is deleted, and a late clock fills it: it is read from its start
     path = machine.home + "/redis-position.json"
-    later = {**cm.read_state(path), "position": f"{ee.now_ms() + 86_400_000}-0"}
+    later = {**ee.read_state(path), "position": f"{ee.now_ms() + 86_400_000}-0"}
     ee.write_atomically(path, cm.encode_json(later))
     publish(610, 610)
     machine.serve().gets(9 + kept)
