@@ -89,29 +89,27 @@ def read_payload(fd: int, deadline: float) -> bytes:
     raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
 
 
-def deliver(
-    payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0, kept: "Any" = None
-) -> None:
-    """Send one payload as configured; for an answer, `kept` gets the event's id and the connection."""
+def deliver(payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0) -> "list[Any]":
+    """Send one payload as configured; return the event's id and, if the monitor has it, the connection."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
     line = wrap(payload, environ, machine_key(home), name, wait_s)
-    if wait_s:
-        kept.append(line[7:43].decode())
+    kept: list[Any] = [line[7:43].decode()]
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
         if not (outcome := send(home, socket_path, line, kept)):
             notes.append(f"the monitor has stored {len(line)} bytes")
-            return
+            return kept
         notes.append(f"no acknowledgement from the monitor: {outcome}")
     notes.append("kept in the spool: " + append_to_spool(home + "/spool", line))
     if mode == "redis":
         notes.append(ensure_publisher(home))
         if DEBUG:
             notes.extend(whole().publisher_outcome(home, line))
+    return kept
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
@@ -2998,7 +2996,6 @@ def precedes_dialog(asked: JsonObject) -> bool:
 def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
     """Send one payload as `deliver` does, then wait for the answer and print it (with --answer)."""
     (home, config_path), wait_s, is_redis = places(posix.environ), 0, False
-    kept: list[Any] = []  # the event's id, and the connection to the monitor
     with contextlib.suppress(Exception):  # the event is delivered in any case
         asked, values = parse_event_line(payload), load_config(config_path)[0]
         is_redis = values["mode"] == "redis"
@@ -3010,15 +3007,14 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
             asked.pop("permission_suggestions", None)
         if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
             wait_s = values["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
-    deliver(payload, notes, "hook", wait_s, kept)
+    kept = deliver(payload, notes, "hook", wait_s)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, lambda *_: os._exit(0))
     signal.alarm(wait_s + 5)
-    if kept and is_redis:  # in another interpreter: this one runs without site-packages
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "emit_event.py")
-        command = [publisher_python(home), "-E", script, "--wait-at-redis", kept[0], str(wait_s)]
+    if wait_s and is_redis:  # in another interpreter: this one runs without site-packages
+        command = [publisher_python(home), "-E", __file__, "--wait-at-redis", kept[0], str(wait_s)]
         subprocess.run(command, input=payload, stderr=subprocess.DEVNULL, check=False)
-    elif len(kept) > 1:
+    elif wait_s and kept[1:]:
         kept[1].settimeout(None)
         with open(kept[1].fileno(), "rb", closefd=False) as lines:
             line = lines.readline(256 << 10)
