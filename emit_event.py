@@ -58,7 +58,7 @@ def run_hook() -> None:
         notes.append(f"failed: {reason}")
         try:
             whole().log_failure(reason)
-        except BaseException as second:  # such as a full disk
+        except BaseException as second:
             notes.append(f"and could not log it: {second!r}")
     if DEBUG:
         try:
@@ -775,8 +775,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
-        with contextlib.suppress(OSError):
-            whole().log_failure(f"defaults used: {error}")
+        log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
@@ -1791,11 +1790,12 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory, redacted."""
+    """Add one line to emit.log in our directory, redacted, if the disk allows it."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
-    make_private_directory(home)
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
-    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
+    with contextlib.suppress(OSError):
+        make_private_directory(home)
+        append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), 256 << 10)
 
 
 # ---------------------------------------------------------------------------
@@ -2106,8 +2106,7 @@ class UsageReader:
                         database.rollback()
                         return []
         except Exception as error:  # an unreadable transcript must not stop the thread
-            with contextlib.suppress(OSError):
-                log_failure(f"token usage could not be read: {error!r}")
+            log_failure(f"token usage could not be read: {error!r}")
             with contextlib.suppress(Exception):  # a damaged file cannot always be closed
                 self.close()
             self._unsaved = before  # as if this look had not been
@@ -2760,8 +2759,7 @@ def run_publisher(lock_fd: int) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         publisher.run()
     except BaseException as error:  # a traceback would be lost; the next hook starts another publisher
-        with contextlib.suppress(OSError):
-            log_failure(f"the publisher stopped: {error!r}")
+        log_failure(f"the publisher stopped: {error!r}")
     os._exit(0)  # an abandoned exchange may still block its thread
 
 
@@ -2869,8 +2867,8 @@ class Publisher:
             except Exception as error:  # no line may stop those after it
                 shown = type(error).__name__ if self._privacy.metadata_only else repr(error)
                 reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {shown}"
+                log_failure(f"not an event ({reason}): {shown_head(line, 200, self._privacy)!r}")
                 with contextlib.suppress(OSError):
-                    log_failure(f"not an event ({reason}): {shown_head(line, 200, self._privacy)!r}")
                     keep_in_quarantine(self._home + "/quarantine.log", line, reason, self._privacy)
         return bool(self._batch)
 
@@ -2944,8 +2942,7 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]" = None) -> None:
         if reason and (state, reason) != (self._state["state"], self._state["reason"]):
-            with contextlib.suppress(OSError):
-                log_failure(f"publisher: {reason}")
+            log_failure(f"publisher: {reason}")
         self._state.update(state=state, reason=reason)
 
     def _write_state(self) -> None:
