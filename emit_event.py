@@ -2022,8 +2022,7 @@ def _evidence_in(entry: JsonObject, inner: JsonObject, agent_id: str, program: s
 
 def stable_id(content: bytes) -> str:
     """Return an event's id that is derived from its content."""
-    it = hashlib.sha256(content).hexdigest()
-    return f"{it[:8]}-{it[8:12]}-4{it[13:16]}-{'89ab'[int(it[16], 16) % 4]}{it[17:20]}-{it[20:32]}"
+    return str(uuid.UUID(hashlib.sha256(content).hexdigest()[:32], version=4))
 
 
 def iso_time_ms(text: Any) -> "Optional[int]":
