@@ -6407,8 +6407,7 @@ class Ingest:
         self._journal, self._quarantine_path = journal, settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy, self.registry = settings.privacy, RegistryThread(settings.machine_key, deliver)
-        self._usage = emit_event.UsageWorker(settings.home, deliver)
-        self._usage.reader.with_words = not settings.privacy.metadata_only
+        self._usage = emit_event.UsageWorker(settings.home, deliver, not settings.privacy.metadata_only)
         self._noted: dict[tuple[str, str], Any] = {}  # see emit_event.add_agent_note
 
     def take(

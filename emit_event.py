@@ -2246,11 +2246,11 @@ def totals_in(usage: JsonObject) -> "JsonObject | None":
 class UsageWorker(threading.Thread):
     """Reads transcripts in a thread of its own, so that no event waits for them; `deliver` runs in it."""
 
-    def __init__(self, home: str, deliver: "Callable[[list[JsonObject]], bool]") -> None:
+    def __init__(self, home: str, deliver: "Callable[[list[JsonObject]], bool]", with_words: bool) -> None:
         super().__init__(name="usage", daemon=True)  # begins with the first event
         self._closing = threading.Event()
         self.reader = UsageReader(home, self._closing)
-        self.reader.deliver = deliver
+        self.reader.deliver, self.reader.with_words = deliver, with_words
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → the event's fields, until when (time.monotonic) they
         # are looked at, whether they are to be read at once, and the files' states
@@ -2775,8 +2775,7 @@ class Publisher:
         self._machine_key = machine_key(home)
         self._noted: dict[tuple[str, str], Any] = {}  # see add_agent_note
         self._registry, self._registry_due = RegistryWatcher(self._machine_key), 0.0  # time.monotonic
-        self._usage = UsageWorker(home, self._deliver)
-        self._usage.reader.with_words = not self._privacy.metadata_only
+        self._usage = UsageWorker(home, self._deliver, not self._privacy.metadata_only)
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
         self._batch: _Batch = []  # read, not delivered yet

@@ -4864,7 +4864,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
     real = ee.totals_in
     slow = lambda *given: (reading.set(), goes_on.wait(10), real(*given))[-1]  # noqa: E731
     monkeypatch.setattr(ee, "totals_in", slow)
-    worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events))
+    worker = ee.UsageWorker(str(tmp_path), lambda events: not made.extend(events), True)
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert worker.is_watching({"s2"}) and not worker.is_watching({"s1"})
     worker.put(usage_event(first.path, "s1"))
@@ -4893,7 +4893,7 @@ def test_lines_that_come_behind_the_last_hook_count_for_its_turn(
     monkeypatch.setattr(ee, "USAGE_QUIET_S", 0.2 if late_s < 1 else ee.USAGE_QUIET_S)
     monkeypatch.setattr(ee, "LOOK_S", max(late_s - 1, ee.LOOK_S))
     made: list[Any] = []
-    worker = ee.UsageWorker(transcript.home, lambda events: not made.extend(events))
+    worker = ee.UsageWorker(transcript.home, lambda events: not made.extend(events), True)
     for number, hook in enumerate(hooks):
         transcript.add(usage_line(f"m{number}", 2))
         if hook:
@@ -5715,7 +5715,7 @@ def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMo
 
 
 def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
-    worker, woken = ee.UsageWorker(str(tmp_path), lambda events: True), []
+    worker, woken = ee.UsageWorker(str(tmp_path), lambda events: True, True), []
     really_notify = worker._wake.notify
     worker._wake.notify = lambda: (woken.append(hook), really_notify())  # type: ignore[assignment]
     for hook in ("PreToolUse", "PostToolUse", "PreToolUse", "Stop"):
