@@ -6496,8 +6496,7 @@ class Ingest:
                 data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 emit_event.add_agent_note(event, self._noted)
-            if event["eventType"] in emit_event.PLACE_EVENTS and "imported" not in event:
-                emit_event.add_git_place(event)
+            emit_event.add_git_place(event)
             self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)

@@ -1807,7 +1807,6 @@ def log_failure(reason: str) -> None:
 # command, too many turns. While a session works, its transcripts are looked at every LOOK_S.
 # ---------------------------------------------------------------------------
 
-PLACE_EVENTS = ("session_start", "user_prompt", "turn_end", "client_status")  # with which the branch is read
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 LOOK_S = 1.0  # between two looks at whether a transcript has grown
@@ -2374,7 +2373,8 @@ _GIT_REF = re.compile(r"ref: refs/(?:heads/)?([^\s~^:?*\[\\]{1,255})|([\da-f]{7}
 
 def add_git_place(event: JsonObject) -> None:
     """Add `data.git` from `.git` files: the branch, the roots of the worktree and of the main one."""
-    if "agentId" in event or "git" in event["data"]:
+    is_step = event["eventType"] in ("session_start", "user_prompt", "turn_end", "client_status")
+    if not is_step or "agentId" in event or "imported" in event or "git" in event["data"]:
         return
 
     def read(*path: str) -> str:
@@ -2877,8 +2877,7 @@ class Publisher:
         self._usage.put(event)
         self._registry.learn(event)
         add_agent_note(event, self._noted)
-        if event["eventType"] in PLACE_EVENTS:
-            add_git_place(event)
+        add_git_place(event)
         event, encoded = protect(event, self._privacy)
         self._batch.append((event["id"], encoded))
 
