@@ -827,10 +827,9 @@ class AgentFormat(NamedTuple):
 
 def adapt_codex(name: str, hook: JsonObject) -> str:
     """Find the agent that a call launched; the task of a subagent is no person's prompt."""
-    response = hook.get("tool_response")
-    if name == "PostToolUse" and hook.get("tool_name") == "Agent" and isinstance(response, str):
+    if name == "PostToolUse" and hook.get("tool_name") == "Agent":
         with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):  # no JSON object
-            launched = json.loads(response)
+            launched = json.loads(hook["tool_response"])
             hook["tool_response"] = {**launched, "agentId": launched["agent_id"], "status": "async_launched"}
     return "SubagentPrompt" if name == "UserPromptSubmit" and "agent_id" in hook else name
 
