@@ -1501,9 +1501,8 @@ _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
 _TOKEN_HINTS += [re.compile(rf"\{sign}{_TOKEN_BODY}") for sign in "-_."]
-_all_hints = [shape.hint for shapes in _TOKENS_BY_END.values() for shape in shapes]
 for _first in "AE":
-    _starts = "|".join(hint for hint in _all_hints if hint[0] == _first)
+    _starts = "|".join(shape.hint for shape in SECRET_SHAPES if shape.hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 _compiled = functools.lru_cache(None)(re.compile)
 
