@@ -8228,8 +8228,8 @@ def install_hook_files(home: str) -> str:
     try:
         with open(source, "rb") as file:
             content = file.read()
-        hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
-        status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
+        hot_path, _, rest = content.partition(b"\n# --- end of the hot path ---\n")
+        status_line, marker, _ = rest.partition(b"# --- end of the status line ---\n")
         if not marker:
             raise CommandError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):

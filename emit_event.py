@@ -540,9 +540,6 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
 JsonObject = dict[str, Any]
 
-HOT_PATH_END = "# --- end of the hot path ---\n"
-STATUS_LINE_END = "# --- end of the status line ---\n"
-
 
 # ---------------------------------------------------------------------------
 # Common helpers: the time, numbers, and private files

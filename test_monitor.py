@@ -2438,8 +2438,8 @@ def test_the_hook_is_copied_and_runs_from_bytecode(tmp_path):
     library, names = home / "hooks/lib", ("emit_event.py", "hot_path.py", "status_line.py")
     launcher, whole, hot_path, status_line = map(install_text, [script, *(library / name for name in names)])
     assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
-    line = status_line.partition("\n")[2]
-    assert whole.startswith(hot_path + ee.HOT_PATH_END + line + ee.STATUS_LINE_END)
+    line, end = status_line.partition("\n")[2], "# --- end of the {} ---\n".format
+    assert whole.startswith(hot_path + end("hot path") + line + end("status line"))
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
     assert compiled == {"emit_event", "hot_path", "status_line"}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
