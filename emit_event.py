@@ -512,31 +512,31 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
 
 # --- end of the status line ---
 
-import base64  # noqa: E402 - the hot path above must not import these
-import bisect  # noqa: E402
-import collections  # noqa: E402
-import contextlib  # noqa: E402
-import datetime  # noqa: E402
-import errno  # noqa: E402
-import fcntl  # noqa: E402
-import functools  # noqa: E402
-import glob  # noqa: E402
-import hashlib  # noqa: E402
-import hmac  # noqa: E402
-import inspect  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import stat  # noqa: E402
-import subprocess  # noqa: E402
-import threading  # noqa: E402
-import urllib.parse  # noqa: E402
-import uuid  # noqa: E402
-from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
-from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
+import base64  # none of these is for the hot path
+import bisect
+import collections
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import hmac
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import stat
+import subprocess
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 JsonObject = dict[str, Any]
 
