@@ -4166,8 +4166,8 @@ def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
 def save_last_seq(home: str, seq: int) -> None:
     """Save the highest deleted number; if it were used again, clients would miss events."""
     path = os.path.join(home, "last-seq")
-    with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
-        seq = max(seq, int(file.read(14)))
+    with contextlib.suppress(ValueError):
+        seq = max(seq, int(emit_event.read_small(path, 14)))
     with contextlib.suppress(OSError):
         emit_event.write_atomically(path, b"%d\n" % seq)
 
@@ -7140,9 +7140,8 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        path, opener = settings.path("last-seq"), emit_event.open_own
-        with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=opener) as file:
-            self.journal.seq = int(file.read(14))  # if damaged, later numbers still fit into _SEQ
+        with contextlib.suppress(ValueError):  # missing, or damaged; later numbers always fit into _SEQ
+            self.journal.seq = int(emit_event.read_small(settings.path("last-seq"), 14))
         self.journal.open()
         self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
         self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port, "options": settings.options}
