@@ -10111,8 +10111,7 @@ def command_demo(settings: Settings, args: argparse.Namespace) -> int:
     """Send a fictitious working day to the running monitor, or remove it again."""
     if args.remove or ask_monitor(settings, "/api/status")["demo"]:
         # Two demos at once would look like one that repeats itself.
-        sessions = ask_monitor(settings, "/api/sessions?hidden=1")["sessions"]
-        demo = [session["sessionId"] for session in sessions if session["demo"]]
+        demo = [it["sessionId"] for it in known_sessions(settings, with_hidden=True) if it["demo"]]
         for session_id in demo:
             ask_monitor(settings, "/api/message", {"type": "delete_session", "sessionId": session_id})
         print(f"{len(demo)} demo sessions removed")
