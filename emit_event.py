@@ -373,8 +373,6 @@ if __name__ == "__main__":
         whole().run_publisher(int(sys.argv[2]))
     elif sys.argv[1:2] == ["--wait-at-redis"]:
         whole().wait_at_redis(sys.argv[2], int(sys.argv[3]))
-    elif sys.argv[1:2] == ["--status-line"]:
-        whole().run_status_line(sys.argv[2:])
     else:
         run_hook()
 
