@@ -567,8 +567,7 @@ def texts_of(content: Any) -> "list[str]":
 def make_private_directory(path: str) -> None:
     """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
-    about = os.lstat(path)
-    if not os.path.isdir(path) or about.st_uid != os.getuid():
+    if (about := os.lstat(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not a directory of this user")
     if about.st_mode & 0o077:
         os.chmod(path, 0o700)
