@@ -683,7 +683,7 @@ def _redis_url(value: Any) -> bool:
 KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', ("local", "redis").__contains__),
     "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
-                      lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
+                      lambda it: _text(it) and re.fullmatch(rb"/.{0,99}", os.fsencode(it)) is not None),
     "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
                      "special characters of a password percent-encoded",
                      lambda it: it is None or _redis_url(it)),
@@ -771,12 +771,11 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
-    if "\n" not in socket_path:
-        path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
-        with contextlib.suppress(OSError):  # the cache only saves time
-            make_private_directory(home)
-            others = read_small(path).splitlines(True)[:7]  # of other files and views of this one
-            write_atomically(path, line + b"".join(others))
+    path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
+    with contextlib.suppress(OSError):  # the cache only saves time
+        make_private_directory(home)
+        others = read_small(path).splitlines(True)[:7]  # of other files and views of this one
+        write_atomically(path, line + b"".join(others))
     return mode, socket_path
 
 
