@@ -56,16 +56,13 @@ def run_hook() -> None:
     except BaseException as error:  # a hook that exits with an error may block Claude Code
         reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
+        whole().log_failure(reason)
+    finally:  # whatever fails
         try:
-            whole().log_failure(reason)
-        except BaseException as second:
-            notes.append(f"and could not log it: {second!r}")
-    if DEBUG:
-        try:
-            posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
-        except OSError:
-            pass
-    posix._exit(0)
+            if DEBUG:
+                posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
+        finally:
+            posix._exit(0)
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
