@@ -419,8 +419,7 @@ def run_status_line(arguments: "list[str]") -> None:
 
 def in_background(work: "Any", *arguments: "Any") -> None:
     """Call `work` in a process that outlives this one and is no child of it, as a client may end those."""
-    pid = posix.fork()
-    if pid:
+    if pid := posix.fork():
         posix.waitpid(pid, 0)
         return
     try:
