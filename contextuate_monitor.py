@@ -4977,6 +4977,7 @@ BODY_DEADLINE_S = 60.0
 HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
 COOKIE_RULES = "HttpOnly; SameSite=Strict; Max-Age=31536000"
+PAGE_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n")
 
@@ -5137,9 +5138,9 @@ class Api:
 
     def page(self, host: str) -> Response:
         """Return the page, or the built-in one without its file, and its policy, for this Host header."""
-        path, ws_port, name = self._monitor.page_path, self._monitor.ws_port, re.sub(r":\d+$", "", host)
-        body = BUILT_IN_PAGE.replace("@PLACE@", json.dumps(path)[1:-1].replace("<", "\\u003c")).encode()
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        ws_port, name = self._monitor.ws_port, re.sub(r":\d+$", "", host)
+        body = BUILT_IN_PAGE.replace("@PLACE@", json.dumps(PAGE_PATH)[1:-1].replace("<", "\\u003c")).encode()
+        with contextlib.suppress(OSError), open(PAGE_PATH, "rb") as file:
             body = file.read()
         policy = f"{page_policy(body)}connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} "
         policy += f"wss://{name}:{ws_port} wss://{name}; img-src 'self' data:; frame-ancestors 'none'"
@@ -5186,9 +5187,9 @@ class Api:
         if form == "html":
             content_type, name = "text/html; charset=utf-8", "contextuate-session.html"
             session = self.ask(lambda: self.status.session_json(query.get("session") or ""))
-            if not os.path.isfile(self._monitor.page_path):
-                raise RequestError(503, f"the page is missing; copy index.html to {self._monitor.page_path}")
-            lines = session_page(self._monitor.page_path, session, lines)
+            if not os.path.isfile(PAGE_PATH):
+                raise RequestError(503, f"the page is missing; copy index.html to {PAGE_PATH}")
+            lines = session_page(session, lines)
         headers = (("Content-Disposition", f'attachment; filename="{name}"'),)
         return Response(200, in_chunks(lines), content_type, headers)
 
@@ -5280,9 +5281,9 @@ def page_policy(body: bytes) -> str:
     return policy
 
 
-def session_page(path: str, session: JsonObject, lines: Iterable[bytes]) -> Iterator[bytes]:
+def session_page(session: JsonObject, lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the page with the events of a session inside, in lines: it opens without a monitor."""
-    with open(path, "rb") as file:
+    with open(PAGE_PATH, "rb") as file:
         body = file.read()
     policy = f'<meta http-equiv="Content-Security-Policy" content="{page_policy(body)}img-src data:">'
     body = body.replace(b'<meta charset="utf-8">', b'<meta charset="utf-8">\n' + policy.encode(), 1)
@@ -7152,7 +7153,6 @@ class Monitor:
         limit, queue_bytes = settings["limits.connections"], settings["limits.clientQueueBytes"]
         self.clients = WebSocketServer(self.loop, handlers.greet, handlers.take, limit, queue_bytes)
         self.feed = SessionFeed(self.loop, self.sessions, self.clients)
-        self.page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         api = Api(self, handlers.take_by_http)
         self.http = [HttpServer(it, access, api, self.answers, limit) for it in (http_socket, ws_socket)]
         # The page is served meanwhile; what takes events waits for the loop.
@@ -10075,8 +10075,7 @@ def command_export(settings: Settings, args: argparse.Namespace) -> int:
         if not args.session:
             raise SearchError("--session", "an id, for --format html")
         place = "/api/sessions/" + urllib.parse.quote(wanted["session"] or "?", "")
-        page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
-        lines = session_page(page, ask_monitor(settings, place), lines)
+        lines = session_page(ask_monitor(settings, place), lines)
     chunks = in_chunks(lines)
     if not args.output:
         sys.stdout.buffer.writelines(chunks)
