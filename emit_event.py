@@ -765,7 +765,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
-        log_failure(f"defaults used: {error}")
+        whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     path, line = home + "/hook.cache", f"{key} {mode} {socket_path}\n".encode("utf-8", "surrogateescape")
     with contextlib.suppress(OSError):  # the cache only saves time
