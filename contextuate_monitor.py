@@ -4434,7 +4434,7 @@ class Client:
     closing: bool = False  # our close frame is queued or sent, so nothing may follow it
     peer_closed: bool = False  # its close frame was received: we end the connection once ours is sent
     view: str | None = None  # "full" or "rows" once subscribed
-    session_ids: set[str] | None = None  # None: all
+    session_ids: frozenset[str] | None = None  # None: all
     show_hidden: bool = False
     visible: bool = False  # a page that a person can see now
     # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
@@ -4479,24 +4479,16 @@ class WebSocketServer:
         self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
     ) -> None:
         """Send events to subscribers, then `frames_for_all` to all, `changes` to those that want these."""
-        messages: dict[str, list[bytes]] = {}
-        joined: dict[tuple[str, bool], bytes] = {}
+        frames: dict[tuple[str, bool, frozenset[str] | None], bytes] = {}  # by subscription
         for client in list(self.clients.values()):
-            view, own_ids = client.view, client.session_ids
+            view, ids = client.view, client.session_ids
             if view is None:
                 continue
             for_all = changes if client.changes and changes is not None else frames_for_all
-            if view not in messages:
-                messages[view] = event_messages(stored, view)
-            if own_ids is not None:
-                own = [it for entry, it in zip(stored, messages[view]) if entry.event["sessionId"] in own_ids]
-                wanted = text_frames(own, client.changes) + for_all
-            else:
-                key = (view, client.changes)
-                if key not in joined:
-                    joined[key] = text_frames(messages[view], client.changes) + for_all
-                wanted = joined[key]
-            room = self.queue_limit_bytes - client.queued
+            if (key := (view, client.changes, ids)) not in frames:
+                own = [it for it in stored if ids is None or it.event["sessionId"] in ids]
+                frames[key] = text_frames(event_messages(own, view), client.changes) + for_all
+            wanted, room = frames[key], self.queue_limit_bytes - client.queued
             if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
                 client.skipped, wanted = client.skipped + len(stored), for_all
             if wanted:
@@ -6801,7 +6793,7 @@ class MessageHandlers:
 
     def _on_subscribe(self, client: Client, message: JsonObject) -> None:
         journal, seq, since = self._monitor.journal, self._monitor.journal.seq, message.get("since")
-        view, wanted = message.get("view") or "full", set(message.get("sessionIds") or ()) or None
+        view, wanted = message.get("view") or "full", frozenset(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
         client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
