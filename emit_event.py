@@ -2414,7 +2414,6 @@ def add_agent_note(event: JsonObject, noted: "dict[tuple[str, str], Any]") -> No
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
-REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 CLIENT_EXITED = "exited"  # the status of a client whose process has ended
@@ -2467,7 +2466,6 @@ class RegistryWatcher:
         # Path → a client whose process runs: its `record`, when (ms) its session was seen `first`, until when
         # its process ran another one `before`, and what was `reported` last
         self.clients: dict[str, JsonObject] = {}
-        self._looked_ms = -REGISTRY_ALIVE_MS  # when their processes were looked at
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2483,13 +2481,12 @@ class RegistryWatcher:
             elif process_start(record.pid) in (record.started, 0):
                 before = time_ms if client else 0
                 self.clients[path] = {"record": record, "first": time_ms, "before": before, "reported": {}}
-        events, looks = [], not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
-        self._looked_ms = time_ms if looks else self._looked_ms
+        events = []
         for path, client in list(self.clients.items()):
             record, reported, at_ms = client["record"], client["reported"], time_ms
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
             about, key = {**record.about}, record[:3] + record[4:]
-            if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
+            if process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 about, key, is_news = {"status": CLIENT_EXITED}, (*record[:3], CLIENT_EXITED), reported != {}
             elif not reported:  # a second later: hooks have reported its beginning by then
