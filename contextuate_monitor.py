@@ -4239,7 +4239,6 @@ UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
 INGEST_CONNECTIONS = 2048
 REPLY_LIMIT_BYTES = 32 << 20
-TOO_MANY_CONNECTIONS = "too many connections; close some or raise limits.connections"
 
 
 class EventLoop:
@@ -4555,7 +4554,7 @@ class WebSocketServer:
         sock.setblocking(False)
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
-                sock.send(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
+                sock.send(refusal())
             sock.close()
             return
         with contextlib.suppress(OSError):  # the peer may have disconnected
@@ -4642,12 +4641,12 @@ def encode_with_sessions(message: JsonObject, sessions: Sessions, with_hidden: b
     yield b"]}"
 
 
-def refusal(error: RequestError) -> bytes:
-    """Encode the HTTP response that refuses a request, with a JSON body; it closes the connection."""
-    body = encode_json({"error": error.reason})
+def refusal() -> bytes:
+    """Encode the HTTP response to one connection too many, with a JSON body; it closes the connection."""
+    body = encode_json({"error": "too many connections; close some or raise limits.connections"})
     ends = ("Connection", "close"), ("Content-Length", str(len(body)))
     form = ("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")
-    return response_head(error.status, [*error.headers, *form, *ends]) + body
+    return response_head(503, [*form, *ends]) + body
 
 
 # ---------------------------------------------------------------------------
@@ -5346,7 +5345,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 self._free_connections.release()
         with contextlib.suppress(OSError):
             request.settimeout(1)
-            request.sendall(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
+            request.sendall(refusal())
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
