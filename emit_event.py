@@ -47,7 +47,7 @@ def run_hook() -> None:
         # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
-        if not (payload := read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()):
+        if not (payload := read_payload().strip()):
             raise ValueError("no hook payload on standard input")
         if sys.argv[1:2] == ["--answer"]:
             whole().deliver_and_wait(payload, notes)
@@ -65,19 +65,19 @@ def run_hook() -> None:
             posix._exit(0)
 
 
-def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic); raise ValueError."""
+def read_payload() -> bytes:
+    """Read one JSON object from standard input, or what arrives in STDIN_DEADLINE_S; raise ValueError."""
     import select
 
     # It ends at EOF, at the newline of a one-line object, or 30 ms after its end (old clients).
     poll = select.poll()
-    poll.register(fd, select.POLLIN | select.POLLHUP)
-    data = bytearray()
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    data, deadline = bytearray(), time.monotonic() + STDIN_DEADLINE_S
     while len(data) <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
         maybe_whole = data.endswith((b"}", b"}\n", b"}\r\n"))
         if left_ms > 0 and poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            chunk = posix.read(fd, 1 << 20)
+            chunk = posix.read(0, 1 << 20)
             data += chunk
             if not chunk or (data.endswith((b"}\n", b"}\r\n")) and data.find(b"\n") == len(data) - 1):
                 return bytes(data)
@@ -389,7 +389,7 @@ def run_status_line(arguments: "list[str]") -> None:
     """Hand on new figures and show a line; `arguments`: the shell's LC_CTYPE, the earlier command."""
     payload, line = b"", ""
     try:
-        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        payload = read_payload()
         session, figures, line = figures_in(payload.strip())
         kept = f"{places(posix.environ)[0]}/gauges/{session[-4:] if session[-4:].isalnum() else '--'}"
         about = f"{quote(session[:128])} {figures}".encode()
