@@ -33,7 +33,6 @@ DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 TERMINAL_VARIABLES = (
     "TMUX TMUX_PANE KITTY_WINDOW_ID KITTY_LISTEN_ON WEZTERM_PANE ITERM_SESSION_ID SSH_CONNECTION TERM_PROGRAM"
 )
-FIRST_PID_NAMESPACE = 4026531836  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
 DEBUG = posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")  # print the notes on standard error
 APPEND = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
 
@@ -214,7 +213,7 @@ def pid_namespace() -> int:
         inode = int(posix.readlink("/proc/self/ns/pid")[5:-1])  # "pid:[4026531836]"
     except OSError:
         inode = 1
-    return inode if inode != FIRST_PID_NAMESPACE and sys.platform == "linux" else 0
+    return inode if inode != 4026531836 and sys.platform == "linux" else 0  # PROC_PID_INIT_INO of Linux
 
 
 def quote(text: str) -> str:
