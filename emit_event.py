@@ -2507,21 +2507,19 @@ class RegistryWatcher:
         return events
 
     def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
-        listed: dict[str, tuple[int, int, int]] = {}
+        before, self._files = self._files, {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
                 for entry in itertools.islice(entries, REGISTRY_LIMIT):
-                    if entry.name.endswith(".json") and entry.name[:-5].isdigit():
-                        about = entry.stat(follow_symlinks=False)
-                        listed[entry.path] = (about.st_ino, about.st_size, about.st_mtime_ns)
-        self._files = {path: state for path, state in self._files.items() if path in listed}
-        for path, state in listed.items():
-            if self._files.get(path) == state or state[1] > CLIENT_FILE_LIMIT_BYTES:
-                continue
-            # A file that has just changed may change again within the same mtime.
-            self._files[path] = state if time.time_ns() - state[2] >= 100_000_000 else None
-            if record := parse_registry(read_state(path), os.path.basename(path)):
-                yield path, record
+                    if not (entry.name.endswith(".json") and entry.name[:-5].isdigit()):
+                        continue
+                    about = entry.stat(follow_symlinks=False)
+                    state = (about.st_ino, about.st_size, about.st_mtime_ns)
+                    # A file that has just changed may change again within the same mtime.
+                    self._files[entry.path] = state if time.time_ns() - state[2] >= 100_000_000 else None
+                    is_new = before.get(entry.path) != state and state[1] <= CLIENT_FILE_LIMIT_BYTES
+                    if is_new and (record := parse_registry(read_state(entry.path), entry.name)):
+                        yield entry.path, record
 
 
 # ---------------------------------------------------------------------------
