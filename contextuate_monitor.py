@@ -4300,14 +4300,11 @@ class EventLoop:
     def call_every(self, interval_s: float, callback: Callable[[], object]) -> None:
         """Call `callback` every `interval_s` seconds, even after an error; all of one interval together."""
 
-        def schedule() -> None:
-            self.call_later(interval_s + 0.01 - (time.monotonic() + 0.01) % interval_s, again)
-
         def again() -> None:
-            schedule()
+            self.call_every(interval_s, callback)
             callback()
 
-        schedule()
+        self.call_later(interval_s + 0.01 - (time.monotonic() + 0.01) % interval_s, again)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call `callback` in the loop thread; for any thread and for signal handlers."""
