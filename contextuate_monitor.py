@@ -7658,14 +7658,13 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
     for _ in range(25):
         try:
             fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
-            about = os.fstat(fd)
         except OSError as error:
             advice = "remove it, or choose another "
             advice += "socketPath" if path.endswith(".lock") else "CONTEXTUATE_HOME"
             raise CommandError(f"{path}: cannot be opened: {error.strerror}; {advice}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(path), about):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, str(os.getpid()).encode(), 0)
                 return fd
