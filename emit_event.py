@@ -1717,8 +1717,7 @@ class _Protector:
             # The names of a large object would fill the cache of `_clean_name` in vain.
             path = path and path + "."
             clean = _clean_name if self._hints and len(value) < 1000 else self.clean
-            named = value.get("name", value.get("key"))  # {"name": "DB_PASSWORD", "value": "…"}
-            named = named if isinstance(named, str) else "value"
+            named = _string(value.get("name", value.get("key"))) or "value"  # {"name": "DB_PASSWORD", …}
             return {
                 clean(name): self.value(inner, named if name == "value" else name, path + name, depth + 1)
                 for name, inner in value.items()
