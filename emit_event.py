@@ -2438,7 +2438,7 @@ def parse_registry(fields: JsonObject, file_name: str) -> "Optional[ClientRecord
     about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
     since_ms = since if type(since) is int and 0 < since < 1 << 53 else 0
     started = int(ticks) if ticks.isdecimal() else -1
-    return ClientRecord(pid, started, str(session_id), cwd if isinstance(cwd, str) else "", since_ms, about)
+    return ClientRecord(pid, started, str(session_id), _string(cwd), since_ms, about)
 
 
 def process_start(pid: int) -> "Optional[int]":
@@ -2457,8 +2457,7 @@ class RegistryWatcher:
 
     def __init__(self, machine_key: str) -> None:
         self._machine_key = machine_key
-        configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        self._directories: dict[str, None] = {configured: None}
+        self._directories = {os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude"): None}
         # Path → its inode, size and mtime when it was read, or None to read it again
         self._files: dict[str, Optional[tuple[int, int, int]]] = {}
         # Path → a client whose process runs: its `record`, when (ms) its session was seen `first`, until when
