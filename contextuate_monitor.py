@@ -708,7 +708,8 @@ class Journal:
         self.seq = 0  # the last number that was written
         self.error: str | None = None  # why the last write failed; None if it succeeded
         self.repaired = 0  # incomplete last lines that were repaired
-        self._descriptors: dict[str, int] = {}  # session id → its open file of newest_day
+        # session id → its open file of newest_day: (descriptor, path, inode, size after the last write)
+        self._open_files: dict[str, tuple[int, str, int, int]] = {}
         self._day_number = -1  # of the last write, in days since 1970
         self._is_open = False  # events may be appended while other threads read
         emit_event.make_private_directory(root)
@@ -772,32 +773,35 @@ class Journal:
                 self.newest_day, self.in_order = day, False
                 with contextlib.suppress(OSError):
                     os.unlink(self.root + "/.in-order")
-        fd = self._descriptors.get(session_id)
-        if fd is None or not os.fstat(fd).st_nlink:  # users may delete files with `rm`
-            fd = self._open_to_append(session_id)
+        fd, path, *left = self._open_files.get(session_id, (-1, "", 0, 0))
+        about = os.stat(path) if os.path.exists(path) else None
+        if about is None or [about.st_ino, about.st_size] != left:  # users delete, move and edit files
+            fd, path = self._open_to_append(session_id)
         if (written := os.write(fd, data)) != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        about = os.fstat(fd)
+        self._open_files[session_id] = fd, path, about.st_ino, about.st_size
 
-    def _open_to_append(self, session_id: str) -> int:
-        if session_id in self._descriptors or len(self._descriptors) == self.OPEN_FILES:
+    def _open_to_append(self, session_id: str) -> tuple[int, str]:
+        if session_id in self._open_files or len(self._open_files) == self.OPEN_FILES:
             self.close()
         path = f"{self.root}/{self.newest_day}/{session_file_name(session_id)}"
         emit_event.make_private_directory(os.path.dirname(path))
         fd = emit_event.open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        self._descriptors[session_id] = fd
+        self._open_files[session_id] = fd, path, 0, 0
         torn = next(JournalFile(path, os.fstat(fd)).segments_back())
         self.repaired += bool(torn)
         if torn and emit_event.is_json_object(torn):
             os.write(fd, b"\n")  # only the newline is missing
         elif torn:  # the event was not acknowledged
             os.ftruncate(fd, os.fstat(fd).st_size - len(torn))
-        return fd
+        return fd, path
 
     def close(self) -> None:
         """Close every file."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._open_files:
+            os.close(self._open_files.popitem()[1][0])
 
     def is_writable(self) -> bool:
         """True if events can be written; writes a test file, since quotas and broken disks show only then."""
@@ -888,7 +892,7 @@ class MemoryJournal(Journal):
 
     def __init__(self) -> None:
         self.root, self.seq, self.error, self.repaired = "", 0, None, 0
-        self._descriptors = {}
+        self._open_files = {}
         self._kept: collections.deque[tuple[int, str, bytes]] = collections.deque()  # (seq, session id, line)
         self._bytes = 0
         self._lock = threading.Lock()  # the loop thread appends while others read

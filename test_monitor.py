@@ -1918,16 +1918,14 @@ class JournalModel:
             ee.write_atomically(self.root + "/2026-01-20/f.jsonl", content)
 
     def tear(self, number: int, size: int) -> None:
-        """Cut the last line of a file, as a loss of power does."""
+        """Cut the last line of a file, as a loss of power does, or a person."""
         path = self.path(number)
         if path and (mine := [entry for entry in self.kept if entry.path == path]):
             last = max(mine)
             with open(path, "r+b") as file:
-                content = file.read()
-                if content.endswith(last.line + b"\n"):
-                    file.truncate(len(content) - min(size, len(last.line)))
+                if file.read().endswith(last.line + b"\n"):
+                    file.truncate(file.tell() - min(size, len(last.line)))
                     self.kept.remove(last)
-        self.restart()
 
     def restart(self) -> None:
         if self.root:
@@ -1953,7 +1951,7 @@ journal_operations = st.one_of(
     st.tuples(st.just("delete"), st.sampled_from(STORE_SESSIONS)),
     st.tuples(st.just("remove"), st.integers(0, 9), st.booleans()),
     st.tuples(st.just("tear"), st.integers(0, 9), st.sampled_from([2, 30, 10_000_000])),
-    st.tuples(st.just("edit"), st.integers(0, 9), st.sampled_from([b"\n", b"none\n", b'{"seq":x}\n\n'])),
+    st.tuples(st.just("edit"), st.integers(0, 9), st.sampled_from([b"\n", b"none\n", b'{"seq":x}\n\n', b"no end"])),
     st.tuples(st.just("put_foreign"), st.sampled_from([b"", b"\n\n\n", b'{"seq":1,', b"no\n\n{}\n", b"x" * 10_000])),
     st.tuples(st.just("restart")),
 )  # fmt: skip
@@ -1962,6 +1960,8 @@ journal_operations = st.one_of(
 @pytest.mark.parametrize("kind", ["files", "memory"])
 @settings(max_examples=50)
 @given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
+@example((7, 70), [("append", 0, [("s1", 0)]), ("tear", 0, 2), ("append", 0, [("s1", 0)])])
+@example((7, 70), [("append", 0, [("s1", 0)]), ("edit", 0, b"no end"), ("append", 0, [("s1", 0)])])
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cm, "_TAIL_BYTES", sizes[0])
