@@ -979,10 +979,16 @@ class JournalFile:
         yield rest
 
     def _read(self, size: int, offset: int) -> bytes:
-        """Return a block of the file; b"" if it was deleted or replaced."""
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_ino == self.inode:
-                return os.pread(file.fileno(), size, offset)
+        """Return a block of the file; b"" if it was deleted or replaced, or where its disk is broken."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_ino == self.inode:
+                    return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise
+            if error.errno == errno.EIO:
+                warn_skipped_once(self.path)
         return b""
 
     def find(self, seq: int) -> tuple[int, bytes]:
@@ -1026,7 +1032,7 @@ def parse_stored(line: bytes) -> JsonObject:
     return {"seq": line_seq(line), "received": received_ms or rebuilt["timestamp"], **rebuilt}
 
 
-SKIPPED_WORDS = "%s is skipped: it is not a regular file that this user can read"
+SKIPPED_WORDS = "%s is skipped: it is not a regular file that this user can read, or its disk is broken"
 warn_skipped_once = functools.lru_cache(maxsize=1000)(functools.partial(log.warning, SKIPPED_WORDS))
 
 

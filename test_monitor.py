@@ -1076,12 +1076,8 @@ HOOK_COMMENTS = ["", *'// line\n~# "hash" ,]\n~/* block\n , } */~/* " */~//\n~/*
 
 def hook_relaxed(value: Any, rng: random.Random) -> str:
     """Write a value as JSON with comments and trailing commas at every place where they may be."""
-
-    def gap() -> str:
-        return rng.choice(HOOK_COMMENTS) + rng.choice(HOOK_COMMENTS)
-
-    text, last = json.dumps(value, ensure_ascii=rng.random() < 0.5), ""
-    written = gap()
+    gap = lambda: rng.choice(HOOK_COMMENTS) + rng.choice(HOOK_COMMENTS)  # noqa: E731
+    text, written, last = json.dumps(value, ensure_ascii=rng.random() < 0.5), gap(), ""
     for token in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,\s"]+', text):
         if token in ("]", "}") and last not in ("[", "{") and rng.random() < 0.5:
             written += "," + gap()
@@ -2091,7 +2087,7 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
 
 
 def test_what_is_no_file_of_events_is_skipped_and_logged_once(tmp_path, journal, caplog, monkeypatch):
-    (entry, _) = journal.append([store_event(1, "s"), store_event(2, "foreign")], NOW_MS)
+    entry, *_ = journal.append([store_event(*it) for it in enumerate(("s", "foreign", "broken"))], NOW_MS)
     day = tmp_path / cm.day_of(NOW_MS)
     (day / "folder.jsonl").mkdir()
     os.mkfifo(day / "pipe.jsonl")
@@ -2100,13 +2096,16 @@ def test_what_is_no_file_of_events_is_skipped_and_logged_once(tmp_path, journal,
     (day / "torn.jsonl.gz").write_bytes(gzip.compress(entry.line)[:-1])
     (day / "odd.jsonl.gz").mkdir()
     (tmp_path / "2026-01-20").write_bytes(b"no directory")
-    access = os.access
+    access, pread, broken = os.access, os.pread, os.stat(day / "broken.jsonl").st_ino
+    fail = lambda: (_ for _ in ()).throw(OSError(5, "Input/output error"))  # noqa: E731
+    read = lambda fd, *at: fail() if os.fstat(fd).st_ino == broken else pread(fd, *at)  # noqa: E731
+    monkeypatch.setattr(cm.os, "pread", read)
     monkeypatch.setattr(cm.os, "access", lambda path, mode: "foreign" not in path and access(path, mode))
     for opened in (journal_opened(tmp_path), journal, cm.Journal(str(tmp_path))):
         assert list(opened.lines()) == list(opened.lines(backwards=True)) == [entry.line]
         assert list(opened.lines("folder")) == list(opened.lines("foreign")) == []
-    assert sorted(re.findall(r"(\w+)\.jsonl is skipped", caplog.text)) == ["folder", "foreign", "pipe"]
-    assert caplog.text.count("cannot be unpacked") == 3
+    skipped = sorted(re.findall(r"(\w+)\.jsonl is skipped", caplog.text))
+    assert skipped == ["broken", "folder", "foreign", "pipe"] and caplog.text.count("cannot be unpacked") == 3
     assert {path.name[:-9] for path in day.glob("*.gz*")} == {"none", "odd", "torn"}
 
 
@@ -5139,8 +5138,7 @@ def usage_is_held(home: str) -> bool:
     """True if for a second a reader keeps what it has counted from being final: it is not delivered yet."""
     until = time.monotonic() + 1
     while os.path.exists(home + "/usage.db"):
-        database = sqlite3.connect(home + "/usage.db", timeout=0, isolation_level=None)
-        with contextlib.closing(database):
+        with contextlib.closing(sqlite3.connect(home + "/usage.db", 0, isolation_level=None)) as database:
             try:
                 database.execute("BEGIN IMMEDIATE")
                 return False
@@ -8682,8 +8680,7 @@ def safe_send(path: str, line: bytes) -> bytes:
 def safe_leave(port: int, request: bytes) -> None:
     """Send requests, and close each connection at once: its user is then unknown."""
     for _ in range(10):
-        with socket.socket() as sock:
-            sock.connect(("127.0.0.1", port))
+        with socket.create_connection(("127.0.0.1", port)) as sock:
             sock.sendall(request)
 
 
