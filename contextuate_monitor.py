@@ -7225,8 +7225,11 @@ class Monitor:
         self._generation = self.history.generation if checkpoint else -1
         unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
         for path, _ in emit_event.spool_segments(unsaved):
-            emit_event.make_spool(spool)
-            os.rename(path, os.path.join(spool, os.path.basename(path)))
+            try:
+                emit_event.make_spool(spool)
+                shutil.move(path, os.path.join(spool, os.path.basename(path)))  # perhaps to another disk
+            except OSError as error:
+                log.warning("%s is kept for the next start: %s", path, error)
         if self.settings["mode"] == "redis":
             self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
         else:
