@@ -600,8 +600,8 @@ def open_for_append(path: str, _flags: int = 0) -> int:
     try:
         return open_own(path, flags)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENOENT):
-            raise
+        if errno.errorcode.get(error.errno or 0) not in "EPERM EACCES EISDIR ELOOP ENXIO EOPNOTSUPP".split():
+            raise  # nothing foreign is there: the disk or the system is at its limit
         set_aside(path)
         return open_own(path, flags)
 

@@ -1049,18 +1049,19 @@ def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monke
         (key,) = set(pool.map(ee.machine_key, [home] * 12))
     base, _, namespace = key.partition("/")
     assert re.fullmatch("[0-9a-f]{16}", base) and int(namespace or 0) == ee.pid_namespace()
-    assert hook_mode_of(home + "/machine-key") == 0o600 and hook_mode_of(home) == 0o700
     monkeypatch.setenv("CONTEXTUATE_MACHINE_ID", "other")
     assert ee.machine_key(home) == key
     for damage in (b"", b"../x\n", b"\xff\xfe"):
         pathlib.Path(home + "/machine-key").write_bytes(damage)
         remade = ee.machine_key(home)
         assert re.fullmatch("[0-9a-f]{16}", remade.partition("/")[0]) and ee.machine_key(home) == remade
-    assert ee.machine_key("/proc/none") == ""
     monkeypatch.setattr(ee, "pid_namespace", lambda: 4026532999)
     assert ee.machine_key(home) == remade.partition("/")[0] + "/4026532999"
     assert f'"machineKey":"{ee.machine_key(home)}"'.encode() in ee.wrap(b"{}", {}, ee.machine_key(home))
     assert b"machineKey" not in ee.wrap(b"{}", {})
+    monkeypatch.setattr(ee, "open_own", lambda *_: (_ for _ in ()).throw(OSError(23, "too many open files")))
+    assert ee.machine_key("/proc/none") == ee.make_machine_key(home) == ""
+    assert hook_mode_of(home + "/machine-key") == 0o600 and hook_mode_of(home) == 0o700
 
 
 # ---- Config: relaxed JSON, one table of keys ---------------------------------------------------------------
@@ -9575,8 +9576,7 @@ def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[
 
 
 def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
-    bar = browser_bar(tab, target)
-    return {"x": bar["x"], "y": bar["y"]}
+    return {name: value for name, value in browser_bar(tab, target).items() if name in ("x", "y")}
 
 
 BROWSER_GIVE = "(session) => contextuate.store.apply({ type: 'session_update', session })"
