@@ -7506,9 +7506,14 @@ class Monitor:
             self._send_status()
         with contextlib.suppress(OSError, CommandError):  # tried again
             about = emit_event.read_small(self.settings.path("monitor.run.json"))
-            if about != encode_json(self.about) + b"\n":  # removed or damaged
+            if about != encode_json(self.about) + b"\n":  # removed or damaged, perhaps all of the directory
                 emit_event.make_private_directory(self.settings.home)
+                key = machine_host(self.settings.machine_key).encode() + b"\n"  # hooks would make another one
+                emit_event.write_atomically(self.settings.path("machine-key"), key)
                 self._write_about()
+                for handler in log.handlers:  # it opens its file again
+                    handler.close()
+                log.warning("files in %s were removed or damaged; they are made again", self.settings.home)
             if not os.path.exists(self.settings.path("monitor.pid")):
                 removed, self._lock = self._lock, lock_file(self.settings.path("monitor.pid"), lambda: "")
                 os.close(removed)
