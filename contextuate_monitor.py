@@ -6305,12 +6305,12 @@ class HookPort:
             return
         try:
             data = sock.recv(RECEIVE_BYTES)
+            lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         except BlockingIOError:
             return
-        except OSError:
+        except (OSError, MemoryError):
             self.drop(sock)
             return
-        lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         self.waiting[sock] = len(lines)
         self.received.add(*((line, sock) for line in lines))
         if not data and not lines:
@@ -7335,8 +7335,8 @@ class Monitor:
                             return
                 with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large
                     os.unlink(path)
-        except OSError as error:
-            log.warning("the spool could not be drained, trying again: %s", error)
+        except (OSError, MemoryError) as error:
+            log.warning("the spool could not be drained, trying again: %s", str(error) or "out of memory")
         finally:
             self._is_draining = False
 
