@@ -7511,9 +7511,10 @@ class Monitor:
                 key = machine_host(self.settings.machine_key).encode() + b"\n"  # hooks would make another one
                 emit_event.write_atomically(self.settings.path("machine-key"), key)
                 self._write_about()
-                for handler in log.handlers:  # it opens its file again
-                    handler.close()
-                log.warning("files in %s were removed or damaged; they are made again", self.settings.home)
+            for handler in log.handlers:
+                if isinstance(handler, logging.FileHandler) and not os.path.exists(handler.baseFilename):
+                    handler.close()  # it opens its file again
+                    log.warning("%s was removed; a new one begins", handler.baseFilename)
             if not os.path.exists(self.settings.path("monitor.pid")):
                 removed, self._lock = self._lock, lock_file(self.settings.path("monitor.pid"), lambda: "")
                 os.close(removed)

@@ -6715,8 +6715,8 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running, mak
 @story_table("tables.txt", "lost files", "commands")
 def test_a_lost_file_of_a_running_monitor_comes_back(running, commands):
     subprocess.run(["sh", "-ec", commands], cwd=running.home, check=True)
-    back = (running.socket_path, running.home + "/monitor.pid", running.home + "/monitor.run.json")
-    eventually(lambda: all(map(os.path.exists, back)))
+    back = [running.home + name for name in ("/monitor.pid", "/monitor.run.json", "/monitor.log")]
+    eventually(lambda: all(map(os.path.exists, [running.socket_path, *back])))
     running.emit(payload("Stop"))
     assert cm.lock_holder(running.home + "/monitor.pid") is not None
     running.write_config({})
