@@ -773,17 +773,20 @@ class Journal:
                 self.newest_day, self.in_order = day, False
                 with contextlib.suppress(OSError):
                     os.unlink(self.root + "/.in-order")
-        fd, path, *left = self._open_files.get(session_id, (-1, "", 0, 0))
-        about = os.stat(path) if os.path.exists(path) else None
-        if about is None or [about.st_ino, about.st_size] != left:  # users delete, move and edit files
-            fd, path = self._open_to_append(session_id)
+        try:
+            fd, path, *known = self._open_files[session_id]
+            about = os.stat(path)
+            is_ours = [about.st_ino, about.st_size] == known
+        except (LookupError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:  # users delete, move and edit files
+            fd, path, about = self._open_to_append(session_id)
         if (written := os.write(fd, data)) != len(data):
-            os.ftruncate(fd, os.fstat(fd).st_size - written)
+            os.ftruncate(fd, about.st_size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        about = os.fstat(fd)
-        self._open_files[session_id] = fd, path, about.st_ino, about.st_size
+        self._open_files[session_id] = fd, path, about.st_ino, about.st_size + written
 
-    def _open_to_append(self, session_id: str) -> tuple[int, str]:
+    def _open_to_append(self, session_id: str) -> tuple[int, str, os.stat_result]:
         if session_id in self._open_files or len(self._open_files) == self.OPEN_FILES:
             self.close()
         path = f"{self.root}/{self.newest_day}/{session_file_name(session_id)}"
@@ -796,7 +799,7 @@ class Journal:
             os.write(fd, b"\n")  # only the newline is missing
         elif torn:  # the event was not acknowledged
             os.ftruncate(fd, os.fstat(fd).st_size - len(torn))
-        return fd, path
+        return fd, path, os.fstat(fd)
 
     def close(self) -> None:
         """Close every file."""

@@ -1789,7 +1789,8 @@ def test_a_file_that_cannot_be_written_holds_up_no_other_session(monitor):
     assert len(hook_spooled(monitor.home, "unsaved")) == 2
     assert levels(examine(monitor)[1], "unsaved") == ["warn"]
     monitor.kill()
-    [os.rmdir(path) for path in (in_the_way, spool)]
+    os.rmdir(in_the_way)
+    os.rmdir(spool)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if sys.platform == "linux" else None) as other_disk:
         os.symlink(other_disk, spool)
         monitor.serve()
