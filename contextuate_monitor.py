@@ -1458,8 +1458,10 @@ class CallFact(NamedTuple):
     error: Any  # from the client, of any type
 
 
-# What the client writes around pasted text, and the ids in its reports of tasks.
-_CLIENT_TAGS = re.compile(r"</?pasted_content\b[^>]*>|<(task-id|tool-use-id|output-file)>[^<]*</\1>")
+# What the client writes around pasted text and errors, and the ids in its reports of tasks.
+_CLIENT_TAGS = re.compile(
+    r"</?(?:pasted_content|tool_use_error)\b[^>]*>|<(task-id|tool-use-id|output-file)>[^<]*</\1>"
+)
 UNNAMED = "unnamed:"  # begins the ids that we give to calls without one
 _OUTCOMES = {
     "tool_call": Outcome.OPEN,
@@ -3600,8 +3602,8 @@ class Statistics:
                 SELECT target, count(*) AS failures, max(event) AS example
                 FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
                 GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
-              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
-              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC"""
+              SELECT failures, count(*), target, example FROM calls CROSS JOIN failed USING (target)
+              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 4 DESC"""
         )
         return {
             **{name: self._bounds[name] * QUARTER_MS for name in ("from", "to")},
@@ -3730,7 +3732,7 @@ class Statistics:
         """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
         chosen, totals = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}", _TOOL_FIGURES.values()
         tools: list[JsonObject] = []
-        slowest: list[tuple[int, int, int]] = []
+        slowest: list[tuple[int, int, int, int]] = []
         for tool, *counts in self._select(f"SELECT tool, {', '.join(totals)} {chosen} GROUP BY tool"):
             figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
             timed = f"{chosen} AND tool = {tool} AND duration IS NOT NULL ORDER BY duration"
@@ -3738,7 +3740,7 @@ class Statistics:
                 rank = -(-figures["timed"] * percent // 100) - 1
                 found = self._select(f"SELECT duration {timed} LIMIT 1 OFFSET {rank}")
                 figures[f"p{percent}Ms"] = found[0][0] if found else None
-            example = f"duration, outcome IN {FAILED}, event"
+            example = f"duration, outcome IN {FAILED}, target, event"
             slowest += self._select(f"SELECT {example} {timed} DESC LIMIT {EXTREMES}")
             tools.append(figures)
         return {
@@ -3747,19 +3749,22 @@ class Statistics:
         }
 
     def _examples(self, names: Iterable[str], rows: Iterable[Sequence[int]]) -> Iterator[JsonObject]:
-        """Yield rows, whose last number is the seq of an event, with its call, if it is still stored."""
-        for *values, seq in rows:
+        """Yield rows, which end with a call's hash and the seq of its event, with that call, if stored."""
+        for *values, target, seq in rows:
             places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
             for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
-                data = event["data"]
-                yield {
-                    **dict(zip(names, values)),
-                    "lastError": one_line(without_colours(text_of(data.get("error"))), 300),
-                    "toolName": text_of(data.get("toolName")) or "?",
-                    "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
-                    **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
-                    "eventId": event["id"],
-                }
+                folder = event["workingDirectory"]
+                calls = [(it.tool, tool_target(it.tool_input, folder), it.error) for it in call_facts(event)]
+                calls.sort(key=lambda it: stable_hash(*it[:2]) != target)  # a batch has several
+                for tool, words, error in calls[:1]:
+                    yield {
+                        **dict(zip(names, values)),
+                        "lastError": one_line(_CLIENT_TAGS.sub("", without_colours(text_of(error))), 300),
+                        "toolName": tool,
+                        "target": words,
+                        **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
+                        "eventId": event["id"],
+                    }
 
 
 class History:
