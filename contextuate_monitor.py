@@ -3404,7 +3404,8 @@ class IndexFile:
             text = fold("\n".join(text for _, text in event_texts(event["data"]))).replace(_MARK, " ")
             row = (seq, "\n".join((text, *marked)))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(row)
-        if kind not in ("session_meta", emit_event.WORDS):  # no events of their session
+        # No events of their session; a window of Codex that never had a prompt has none.
+        if kind not in ("session_meta", emit_event.WORDS) and (kind != "session_end" or "agent" not in event):
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
         for call in self._unnamed.paired(event, call_facts(event)):

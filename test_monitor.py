@@ -11463,6 +11463,7 @@ def test_days_and_hours_are_those_of_the_zone_across_a_clock_change(indexed: Ind
 def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: IndexCase) -> None:
     book = cm.Sessions(own_machine="testbox")
     sent = itertools.chain.from_iterable(map(recorded, recording_names()))
+    indexed.add({"eventType": "session_end", "sessionId": "without-prompt", "agent": "codex", "data": {}})
     indexed.add(*(timed(hook, NOW_MS + number * 10) for number, hook in enumerate(sent)))
     for event in indexed.events():
         book.apply(event)
@@ -12457,8 +12458,7 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
         about = machine.redis()
         assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
     for machine in (emitter, both):
-        publisher = machine.publisher()
-        assert (publisher["stream"], publisher["channelState"]) == ("ok", "ok")
+        assert machine.publisher().items() >= {"stream": "ok", "channelState": "ok"}.items()
     strict = ssl.create_default_context(cafile=folder + "/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
     with socket.create_connection(("localhost", port)) as sock:
