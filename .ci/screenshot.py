@@ -48,6 +48,7 @@ def take_pictures(url: str, folder: str) -> None:
         for scheme in ("light", "dark"):
             page = browser.new_context(viewport=SIZE, color_scheme=scheme).new_page()
             page.goto(url)
+            page.get_by_text("Got it").click()  # the banner about the demo
             page.locator(SESSION).first.click()
             page.locator(ROW).first.click()
             page.wait_for_timeout(1000)  # transitions and the timeline's next frame
