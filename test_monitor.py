@@ -12430,7 +12430,7 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
     blocks = [text for path, _, text in DOC_BLOCKS if path == ".docs/redis.md"]
     folder, port = str(tmp_path), redis_free_port()
     ours = {"redis.example.org": "localhost", "6380": str(port)}
-    ours |= dict.fromkeys(("/etc/redis", "~/.contextuate"), folder)
+    ours |= dict.fromkeys(("/etc/redis", "/var/lib/redis", "~/.contextuate"), folder)
 
     def block(words: str) -> str:
         (found,) = [text for text in blocks if words in text]
