@@ -7818,6 +7818,8 @@ class Containers:
 # Knows: the files with a monitor's address, its HTTP port, the hooks' socket.
 # ---------------------------------------------------------------------------
 
+RUN_RESTART = "run: python3 contextuate_monitor.py restart"
+
 
 def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid" (of `listening_pid`), "process" (as text), "host", "port", …} of our monitor, or None."""
@@ -7849,6 +7851,8 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool = False) 
 def ask_monitor(settings: Settings, path: str, message: JsonObject | None = None) -> JsonObject:
     """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     about = needed_monitor(settings)
+    if about["version"].partition(".")[0] != __version__.partition(".")[0]:  # its answers are other ones
+        raise CommandError(f"{about['process']} is of version {about['version']}; {RUN_RESTART}")
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     timeout_s = 120 if path in ("/api/message", "/api/answer") else 15
     connection = http.client.HTTPConnection(host, about["port"], timeout=timeout_s)
@@ -8604,7 +8608,8 @@ class Doctor:
                 yield from check()
             except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
-                yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
+                what = "" if isinstance(error, CommandError) else f"{type(error).__name__}: "
+                yield _fail(name, f"could not be checked: {what}{error}")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -8742,8 +8747,7 @@ class Doctor:
             if (status["version"], status["mode"], path) == (__version__, mode, self._settings["socketPath"]):
                 yield _ok("monitor", f"{words}, {page_links(self._settings, about)[0]}")
             else:
-                advice = "run: python3 contextuate_monitor.py restart"
-                yield _warn("monitor", f"{words}, {path}: not as configured for {__version__}", advice)
+                yield _warn("monitor", f"{words}, {path}: not as configured for {__version__}", RUN_RESTART)
             is_ours = os.path.exists(path) and os.lstat(path).st_uid == os.getuid()
             advice = "set socketPath to a place of your own"
             yield _ok("socket", path) if is_ours else _fail("socket", f"{path} is not this user's", advice)
@@ -9404,6 +9408,8 @@ def command_start(settings: Settings, args: argparse.Namespace) -> int:
         raise CommandError(f'mode "redis" needs redis-py: {redis_py_advice(sys.executable)}')
     if (about := running_monitor(settings)) is not None and not args.detached:
         print(f"already running ({about['process']}): {page_links(settings, about)[0]}")
+        if about["version"] != __version__:
+            print_status(f"it is of version {about['version']}, this is {__version__}; {RUN_RESTART}")
         if not args.host is args.port is args.ws_port is None:
             print_status("the options have no effect; `restart` with the same options applies them")
         return 0

@@ -6869,6 +6869,12 @@ def test_start_status_url_test_event_restart_stop(monitor, monkeypatch) -> None:
     assert re.fullmatch(r"http://localhost:\d+/\?token=[\w-]{32}\n", with_token)
     eventually(lambda: "has stored" in in_process(monitor, "test-event").stdout)
     assert {event["hookType"] for event in monitor.stored_events()} == {"Notification"}
+    path = pathlib.Path(monitor.home + "/monitor.run.json")
+    path.write_text((about := path.read_text()).replace(cm.__version__, "0.1.0"))  # new files were copied
+    for command, words in (("start", ", this is"), ("status", "; run: "), ("doctor", "; run: ")):
+        answered = in_process(monitor, command)
+        assert f"version 0.1.0{words}" in answered.stdout + answered.stderr
+    path.write_text(about)
     before = status()["pid"]
     monkeypatch.chdir(os.path.dirname(monitor.home))
     relative = RunningMonitor(os.path.basename(monitor.home), {"socketPath": monitor.socket_path})
@@ -9607,7 +9613,7 @@ BROWSER_ACTS: dict[str, Any] = {
     "tool": lambda tab, name, words: tab.monitor.emit(*call_and_result(name, **json.loads(words))),
     "event": lambda tab, session, words: tab.monitor.emit({"sessionId": session, **json.loads(words)}),
     "gauges": lambda tab, session, words: tab.monitor.emit(browser_gauges(session, **json.loads(words))),
-    "down": lambda tab, part, _: browser_press_down(tab, part),
+    "down": lambda tab, part, _: tab.page.hover(part) or tab.page.mouse.down(),
     "up": lambda tab, *_: tab.page.mouse.up(),
     "cut": lambda tab, *_: tab.wire.cut(),
     "mend": lambda tab, *_: tab.wire.mend(),
@@ -9617,12 +9623,6 @@ BROWSER_ACTS: dict[str, Any] = {
     "words": lambda tab, text, _: tab.monitor.emit(agent_words(text)),
     "edit": lambda tab, texts, _: tab.monitor.emit(*edited(*texts.split())),
 }
-
-
-def browser_press_down(tab: BrowserTab, part: str) -> None:
-    box = tab.page.query_selector(part).bounding_box()
-    tab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    tab.page.mouse.down()
 
 
 def browser_sent(hook: str, **fields: Any) -> dict[str, Any]:
