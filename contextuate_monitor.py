@@ -587,6 +587,7 @@ class Request(NamedTuple):
     target: str
     headers: tuple[tuple[str, str], ...]
     version: str = "HTTP/1.1"
+    address: str = ""  # of ours, at which it arrived
 
     def all(self, name: str) -> list[str]:
         """Return every value of one header."""
@@ -5033,7 +5034,8 @@ class Access:
         host = request.one("host").lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
-        is_own = name.strip("[]") in self._own_names or is_loopback(name)
+        # Networks change: where it arrived is an address of ours that may be newer than the list of them.
+        is_own = name.strip("[]") in {*self._own_names, request.address} or is_loopback(name)
         if name and (is_own or {name, host} & self._allowed):
             return name
         line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
@@ -5041,10 +5043,10 @@ class Access:
         raise RequestError(421, "this Host is not allowed" + advice * bool(name))
 
 
-def peer_address(sock: socket.socket) -> str:
-    """Return the IP address of a connection's other end; "" once it is closed."""
+def socket_address(name: Callable[[], Any]) -> str:
+    """Return the IP address that a connection's getpeername or getsockname gives; "" once it is closed."""
     with contextlib.suppress(OSError):
-        return str(sock.getpeername()[0]).partition("%")[0].replace("::ffff:", "")
+        return str(name()[0]).partition("%")[0].replace("::ffff:", "")
     return ""
 
 
@@ -5416,6 +5418,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             if len(head) > HEAD_LIMIT_BYTES:
                 raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
             request = parse_request_head(head.removesuffix(b"\r\n\r\n"))
+            request = request._replace(address=socket_address(self.connection.getsockname))
             self.command, self.request_version = request.method, request.version
             self.close_connection = request.version != "HTTP/1.1" or "close" in request.tokens("connection")
             if "100-continue" in request.tokens("expect") and request.version == "HTTP/1.1":
@@ -5445,7 +5448,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def _is_own_user(self) -> bool:  # on Linux by /proc/net/tcp, which may be long: once a connection
         """True if the connection comes from this machine and, on Linux, from our user."""
-        is_local = is_loopback(peer_address(self.connection))
+        is_local = is_loopback(socket_address(self.connection.getpeername))
         return is_local and (sys.platform != "linux" or peer_owner(self.connection)[0] == os.getuid())
 
     def _answer(self, request: Request) -> Response | None:
@@ -5775,8 +5778,9 @@ class Answers:
         name = f"{PAIRING_COOKIE}_{self._monitor.port}"
         pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
         secret = next((value for it, _, value in pairs if it == name), "")
-        if (found := self._find_pairing(_digest(secret))) and found.get("address") != peer_address(sock):
-            self._refused(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
+        found, address = self._find_pairing(_digest(secret)), socket_address(sock.getpeername)
+        if found and found.get("address") != address:
+            self._refused(f"the cookie of {found.get('name')} came from {address}")
             return ""
         return text_of(found.get("hash"))
 
@@ -5795,7 +5799,7 @@ class Answers:
         if sys.platform != "linux":
             return 0
         _, inode = peer_owner(sock)
-        address = peer_address(sock)  # "": it has disconnected, so it could be any process
+        address = socket_address(sock.getpeername)  # "": it has disconnected, so it could be any process
         if not inode and address and not is_loopback(address):
             return 0
         pids, here = [], emit_event.pid_namespace()
@@ -5815,7 +5819,7 @@ class Answers:
         given, pid = emit_event.parse_event_line(body), self._check_process(sock)
         if path == "/pair":
             return self._pair(text_of(given.get("code")), request, sock)
-        if not request.one("authorization") or not is_loopback(peer_address(sock)):
+        if not request.one("authorization") or not is_loopback(socket_address(sock.getpeername)):
             raise self._refused("commands that answer run on the monitor's machine, with its token")
         # The controlling terminal, as major and minor number of its device.
         terminal, refused = [text_of(given.get("terminal"))], text_of(given.get("refused"))
@@ -5839,7 +5843,7 @@ class Answers:
             self._code = ""
         if not is_right:
             raise self._refused("a wrong code" if is_known else "no code is valid: `answers pair` prints one")
-        secret, address = secrets.token_urlsafe(32), peer_address(sock)
+        secret, address = secrets.token_urlsafe(32), socket_address(sock.getpeername)
         known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
         agent = request.one("user-agent")
         browser = next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
