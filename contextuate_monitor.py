@@ -8688,7 +8688,8 @@ class Doctor:
             yield _warn(check, f"{plan.path} is not as this version would register", advice)
         else:
             words = f", without {', '.join(without)}" if without else ""
-            words += ", questions can be answered on the page" if answers else ""
+            asked = "forms of MCP servers" if without else "questions"
+            words += f", {asked} can be answered on the page" if answers else ""
             trust = codex_trust(plan.path, len(plan.names)) if program == "codex" else ""
             words += f"; {trust}" if trust else ""
             level = "warn" if trust not in ("", "trusted") else "ok"
@@ -9830,7 +9831,10 @@ def command_install(settings: Settings, args: argparse.Namespace) -> int:
         if not args.dry_run:
             install_hook_files(settings.home)
         words = f"{plural(len(plan.names), 'event')} registered"
-        words += ", answers on the page switched off" * (not key and " --answer" in plan.old_text)
+        if " --answer" in plan.new_text:
+            words += ", answers on the page (pair a browser: `answers pair`)"
+        elif " --answer" in plan.old_text:
+            words += ", answers on the page switched off"
         if plan.status_line:
             words += ", and the status line" + (f", around {it}" if (it := plan.status_line.wrapped) else "")
         return plan, words
@@ -10210,7 +10214,11 @@ OPTIONS = {  # what `add_argument` takes
     "--project": _option("in this project's settings, not the user's", nargs="?", const=".", metavar="DIR"),
     "--dry-run": _switch("print what would change, and change nothing"),
     "--answers": _switch("let questions be answered on the page: their hooks wait for a decision"),
-    "--without": _option("omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+    "--without": _option(
+        "no hook of it, if /remote-control denies requests beside one; the page then cannot answer them",
+        action="append",
+        choices=OPTIONAL_EVENTS,
+    ),  # fmt: skip
     "--status-line": _switch("also show context, exact cost and limits, by Claude Code's status line"),
     "--all": _switch("also ended and hidden ones"),
     "words": _option('words, begin* or "words in a row" that must all occur', nargs="*"),

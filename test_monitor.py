@@ -10632,17 +10632,17 @@ def test_permissions_of_other_programs_are_answered_while_a_page_looks(asking, m
 
 def test_install_registers_answering_hooks_only_when_asked(monitor, monkeypatch):
     monkeypatch.setattr(cm, "claude_version", lambda: (2, 1, 332))
-    options: dict[tuple[str, ...], tuple[int, int]] = {(): (0, 10), ("--answers",): (2, 3610)}
-    for arguments in ((), ("--answers",), ("--answers",), ()):
-        assert in_process(monitor, "install", *arguments).returncode == 0
+    for options, words in zip(("", "--answers", "--answers", ""), ("registered\n", "(pair", "(pair", "off")):
+        assert words in in_process(monitor, "install", *options.split()).stdout
         entries = {name: groups[0]["hooks"] for name, groups in monitor.client_settings()["hooks"].items()}
         assert all(len(entry) == 1 for entry in entries.values())
-        answering = [name for name, entry in entries.items() if "--answer" in entry[0]["command"]]
-        assert (len(answering), entries["Elicitation"][0]["timeout"]) == options[arguments]
-        assert set(answering) <= set(ee.ANSWERED_HOOKS)
+        answering = {name for name, entry in entries.items() if "--answer" in entry[0]["command"]}
+        assert len(answering) == (2 if options else 0) and answering <= set(ee.ANSWERED_HOOKS)
+        assert entries["Elicitation"][0]["timeout"] == (3610 if options else 10)
+    in_process(monitor, "install", "--answers", "--without", "PermissionRequest")
+    assert ", forms of MCP servers can be answered on the page" in in_process(monitor, "doctor").stdout
     monkeypatch.setattr(cm, "claude_version", lambda: None)
-    said = in_process(monitor, "install", "--answers").stderr
-    assert "are added, and the page cannot answer; put it on" in said
+    assert "and the page cannot answer; put it on" in in_process(monitor, "install", "--answers").stderr
     in_process(monitor, "uninstall")
     assert "hooks" not in monitor.client_settings()
 
