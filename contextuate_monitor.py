@@ -7754,9 +7754,11 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
         sock.listen(128)
         return sock
     except (OSError, UnicodeError) as error:  # UnicodeError: such as of a..b, which is no host name
-        is_in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        number = getattr(error, "errno", None)
+        is_in_use, is_port = number == errno.EADDRINUSE, number in (errno.EADDRINUSE, errno.EACCES)
         what = "is in use" if is_in_use else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-        raise CommandError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
+        way = f"{option} or {key}" if is_port else "--host or server.host"
+        raise CommandError(f"{host} port {port} {what}; choose another with {way}") from None
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -10180,7 +10182,10 @@ class CommandParser(argparse.ArgumentParser):
 
 def filters_of(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Return what to search for, of the options; explain a range that ends with a day."""
-    start, end = time_range(args.start, args.end, time_zone(args.time_zone))
+    try:
+        start, end = time_range(args.start, args.end, time_zone(args.time_zone))
+    except SearchError as error:
+        raise SearchError("--" + error.field.replace("timeZone", "time-zone"), error.expected) from None
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
     given = {"machine": args.machine, "tool": args.tool, "type": args.type, "q": " ".join(args.words)}

@@ -7404,7 +7404,7 @@ def test_doctor_reports_a_socket_of_another_user(running):
 
 
 def test_a_host_that_is_no_name_is_refused_with_the_key_to_change():
-    with pytest.raises(cm.CommandError, match=r"a\.\.b port 0 cannot be opened: .* server\.port"):
+    with pytest.raises(cm.CommandError, match=r"a\.\.b port 0 cannot be opened: .* server\.host"):
         cm.bind_tcp("a..b", 0, "server.port", "--port")
 
 
