@@ -9633,7 +9633,7 @@ def command_status(settings: Settings, args: argparse.Namespace) -> int:
         waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
         status: JsonObject = {"running": False, "spoolBytes": waiting}
         lines = ["not running; start it with: python3 contextuate_monitor.py start"]
-        lines += [f"spool    {human_size(waiting)} of events wait for it"] if waiting else []
+        lines += [f"spool    {human_size(waiting)} of events wait to leave"] if waiting else []
     else:
         status = {"running": True, **ask_monitor(settings, "/api/status")}
         since = human_duration(now_ms() - status["startedAt"])
