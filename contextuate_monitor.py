@@ -4727,6 +4727,7 @@ REDIS_ADVICE = (
     ("No such file or directory", "check the paths in the Redis configuration"),
     ("Name or service not known|nodename nor servname|name resolution|No address", "check redis.host"),
     ("Connection refused", "is Redis running there?"),
+    ("unreachable|No route to host", "check redis.host, and that this machine can reach it"),
     ("SSL|WRONG_VERSION_NUMBER|Protocol Error|InvalidResponse|Connection closed|Connection reset"
      "|Broken pipe|EOF occurred|timed out|Timeout|whole answer",
      "if it has never worked, check redis.port, redis.tls and redis.certFile"),
