@@ -2665,9 +2665,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
     options.update(ssl_check_hostname=given["verify"], socket_connect_timeout=1.0)
     # Without retries, which reconnect silently, and without HELLO and CLIENT SETINFO, which need rights.
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    silent = {"protocol": 2, "driver_info": None, "lib_name": None, "lib_version": None}  # where known
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
-    options.update((name, silent[name]) for name in silent.keys() & known)
+    names = {"driver_info"} & known or {"lib_name", "lib_version"} & known  # where both are, these warn
+    options.update(dict.fromkeys(names), **dict.fromkeys({"protocol"} & known, 2))
     rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
     if given["sentinels"]:
         nodes = [host_and_port(node, 26379) for node in given["sentinels"]]

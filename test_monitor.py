@@ -7256,8 +7256,7 @@ def test_machines_beyond_a_thousand_are_a_number(running: RunningMonitor) -> Non
     running.emit(*(timed(payload("Stop"), cm.now_ms(), f"box-{number}") for number in range(1200)))
     status = running.get("/api/status")
     assert {it["machineId"] for it in status["machines"]} == {f"box-{number}" for number in range(200, 1200)}
-    assert status["otherMachines"] == 200
-    assert "200 others" in str(status["facts"])
+    assert status["otherMachines"] == 200 and "200 others" in str(status["facts"])
     assert len(running.request("/metrics")[2]) < 200 << 10
 
 
@@ -8251,6 +8250,7 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
         server, config = redis_servers(place, keys)
         environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
         machine = make(RedisMachine, config=config, more_environment=environment)
+        ee.redis_client(ee.load_config(machine.home + "/monitor.config.json", cm.KEYS)[0]).close()
         machine.spool("there", session=name)  # ways to one server hear each other
         about = machine.serve().wait_until("connected")
         machine.gets(1, name)
