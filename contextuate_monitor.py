@@ -8940,7 +8940,6 @@ class _DemoAgent:
         # A session and its subagents have these together:
         self.events: list[JsonObject] = []
         self.running: list[tuple[int, JsonObject]] = []  # until when, and the background task
-        self.edited: list[str] = []  # the lines that edits have made: each changes the first old one
         self.usage: JsonObject = {"models": {}, "agents": {}, "model": _DEMO_MODEL}
 
     def new_id(self) -> str:
@@ -9015,14 +9014,7 @@ class _DemoAgent:
         if tool != name:
             self.hook("PostToolUseFailure", **call, error=f"Exit code 1\n{output}", duration_ms=took_ms)
         else:
-            created = {"type": "create", "originalFile": None}
-            response = {"Bash": {"stdout": output}, "Write": created}.get(name, output)
-            if name == "Edit":
-                old, new, at = texts[1], texts[2], len(self.edited)
-                file = "\n".join((*self.edited, *[old] * (99 - at), ""))
-                hunk = {"oldStart": at + 1, "newStart": at + 1, "lines": [f"-{old}", f"+{new}"]}
-                response = {"originalFile": file, "structuredPatch": [hunk]}
-                self.edited.append(new)
+            response = {"Bash": {"stdout": output}, "Edit": {}, "Write": {}}.get(name, output)
             self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
     def answer(self, text: str) -> None:
