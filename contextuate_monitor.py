@@ -9014,7 +9014,8 @@ class _DemoAgent:
         if tool != name:
             self.hook("PostToolUseFailure", **call, error=f"Exit code 1\n{output}", duration_ms=took_ms)
         else:
-            response = {"Bash": {"stdout": output}, "Edit": {}, "Write": {}}.get(name, output)
+            made = {"Bash": {"stdout": output}, "Edit": {}, "Write": {"originalFile": None}}
+            response = made.get(name, output)
             self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
     def answer(self, text: str) -> None:
