@@ -4284,26 +4284,6 @@ class EventLoop:
         """Call `callback(ready events)` whenever the socket or fd is ready; it must not be watched yet."""
         self._selector.register(sock, events, callback)
 
-    def listen(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
-        """Accept connections and call `accepted` with each; pause after an error."""
-
-        def accept(_events: int) -> None:
-            for _ in range(128):
-                try:
-                    connection, _address = sock.accept()
-                except (BlockingIOError, ConnectionAbortedError):
-                    return
-                except OSError as error:  # too many open files
-                    log.warning("a connection cannot be accepted (%s); trying again", error)
-                    self.unwatch(sock)
-                    self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
-                    return
-                connection.setblocking(False)
-                accepted(connection)
-
-        sock.setblocking(False)
-        self.watch(sock, selectors.EVENT_READ, accept)
-
     def modify(self, sock: socket.socket, events: int) -> None:
         """Change the events for which a socket is watched."""
         self._selector.modify(sock, events, self._selector.get_key(sock).data)
@@ -6297,17 +6277,31 @@ class HookPort:
         self._listener: socket.socket | None = None
 
     def listen(self) -> None:
-        """Bind the socket, which is locked already."""
-        self._listener = bind_unix(self.path)
-        self.loop.listen(self._listener, self._accept)
+        """Bind the socket, which is locked already, and accept connections; pause after an error."""
+        listener = self._listener = bind_unix(self.path)
+        listener.setblocking(False)
         self._inode = os.stat(self.path).st_ino
 
-    def _accept(self, sock: socket.socket) -> None:
-        if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
-            self.connections[sock] = LineSplitter()
-            self._watch(sock)
-        else:
-            sock.close()
+        def accept(_events: int) -> None:
+            for _ in range(128):
+                try:
+                    sock, _address = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    return
+                except OSError as error:  # too many open files
+                    log.warning("a connection cannot be accepted (%s); trying again", error)
+                    self.loop.unwatch(listener)
+                    self.loop.call_later(0.2, watch)
+                    return
+                sock.setblocking(False)
+                if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
+                    self.connections[sock] = LineSplitter()
+                    self._watch(sock)
+                else:
+                    sock.close()
+
+        watch = functools.partial(self.loop.watch, listener, selectors.EVENT_READ, accept)
+        watch()
 
     def _watch(self, sock: socket.socket) -> None:
         self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
