@@ -2838,18 +2838,16 @@ class Sessions:
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 # The format of a snapshot, derived from the fields of its classes.
-_SNAPSHOT_CLASSES = (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
-_SNAPSHOT_FORMAT = zlib.crc32(repr([[*it.__annotations__] for it in (Session, *_SNAPSHOT_CLASSES)]).encode())
+_SAVED = (Account, Agent, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+_SNAPSHOT_FORMAT = zlib.crc32(repr([[*it.__annotations__] for it in (Session, *_SAVED)]).encode())
+_SNAPSHOT_CLASSES = {it.__name__: it for it in _SAVED}
 
 
 class _SnapshotReader(pickle.Unpickler):
     """Loads only our classes, by name, since this module also runs as __main__."""
 
     def find_class(self, module: str, name: str) -> Any:
-        for known in _SNAPSHOT_CLASSES:
-            if known.__name__ == name:
-                return known
-        raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
+        return _SNAPSHOT_CLASSES[name]  # KeyError: not allowed in a snapshot
 
 
 # Source of a SessionStart → end reasons of the session that it continues.
