@@ -6637,15 +6637,11 @@ class Retention:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor, self._settings = monitor, monitor.settings
         self.events_added = 0  # bytes since the start, less what the user deleted
-        self._clock = ClockMemory(self._settings.path("clock.json"))
+        self.clock = ClockMemory(self._settings.path("clock.json"))  # to be compared at least once a second
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
-
-    def check_clock(self, save: bool = False) -> None:
-        """Record whether the clock was set; to be called at least once a second."""
-        self._clock.compare(self._monitor.journal.seq, save)
 
     def prune(self, dry_run: bool = False) -> concurrent.futures.Future[JsonObject]:
         """Plan what to delete, and delete it unless `dry_run`; return the reply to `prune`."""
@@ -6653,8 +6649,8 @@ class Retention:
         sessions, added, home = self._monitor.sessions.sessions, self.events_added, self._settings.home
         kept = frozenset(session_file_name(it.session_id) for it in sessions.values() if it.pinned)
         days, limit = self._settings["retention.days"], self._settings["retention.maxMegabytes"]
-        self.check_clock(save=True)
-        time_ms, steps = now_ms(), self._clock.steps
+        self.clock.compare(self._monitor.journal.seq, save=True)
+        time_ms, steps = now_ms(), self.clock.steps
 
         def work() -> None:
             try:
@@ -7160,7 +7156,7 @@ class Monitor:
         for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
             self.ingest.seen.add(line_id(line))
         self.hooks.listen()
-        self.retention.check_clock()
+        self.retention.clock.compare(self.journal.seq)
         self._write_about()
         self.loop.on_turn_end = self._store_received
         self._advance(self._load())
@@ -7466,7 +7462,7 @@ class Monitor:
                 self._short = words
         self.feed.send()
         self.clients.report_skipped()
-        self.retention.check_clock()
+        self.retention.clock.compare(self.journal.seq)
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters and times changed."""
