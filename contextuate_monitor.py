@@ -6645,23 +6645,22 @@ class Retention:
 
     def prune(self, dry_run: bool = False) -> concurrent.futures.Future[JsonObject]:
         """Plan what to delete, and delete it unless `dry_run`; return the reply to `prune`."""
-        pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         sessions, added, home = self._monitor.sessions.sessions, self.events_added, self._settings.home
         kept = frozenset(session_file_name(it.session_id) for it in sessions.values() if it.pinned)
         days, limit = self._settings["retention.days"], self._settings["retention.maxMegabytes"]
         self.clock.compare(self._monitor.journal.seq, save=True)
         time_ms, steps = now_ms(), self.clock.steps
 
-        def work() -> None:
+        def work() -> JsonObject:
             try:
                 plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
                 log.warning("%s", self._error)
-                pruned.set_exception(RequestError(503, self._error))
-            else:
-                self._monitor.loop.call_soon(lambda: finish(plan, gone))
+                raise RequestError(503, self._error) from None
+            self._monitor.loop.call_soon(lambda: finish(plan, gone))  # before the reply is sent
+            return {"type": "pruned", **plan.to_json(dry_run)}
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -6670,11 +6669,8 @@ class Retention:
                 days = f"{plan.days[0]} to {plan.days[-1]}"
                 log.info("%d files of %s deleted, %s", len(plan.files), days, human_size(plan.size))
             self._monitor.forget_files(gone)
-            pruned.set_result({"type": "pruned", **plan.to_json(dry_run)})
 
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._thread.submit(work)
-        return pruned
+        return self._thread.submit(work)
 
     def disk_use(self, index_size: int) -> JsonObject | None:
         """Return the disk use for the status, None before the first plan; `index_size`: the current one."""
