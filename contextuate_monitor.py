@@ -6142,7 +6142,7 @@ class Notifier:
         self._rests: dict[str, float] = {}  # target's id → time.monotonic() of its next attempt
         self._queue: list[Delivery] = []
         self._running: tuple[Delivery, concurrent.futures.Future[SendOutcome]] | None = None
-        self._thread, self._closing = concurrent.futures.ThreadPoolExecutor(1, "notify"), False
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
         sent: dict[str, JsonObject] = {}
         with contextlib.suppress(AttributeError, LookupError, TypeError):  # a damaged file
             for key, it in emit_event.read_state(path)["sent"].items():
@@ -6178,14 +6178,13 @@ class Notifier:
 
     def close(self) -> None:
         """Wait for the current attempt, and save its outcome."""
-        self._closing = True
+        self._queue.clear()
         self._thread.shutdown(wait=True)
-        if self._running is not None:
-            self._finish()
+        self._finish()
 
     def _send_next(self) -> None:
         """Send the first message whose target does not rest; drop those that are old or no longer true."""
-        if self._running is not None or self._closing:
+        if self._running is not None:
             return
         waiting, self._queue = self._queue, []
         for message in waiting:
