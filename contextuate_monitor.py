@@ -5286,7 +5286,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
     """A TCP port: one thread per connection, with a limit on their number and deadlines for requests."""
 
     daemon_threads, block_on_close = True, False
-    request_queue_size = 128
     timeout: float | None = 2.0  # how often deadlines are checked while there are any, seconds
 
     def __init__(self, sock: socket.socket, access: Access, api: Api, answers: Answers, limit: int) -> None:
