@@ -9205,14 +9205,12 @@ class TranscriptReader:
         agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
         parser, malformed = emit_event.TranscriptParser(agent_id), 0
         with open_regular(path) as file:
-            *lines, last = file.read().split(b"\n")
-        if emit_event.is_json_object(last):  # else it may still be written
-            lines.append(last)
+            lines = file.read().split(b"\n")
         for line in filter(bytes.strip, lines):
             try:
                 entry = emit_event.as_message(emit_event.parse_event_line(line))
             except MalformedEvent:
-                malformed += 1
+                malformed += line is not lines[-1]  # which may still be written
                 continue
             facts = list(parser.facts_in(entry, line))
             place, origin, kind = entry.get("uuid"), entry.get("sessionId"), text_of(entry.get("type"))
