@@ -10178,13 +10178,9 @@ OPTIONS = {  # what `add_argument` takes
     "--detached": _switch(argparse.SUPPRESS),
     "--short": _switch("one line, for a prompt; `python3 -m` is faster"),
     "--token": _switch("with the token, for another user or another machine"),
-    "what": _option(
-        "pair: a code for a browser; key: the one for Redis", choices=("pair", "key"), metavar="pair|key"
-    ),
+    "what": _option("pair: a code for a browser; key: the one for Redis", choices=("pair", "key")),
     "session": _option("beginning of its id; for `go` also of its label", metavar="SESSION"),
-    "answer": _option(
-        "allow, always, deny …; without it, print what is asked", nargs="*", default=[], metavar="ANSWER"
-    ),
+    "answer": _option("allow, always, deny …; without it, print what is asked", nargs="*", metavar="ANSWER"),
     "--markdown": _switch("as a table in Markdown, with defaults only"),
     "--agent": _option("for this program, or all here (default: Claude Code)", choices=(*PROGRAMS, "all")),
     "--project": _option("in this project's settings, not the user's", nargs="?", const=".", metavar="DIR"),
