@@ -1353,8 +1353,10 @@ _REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
-    rest = rf"(?:[^\n|;]|\\\n){{0,400}}?\s(?:{option})"
-    return _folded("command-line", hint, program.replace("{hint}", hint) + rest, _is_value)
+    program = program.replace("{hint}", hint)
+    # At most to the next program of this name, or each of many would search the same text.
+    rest = rf"(?:[^\n|;{hint[0]}]|{hint[0]}(?!{hint[1:]}{program})|\\\n){{0,400}}?\s(?:{option})"
+    return _folded("command-line", hint, program + rest, _is_value)
 
 
 # Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
@@ -2595,8 +2597,7 @@ def take_dropped(directory: str) -> int:
 def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
     """Append the beginning of a line that is no event to the quarantine file. Raises OSError."""
     record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
-    record["head"] = shown_head(line, 4096, privacy)
-    append_bounded(path, encode_json(record) + b"\n", 4 << 20)
+    append_bounded(path, encode_json({**record, "head": shown_head(line, 4096, privacy)}) + b"\n", 4 << 20)
 
 
 # ---------------------------------------------------------------------------
