@@ -1899,10 +1899,10 @@ class TranscriptParser:
         texts = texts_of(message.get("content")) if has_words and time_ms else []
         if kind == "user" and texts and b'"tool_result"' not in line:
             text = "\n".join(texts)
-            command = re.fullmatch(r"<bash-input>\s*(.*)</bash-input>\s*", text, re.S)  # it fires no hook
+            command = re.fullmatch(r"<bash-input>(.*)</bash-input>\s*", text, re.S)  # it fires no hook
             marks = map(entry.get, ("isMeta", "isCompactSummary", "isSidechain"))
             if not self._agent_id and True not in marks and (command or not NOT_TYPED.match(text)):
-                role, text = ("shell", command[1]) if command else (entry.get("role", "user"), text)
+                role, text = ("shell", command[1].lstrip()) if command else (entry.get("role", "user"), text)
                 yield _words(f"{time_ms} {text}", time_ms, "", {"text": text, "role": role})
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
         message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))

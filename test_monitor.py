@@ -5056,12 +5056,6 @@ def words_of(events: Iterable[dict[str, Any]]) -> str:
     return "; ".join(": ".join(filter(None, words)) for words in about)
 
 
-def words_text(*texts: str, number: int = 1) -> str:
-    blocks = [{"type": "thinking", "thinking": "hm"}, *({"type": "text", "text": it} for it in texts)]
-    about = {"id": f"m{number}", "model": USAGE_MODEL, "usage": {}, "content": blocks}
-    return json.dumps(about, separators=(",", ":")).replace(" ", "\\u0020")
-
-
 USAGE_WORDS = stories("usage-words", " →")
 
 
@@ -5109,7 +5103,10 @@ def test_words_come_while_a_session_works_redacted_and_searchable(level, monitor
     transcript, secret = Transcript(str(tmp_path)), hook_token("ghp_", 36)
     machine.emit(payload("UserPromptSubmit", prompt="go", transcript_path=transcript.path))
     for number, text in enumerate(("the first finding", f"it is {secret}", "the last")):
-        transcript.add(usage_entries(f"m 1/1 message={words_text(text, number=number)}").encode())
+        blocks = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
+        about = {"id": f"m{number}", "model": USAGE_MODEL, "usage": {}, "content": blocks}
+        message = json.dumps(about, separators=(",", ":")).replace(" ", "\\u0020")
+        transcript.add(usage_entries(f"m 1/1 message={message}").encode())
         said = lambda: [it["data"]["text"] for it in machine.stored_events() if it["eventType"] == ee.WORDS]  # noqa: E731
         if level == "full":
             eventually(lambda number=number, said=said: len(said()) > number, what=text)
