@@ -5903,7 +5903,7 @@ def suggestion_words(suggestion: JsonObject) -> str:
         words = f"allow work in {', '.join(map(text_of, suggestion['directories']))}"
     else:
         words = text_of(suggestion)
-    return one_line(words + where, 1000)
+    return " ".join((words + where).split())  # whole: all of it is allowed
 
 
 # ---------------------------------------------------------------------------

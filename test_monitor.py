@@ -10718,12 +10718,11 @@ def test_the_page_shows_questions_whole_and_answers_by_buttons_and_keys(asking, 
     asking.monitor.emit(payload("UserPromptSubmit", "s6ExitPlanMode", prompt="go on"))
     tab.shows("ask", "answered in the terminal")
     hook.communicate(timeout=20)
-    hiding = {'export TOKEN="a1;$(make)"': True, "printf '\\u001b'": False, "ls \x1b]; make ;\x07": True}
-    for number, (command, hides) in enumerate(hiding.items(), 8):
-        asking.ask("Bash", f"s{number}", tool_input={"command": command})
+    for number, (fields, words) in enumerate(story_cases("tables.txt", "asked").values(), 8):
+        asking.ask("Bash", f"s{number}", **fields)
         tab.page.click(f"[data-session-id=s{number}]")
-        tab.until(f"document.querySelector('[data-act=a]')?.disabled == {json.dumps(hides)}")
-        tab.shows("ask", *["It cannot be shown whole"] * hides)
+        tab.shows("ask", words)
+        assert tab.page.is_disabled("[data-act=a]") == ("cannot" in words)
     tab.page.click("[data-testid=view-status]")
     tab.shows("status", "Browsers that may answer", "Chrome on 127.0.0.1")
     tab.page.set_viewport_size({"width": 360, "height": 740})
