@@ -5495,11 +5495,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         headers = [("Date", self.date_time_string()), ("Content-Type", response.content_type)]
         if isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
-        elif self.request_version != "HTTP/1.0":
+        elif self.request_version != "HTTP/1.0":  # whose connection is closed in any case
             headers.append(("Transfer-Encoding", "chunked"))
             body = itertools.chain((b"%x\r\n%b\r\n" % (len(it), it) for it in body), [b"0\r\n\r\n"])
-        else:
-            self.close_connection = True
         if self.close_connection:
             headers.append(("Connection", "close"))
         head = response_head(response.status, [*headers, *SAFE_HEADERS, *response.headers])
