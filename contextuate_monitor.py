@@ -6865,7 +6865,7 @@ class MessageHandlers:
         return self._monitor.notifier.test()
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
+        self._monitor.take_now(encode_json(test_event()))
 
     def _on_answer(self, client: Client, message: JsonObject) -> Answer:
         answers = self._monitor.answers
@@ -6913,8 +6913,8 @@ class MessageHandlers:
     def _store_action(self, session: Session, data: JsonObject) -> None:
         """Store an action of the user as an event, so that sessions can be rebuilt from the files alone."""
         kind = {"eventType": "session_meta", "hookType": "Monitor", "data": data}
-        where = {"machineId": self._monitor.settings.machine_id, "workingDirectory": session.directory}
-        if not self._monitor.take_now(encode_json({**kind, **where, "sessionId": session.session_id})):
+        where = {"sessionId": session.session_id, "workingDirectory": session.directory}
+        if not self._monitor.take_now(encode_json({**where, **kind})):
             raise RequestError(503, f"it could not be stored: {self._monitor.journal.error}")
 
 
@@ -6924,13 +6924,11 @@ def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
     return answer if isinstance(request_id, (dict, list)) else {**answer, "requestId": request_id}
 
 
-def test_event(settings: Settings) -> JsonObject:
+def test_event() -> JsonObject:
     """Return the event of `test-event` and of the page's button."""
     data = {"message": "Test event: the way from here to the page works.", "notificationType": "test"}
     kind = {"hookType": "Notification", "eventType": "notification", "data": data}
-    where = {"sessionId": TEST_SESSION_ID, "workingDirectory": os.getcwd()}
-    where |= {"machineId": settings.machine_id, "machineKey": settings.machine_key}
-    return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
+    return {"sessionId": TEST_SESSION_ID, "workingDirectory": os.getcwd(), **kind}
 
 
 def foreign_problems(home: str) -> list[JsonObject]:
@@ -9870,7 +9868,7 @@ def command_notify_test(settings: Settings, args: argparse.Namespace) -> int:
 
 def command_test_event(settings: Settings, args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
-    words = send_through_hook(settings, test_event(settings)["data"]["message"]).stderr
+    words = send_through_hook(settings, test_event()["data"]["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):
         return 0
