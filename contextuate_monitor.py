@@ -5089,18 +5089,17 @@ class Response(NamedTuple):
 class Query(dict[str, str]):
     """The query parameters of a request, checked as they are read."""
 
-    def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
+    def integer(self, name: str, low: int = 0, high: int = 1 << 53) -> int | None:
         """Return an integer parameter within its bounds."""
         if (text := self.get(name)) is None:
-            return default
+            return None
         if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
     def time_range(self) -> tuple[int, int]:
         """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
-        given = map(self.get, ("from", "to"))
-        start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
+        start, end = (it.zfill(10) if it and it.isdigit() else it for it in map(self.get, ("from", "to")))
         return time_range(start, end, time_zone(self.get("timeZone")))
 
 
@@ -5139,7 +5138,7 @@ class Api:
         return Response(200, itertools.chain([next(body)], body))
 
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
-        limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
+        limit = query.integer("limit", 1, HISTORY_LIMIT) or 100
         before, after = (query.integer(name) for name in ("before", "after"))
         if after is None:
             lines = self._monitor.history.newest(limit + 1, session_id, before)
@@ -5197,9 +5196,8 @@ class Api:
         return asked
 
     def _stats(self, query: Query, _body: bytes) -> JsonObject:
-        start, end = query.time_range()
         zone = time_zone(query.get("timeZone"))
-        figures = self._monitor.history.statistics(start, end, query.get("session"), zone)
+        figures = self._monitor.history.statistics(*query.time_range(), query.get("session"), zone)
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
