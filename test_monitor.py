@@ -610,8 +610,12 @@ def hook_call(command: str, given_payload: Any, environment: dict[str, str], **m
 
 
 def hook_spooled(home: str, place: str = "spool") -> list[Any]:
-    """Return what lies in the spool, parsed, in the order of its segments."""
-    return [json.loads(line) for path, _ in ee.spool_segments(f"{home}/{place}") for line in spool_read(path)]
+    """Return what lies in the spool, parsed, in the order of its segments; a monitor may drain it meanwhile."""
+    paths, lines = [path for path, _ in ee.spool_segments(f"{home}/{place}")], []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            lines += spool_read(path)
+    return list(map(json.loads, lines))
 
 
 def hook_mode_of(path: object) -> int:
