@@ -4467,8 +4467,6 @@ class WebSocketServer:
         if is_reply:
             client.reply_bytes += client.queued - before
 
-    reply = functools.partialmethod(send, is_reply=True)
-
     def broadcast(
         self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
     ) -> None:
@@ -6622,7 +6620,7 @@ class SessionFeed:
         for with_hidden in {client.show_hidden for client in clients}:
             message = b"".join(encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden))
             for client in [client for client in clients if client.show_hidden == with_hidden]:
-                self.clients.reply(client, encode_frame(Opcode.TEXT, message))
+                self.clients.send(client, encode_frame(Opcode.TEXT, message), is_reply=True)
 
 
 class Retention:
@@ -6784,7 +6782,7 @@ class MessageHandlers:
         if isinstance(answer, dict):
             answer = encode_json(with_request_id(message, answer))
         if answer is not None:
-            self._monitor.clients.reply(client, encode_frame(Opcode.TEXT, answer))
+            self._monitor.clients.send(client, encode_frame(Opcode.TEXT, answer), is_reply=True)
 
     def _on_subscribe(self, client: Client, message: JsonObject) -> None:
         journal, seq, since = self._monitor.journal, self._monitor.journal.seq, message.get("since")
@@ -6799,7 +6797,7 @@ class MessageHandlers:
         self._reply(client, message, reply)
         status = encode_json({"type": "status", **self._monitor.status.to_json()})
         frames = text_frames([*event_messages(missed, view), status], client.changes)
-        self._monitor.clients.reply(client, frames)
+        self._monitor.clients.send(client, frames, is_reply=True)
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         if client.session_ids is not None:

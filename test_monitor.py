@@ -8881,7 +8881,7 @@ def safe_serve_echo(listener: socket.socket) -> None:
 
     def echo(client: cm.Client, data: str | bytes) -> None:
         opcode, raw = (1, data.encode()) if isinstance(data, str) else (2, data)
-        server.reply(client, cm.encode_frame(opcode, raw))
+        server.send(client, cm.encode_frame(opcode, raw), is_reply=True)
 
     server = cm.WebSocketServer(cm.EventLoop(), lambda client: None, echo, 64, 1 << 20)
     serve_handshakes(listener, server)
