@@ -80,7 +80,6 @@ if is_short and (short_status := print_short_status()) is not None:
 
 import argparse
 import base64
-import calendar
 import codecs
 import collections
 import concurrent.futures
@@ -4152,7 +4151,7 @@ def plan_retention(
         of_day = list(group)
         last = max(file.last_seq for file in of_day) if steps else 0
         shift_ms = sum(after_ms - before_ms for seq, before_ms, after_ms in steps if last <= seq)
-        real_ms = calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms if shift_ms else 0
+        real_ms = moment_ms("day", day, datetime.timezone.utc) + shift_ms if shift_ms else 0
         by_day.append((day_of(real_ms) if shift_ms else day, day, of_day))
     for real_day, day, of_day in sorted(by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
