@@ -761,8 +761,7 @@ def _read_config(path: str) -> JsonObject:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        values = load_config(config_path)[0]
-        mode, socket_path = values["mode"], values["socketPath"]
+        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
@@ -1353,8 +1352,7 @@ _REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
-    program = program.replace("{hint}", hint)
-    # At most to the next program of this name, or each of many would search the same text.
+    program = program.replace("{hint}", hint)  # the next one ends it, or many would search the same text
     rest = rf"(?:[^\n|;{hint[0]}]|{hint[0]}(?!{hint[1:]}{program})|\\\n){{0,400}}?\s(?:{option})"
     return _folded("command-line", hint, program + rest, _is_value)
 
@@ -1414,6 +1412,9 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("private-key", "PRIVATE KEY",  # without its end: to the end of the text
         r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)"),
+    SecretShape("private-key", "-----END ",  # its last lines; a line in a row of such is no beginning
+        r"(?m)(?:^|(?<=[\"'`]))(?<![\w+/=\r]{40}\n)(?:[\w+/=]{40,76}\r?\n)+(?:[\w+/=]{1,76}\r?\n){0,2}"
+        r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"),
     _folded("private-key", "private-lines:", r" ?\d+\s{1,2}(?P<secret>(?:[a-z0-9+/=]{8,}\s{0,2})+)"),
     SecretShape("private-key", "LS0tLS1CRU", r"LS0tLS1CRU[\w+/]{0,24}(?:UFJJVkFU|BSSVZBV|QUklWQVR)[\w+/=]*"),
     *_TOKENS,
@@ -2719,8 +2720,7 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
     """Return the privacy settings of a configuration."""
-    metadata_only = values["privacy.level"] == "metadata"
-    return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
+    return Privacy(values["privacy.redact"], values["privacy.level"] != "full", values["limits.fieldBytes"])
 
 
 def run_publisher(lock_fd: int) -> None:
