@@ -5518,7 +5518,10 @@ CODE_LIFE_S = 120
 TAKEN_DEADLINE_S = 5.0  # for a hook to print an answer
 LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
 UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
-AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID"}
+AGENT_VARIABLES = {  # in the shells of agents
+    "CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID", "GEMINI_CLI", "QWEN_CODE",
+    "COPILOT_CLI", "CODEX_THREAD_ID",
+}  # fmt: skip
 
 
 def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
@@ -5528,7 +5531,7 @@ def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
             variables = {it.partition("=")[0] for it in file.read().split("\0")}
         name, rest = _process_fields(pid)
-        if pid in clients or name in ("claude", "codex", "gemini") or variables & AGENT_VARIABLES:
+        if pid in clients or name in PROGRAMS or variables & AGENT_VARIABLES:
             return f"process {pid} ({safe_line(name)}) is an agent's"
         pid = int(rest[1]) if rest else 0
     return ""

@@ -10549,16 +10549,19 @@ def test_an_agent_does_not_answer_itself(asking):
     hook, event_id = asking.ask()
     message = {"type": "answer", "sessionId": "s1", "eventId": event_id, "answer": {"do": "allow"}}
     known = {
-        **monitor.environment, "CLAUDECODE": "1", "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
+        **monitor.environment, "PYTHON": sys.executable, "URL": monitor.url.rstrip("/"),
         "MONITOR": f"{sys.executable} -m contextuate_monitor", "HOOKS": monitor.socket_path, "ID": event_id,
         "WS": monitor.url.rstrip("/").replace("http", "ws"), "WS2": f"ws://127.0.0.1:{monitor.ws_port}",
         "MESSAGE": json.dumps(message), "COOKIE": asking.pair(), "SOCKET": ANSWER_SOCKET, "EVENT": ANSWER_EVENT,
         "TOKEN": f"Authorization: Bearer {install_text(monitor.home + '/token').strip()}",
     }  # fmt: skip
+    programs = itertools.cycle(("CLAUDECODE", "QWEN_CODE", "GEMINI_CLI", "COPILOT_CLI"))
     for name, ((attempt, _),) in stories("attempts", "\n").items():
-        before = len(refused())
+        before, known["AGENT"] = len(refused()), next(programs)
         shell = ["bash", "-c", attempt.replace("$MONITOR", known["MONITOR"]) + "; true"]
-        said = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, timeout=60, env=known)
+        said = subprocess.run(
+            shell, capture_output=True, text=True, cwd=ROOT, timeout=60, env={**known, known["AGENT"]: "1"}
+        )
         assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
         assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
         if name != "a made-up event":
