@@ -9939,7 +9939,8 @@ def command_go(settings: Settings, args: argparse.Namespace) -> int:
     session, terminal = found[0], found[0]["terminal"] or {}
     where = f"in {terminal['name']}" if terminal else "in an unknown terminal"
     if session["state"] == "ended":
-        resume = RESUME_COMMANDS.get(session["agent"], "")
+        is_option = session["sessionId"].startswith("-")
+        resume = "" if is_option else RESUME_COMMANDS.get(session["agent"], "")
         command = f"{resume} {shlex.quote(session['sessionId'])}" if resume else "its program"
         place = shlex.quote(session["workingDirectory"])
         print(safe_line(f"it has ended; to continue: cd {place} && {command}"))
