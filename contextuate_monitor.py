@@ -350,7 +350,8 @@ def is_loopback(host: str) -> bool:
 
 def print_status(message: str) -> None:
     """Print a message on stderr, apart from the output."""
-    print(f"contextuate: {message}", file=sys.stderr, flush=True)
+    lines = map(safe_line, message.split("\n"))  # a file's name may contain anything
+    print("contextuate: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 def safe_line(text: str) -> str:
