@@ -761,7 +761,8 @@ def _read_config(path: str) -> JsonObject:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
+        values = load_config(config_path)[0]
+        mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH

@@ -610,12 +610,8 @@ def hook_call(command: str, given_payload: Any, environment: dict[str, str], **m
 
 
 def hook_spooled(home: str, place: str = "spool") -> list[Any]:
-    """Return what lies in the spool, parsed, in the order of its segments; a monitor may drain it meanwhile."""
-    paths, lines = [path for path, _ in ee.spool_segments(f"{home}/{place}")], []
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            lines += spool_read(path)
-    return list(map(json.loads, lines))
+    """Return what lies in the spool, parsed, in the order of its segments."""
+    return [json.loads(line) for path, _ in ee.spool_segments(f"{home}/{place}") for line in spool_read(path)]
 
 
 def hook_mode_of(path: object) -> int:
@@ -1657,7 +1653,9 @@ def spool_line(event_id: str, session: str = "s1") -> bytes:
 
 
 def spool_read(path: str) -> list[bytes]:
-    return [line for line in pathlib.Path(path).read_bytes().split(b"\n") if line]
+    with contextlib.suppress(FileNotFoundError):  # drained meanwhile
+        return [line for line in pathlib.Path(path).read_bytes().split(b"\n") if line]
+    return []
 
 
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
@@ -10560,9 +10558,8 @@ def test_an_agent_does_not_answer_itself(asking):
     for name, ((attempt, _),) in stories("attempts", "\n").items():
         before, known["AGENT"] = len(refused()), next(programs)
         shell = ["bash", "-c", attempt.replace("$MONITOR", known["MONITOR"]) + "; true"]
-        said = subprocess.run(
-            shell, capture_output=True, text=True, cwd=ROOT, timeout=60, env={**known, known["AGENT"]: "1"}
-        )
+        inside = {**known, known["AGENT"]: "1"}
+        said = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, timeout=60, env=inside)
         assert hook.poll() is None and asking.open_ids() == [event_id], (name, said)
         assert not re.search(r"\b\d{8}\b +type|delivered|Allowed once", said.stdout), (name, said)
         if name != "a made-up event":
@@ -12051,9 +12048,8 @@ def test_import_names_each_file_that_it_did_not_understand(running, tmp_path):
     files |= {"fifo.jsonl": ["", 0, "is no regular file"], "bytes.jsonl": ["", 0, "it has no events"]}
     for name, (_, count, words) in files.items():
         done = in_process(running, "import", f"{tmp_path}/{name}")
-        assert (done.returncode, int(done.stdout.split()[0] if done.stdout else 0)) == (bool(words), count), (
-            name
-        )
+        imported = int(done.stdout.split()[0] if done.stdout else 0)
+        assert (done.returncode, imported) == (bool(words), count), name
         assert cm.safe_line(f"/{name}: {words}") + "\n" in done.stderr if words else done.stderr == "", name
     write_files(tmp_path, {"settings.json": "{}", "x.txt": ""})  # which are ignored in a directory
     done = in_process(running, "import", str(tmp_path))
