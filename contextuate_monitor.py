@@ -5532,7 +5532,7 @@ def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
             variables = {it.partition("=")[0] for it in file.read().split("\0")}
         name, rest = _process_fields(pid)
-        if pid in clients or name in PROGRAMS or variables & AGENT_VARIABLES:
+        if pid in clients or name in ("claude", *emit_event.AGENTS) or variables & AGENT_VARIABLES:
             return f"process {pid} ({safe_line(name)}) is an agent's"
         pid = int(rest[1]) if rest else 0
     return ""
