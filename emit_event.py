@@ -1414,7 +1414,7 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
         r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)"),
     SecretShape("private-key", "-----END ",  # its last lines; a line in a row of such is no beginning
-        r"(?m)(?:^|(?<=[\"'`]))(?<![\w+/=\r]{40}\n)(?:[\w+/=]{40,76}\r?\n)+(?:[\w+/=]{1,76}\r?\n){0,2}"
+        r"(?<![^\n\"'`])(?=[\w+/=]{40})(?<![\w+/=\r]{40}\n)(?:[\w+/=]{40,76}\r?\n)+(?:[\w+/=]{1,76}\r?\n){0,2}"
         r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"),
     _folded("private-key", "private-lines:", r" ?\d+\s{1,2}(?P<secret>(?:[a-z0-9+/=]{8,}\s{0,2})+)"),
     SecretShape("private-key", "LS0tLS1CRU", r"LS0tLS1CRU[\w+/]{0,24}(?:UFJJVkFU|BSSVZBV|QUklWQVR)[\w+/=]*"),
