@@ -4748,8 +4748,9 @@ class RedisLink(threading.Thread):
         saved = emit_event.read_state(self._position_path)
         position = text_of(saved.get("position"))
         is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
-        self._position = position if is_ours else STREAM_START  # stored up to here, as the file says
-        self._read = self._arrived = self._position  # read by the thread, arrived in the loop's inbox
+        self._position = self._saved_position = position if is_ours else STREAM_START  # stored up to here
+        # Positions in the stream: read and passed on by the thread, arrived in the loop's inbox.
+        self._read = self._passed_on = self._arrived = self._position
         self._batch: list[RemoteLine] = []  # what was delivered since the last hand-over
         self._at_once = threading.Event()  # set: connect without waiting, or end
         self._closing = False
@@ -4909,7 +4910,8 @@ class RedisLink(threading.Thread):
     def _hand_over(self) -> None:
         """Pass what was delivered to the loop, which stores it; wait while too much is not stored there."""
         batch, self._batch = self._batch, []
-        if batch or self._read != self._arrived:
+        if batch or self._read != self._passed_on:
+            self._passed_on = self._read
             self._loop.call_soon(functools.partial(self._store, batch, self._read))
         while self.inbox.size > INBOX_BYTES and not self._at_once.is_set():
             time.sleep(0.02)
@@ -4938,11 +4940,12 @@ class RedisLink(threading.Thread):
 
     def _check(self) -> None:
         """Save the position, and end a silent connection."""
-        if self._position != self._arrived and not self.inbox.waiting:
-            content = {"of": self._stream_name, "position": self._arrived}
+        self._position = self._position if self.inbox.waiting else self._arrived
+        if self._position != self._saved_position:
+            content = {"of": self._stream_name, "position": self._position}
             with contextlib.suppress(OSError):  # with an older position, some events are only read again
                 emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
-                self._position = self._arrived
+                self._saved_position = self._position
         if self._is_silent():
             self._disconnect()
 
