@@ -4882,7 +4882,7 @@ class RedisLink(threading.Thread):
                     words = "events may be missing; a larger redis.streamMaxLength keeps more"
                     log.warning("Redis: the stream was trimmed beyond %s: %s", self._read, words)
                     self._set(gaps=self.state["gaps"] + 1)
-                elif newest and position_key(newest[0][0].decode("ascii")) < position_key(self._read):
+                elif not newest or position_key(newest[0][0].decode("ascii")) < position_key(self._read):
                     self._read = STREAM_START  # it was deleted, and is filled by a clock that is behind
             is_last = stream is None
             while not is_last and not self._at_once.is_set():
