@@ -2721,7 +2721,8 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]") -> str:
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
     """Return the privacy settings of a configuration."""
-    return Privacy(values["privacy.redact"], values["privacy.level"] != "full", values["limits.fieldBytes"])
+    metadata_only = values["privacy.level"] == "metadata"
+    return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
 
 
 def run_publisher(lock_fd: int) -> None:
