@@ -2907,7 +2907,7 @@ class Publisher:
             self._enter("publishing")
 
     def _fail(self, reason: str) -> None:
-        begin = time.monotonic() - RESEND_S
+        begin = max((at for at, _ in self._sent), default=0.0) - RESEND_S  # it may have been idle since then
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
         self._failures, self._at_once = self._failures + 1, 1

@@ -8551,6 +8551,22 @@ class RedisCluster:
         return {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}
 
 
+def test_what_a_connection_sent_last_is_sent_again_however_long_it_was_idle_before_it_broke(
+    make, monkeypatch
+):
+    server = make(RedisServer)
+    machine = make(RedisMachine, config={"redis": {"host": "127.0.0.1", "port": server.port}})
+    publisher = ee.Publisher(machine.home, machine.home + "/monitor.config.json", -1)
+    monkeypatch.setattr(ee, "RESEND_S", 0.2)
+    for number in range(3):
+        publisher._add({"eventType": "message", "id": f"e{number}"})
+        if number == 2:
+            server.stop(signal.SIGKILL)
+        publisher._publish()
+        time.sleep(0.3)  # longer than what is sent again
+    assert [event_id for event_id, _ in publisher._batch] == ["e1", "e2"]
+
+
 @pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
 def test_a_failover_loses_and_doubles_no_event(make, kind):
     servers = kind(make)
