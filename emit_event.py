@@ -2753,6 +2753,7 @@ class Publisher:
         self._basis, self._values = self._current_basis(), load_config(config_path)[0]
         self._privacy = privacy_of(self._values)
         self._client: Any = None
+        self._connection: Any = None  # the only one of the client
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
         self._noted: dict[tuple[str, str], Any] = {}  # see add_agent_note
@@ -2780,14 +2781,18 @@ class Publisher:
             if now >= self._registry_due:
                 self._registry_due = now + REGISTRY_POLL_S
                 self._own_events.extend(self._registry.poll(now_ms()))
-            if now >= self._next_attempt and (self._batch or self._read_batch()):
-                self._publish()
+            if now >= self._next_attempt and not self._batch and self._read_batch():
                 last_event = now
+            if now >= self._next_attempt and self._batch:
+                self._publish()
                 if not self._failures and self._state["state"] == self._written.get("state"):
                     continue
             self._write_state()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
+                continue
+            if self._is_closed():
+                self._fail(redis_trouble(ConnectionError("the connection was closed"), self._values))
                 continue
             clients = self._registry.clients.values()
             is_busy = any(it["record"].about.get("status", "idle") != "idle" for it in clients)
@@ -2872,7 +2877,8 @@ class Publisher:
         try:
             if self._client is None:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
-                self._client.connection_pool.connection_kwargs["socket_timeout"] = None  # see `within`
+                options = self._client.connection_pool.connection_kwargs
+                options.update(socket_timeout=None, redis_connect_func=self._connect)  # see `within`
             pipeline = self._client.pipeline(transaction=False)  # a MULTI is refused whole
             for _, line in batch:
                 pipeline.publish(channel, line)
@@ -2906,6 +2912,19 @@ class Publisher:
             self._at_once = min(2 * self._at_once, 200) if is_quick else max(1, self._at_once // 2)
             self._enter("publishing")
 
+    def _connect(self, connection: Any) -> None:
+        """Log in; refuse a second connection, with which redis-py would hide that the first one broke."""
+        if self._connection is not None:
+            raise ConnectionError("the connection was closed")
+        connection.on_connect()
+        self._connection = connection
+
+    def _is_closed(self) -> bool:
+        try:
+            return self._connection is not None and bool(self._connection.can_read(0))  # no answer is due
+        except Exception:
+            return True
+
     def _fail(self, reason: str) -> None:
         begin = max((at for at, _ in self._sent), default=0.0) - RESEND_S  # it may have been idle since then
         self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
@@ -2914,7 +2933,7 @@ class Publisher:
         self._next_attempt = time.monotonic() + backoff_s(self._failures)
         with contextlib.suppress(Exception):  # also when there is none
             self._client.connection_pool.disconnect(inuse_connections=True)
-        self._client = None
+        self._client = self._connection = None
         self._enter("waiting", reason)
         drop_old_segments(self._spool)
         self.stopping |= not os.path.isdir(self._home)  # removed with all its events

@@ -5172,13 +5172,13 @@ def test_no_word_is_lost_or_doubled_where_its_reader_is_killed(mode, make, monit
         parts = (usage_entries("; ".join(words[at : at + 50])) for at in range(0, 1000, 50))
         transcript.add("".join(parts).encode())
         if server:
-            server.stop()
+            server.process.send_signal(signal.SIGSTOP)  # its connections stay
             hook_call(command, about("Stop"), machine.environment)
             read_by = time.monotonic() + 3 * ee.LOOK_S  # a look that reads it does not lock usage.db
             while not (is_unfinished := usage_is_held(machine.home)) and time.monotonic() < read_by:
                 time.sleep(0.05)
             machine.end_publisher()
-            server.start()
+            server.thaw()
         else:
             before = stored_bytes()
             hook_call(command, about("Stop"), machine.environment)
@@ -8565,6 +8565,23 @@ def test_what_a_connection_sent_last_is_sent_again_however_long_it_was_idle_befo
         publisher._publish()
         time.sleep(0.3)  # longer than what is sent again
     assert [event_id for event_id, _ in publisher._batch] == ["e1", "e2"]
+
+
+def test_an_idle_publisher_sends_again_when_its_connection_breaks_and_no_event_follows(make):
+    server = make(RedisServer, "appendonly no")
+    machine = make(
+        RedisMachine, config={"mode": "redis", "redis": {"host": "127.0.0.1", "port": server.port}}
+    )
+    machine.say("e1")
+    machine.publishes_all()
+    server.stop(signal.SIGKILL)  # and with it the stream
+    eventually(lambda: machine.publisher()["state"] == "waiting", 10, "notice of the broken connection")
+    server.start()
+    eventually(
+        lambda: server.cli("XLEN", "contextuate:events:stream") == "1", 30, "the event in the new stream"
+    )
+    assert server.cli("CLIENT", "KILL", "TYPE", "normal") == "1"
+    eventually(lambda: server.cli("XLEN", "contextuate:events:stream") == "2", 30, "the event once more")
 
 
 @pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
