@@ -1199,7 +1199,8 @@ class SecretShape(NamedTuple):
 
 # Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
+_NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text, as the next one
+_KEY_LINES_BEFORE = re.compile(r"(?:\n\r?[\w+/=]{1,76}){0,2}(?:\n\r?[\w+/=]{40,76})+(?![^\n\"'`])")
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
 _NEUTRAL_WORDS = frozenset(
     "b base data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
@@ -1323,6 +1324,12 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
     return is_random and (ends_line or "=" not in operator)
 
 
+def _key_start(text: str, end: int) -> int:
+    """Return where the lines of a private key before `end` begin; `end` if there are none."""
+    lines = _KEY_LINES_BEFORE.match(text[max(0, end - 16_384) : end][::-1])
+    return end - len(lines[0]) if lines else end
+
+
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     return not (_HARMLESS.match(value) or _IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
 
@@ -1413,9 +1420,9 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
     SecretShape("private-key", "PRIVATE KEY",  # without its end: to the end of the text
         r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)"),
-    SecretShape("private-key", "-----END ",  # its last lines; a line in a row of such is no beginning
-        r"(?<![^\n\"'`])(?=[\w+/=]{40})(?<![\w+/=\r]{40}\n)(?:[\w+/=]{40,76}\r?\n)+(?:[\w+/=]{1,76}\r?\n){0,2}"
-        r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"),
+    SecretShape("private-key", "-----END ",  # its last lines, which precede the match
+        r"-----END (?<=\n-----END )(?P<last>)[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----", False,
+        lambda view, match, _value: _key_start(view.text, match.start()) < match.start()),
     _folded("private-key", "private-lines:", r" ?\d+\s{1,2}(?P<secret>(?:[a-z0-9+/=]{8,}\s{0,2})+)"),
     SecretShape("private-key", "LS0tLS1CRU", r"LS0tLS1CRU[\w+/]{0,24}(?:UFJJVkFU|BSSVZBV|QUklWQVR)[\w+/=]*"),
     *_TOKENS,
@@ -1639,6 +1646,8 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
             else:
                 if group == "begin":  # of a secret whose fixed text is in its middle
                     end = match.end()
+                elif group == "last":
+                    start, end = _key_start(view.text, match.start()), match.end()
                 elif shape.is_secret is not None and view.text[start - 1] in "\"'`":
                     end = max(end, view.closing_quote(start - 1))
                 elif shape.is_secret is not None:
