@@ -1060,34 +1060,33 @@ def encode_json(value: Any) -> bytes:
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Build an event (`.docs/protocol.md`) from any object; what has a wrong type is kept in `data`."""
-    about = {name: value for name, value in given.items() if name not in ("seq", "received")}
-    data, is_event = dict(given), isinstance(given.get("eventType"), str)
-    is_wrapped = isinstance(given.get("id"), str) and not is_event
-    names = ("hook_event_name",) if "eventType" in given else ("hook_event_name", "hookEventName")
+    about, is_event = dict(given), isinstance(given.get("eventType"), str)
+    is_hook = isinstance(given.get("hook_event_name"), str)
+    is_wrapped = not is_event and isinstance(given.get("id"), str)
     if is_wrapped and isinstance(given.get("hook"), dict):
         about, data = _fields_of_hook(about.pop("hook"), about)
     elif is_wrapped and isinstance(given.get("statusLine"), dict):
         about, data = _fields_of_status_line(about.pop("statusLine"), about)
-    elif any(isinstance(given.get(name), str) for name in names):
+    elif is_hook or "eventType" not in given and isinstance(given.get("hookEventName"), str):
         about, data = _fields_of_hook(given, {})
     elif is_event:
         content = about.pop("data", None)
         data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     else:
-        about = {}
+        about, data = {}, dict(given)
     event: JsonObject = {
         "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
         "workingDirectory": "", "hookType": "", "eventType": "message",
     }  # fmt: skip
+    about.pop("seq", None)
+    about.pop("received", None)
     for name, value in about.items():
         if name not in _EVENT_CHECKS or _EVENT_CHECKS[name](value):
             event[name] = value
         elif value is not None:
             _keep(data, name, value)
-    event["id"] = event["id"] or str(uuid.uuid4())
-    event["timestamp"] = int(event["timestamp"])
     event["hookType"], event["eventType"] = event["hookType"][:_ID_LIMIT], event["eventType"][:_ID_LIMIT]
-    event["data"] = data
+    event.update(id=event["id"] or str(uuid.uuid4()), timestamp=int(event["timestamp"]), data=data)
     return event
 
 
@@ -1200,7 +1199,7 @@ class SecretShape(NamedTuple):
 # Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text, as the next one
-_KEY_LINES_BEFORE = re.compile(r"(?:\n\r?[\w+/=]{1,76}){0,2}(?:\n\r?[\w+/=]{40,76})+(?![^\n\"'`])")
+_KEY_LINES_BEFORE = re.compile(r"(?:\n\r?[\w+/=]{1,76}){0,2}(?:\n\r?[\w+/=]{40,76})+(?![^\n\"'`])|")
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
 _NEUTRAL_WORDS = frozenset(
     "b base data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
@@ -1326,8 +1325,7 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
 
 def _key_start(text: str, end: int) -> int:
     """Return where the lines of a private key before `end` begin; `end` if there are none."""
-    lines = _KEY_LINES_BEFORE.match(text[max(0, end - 16_384) : end][::-1])
-    return end - len(lines[0]) if lines else end
+    return end - len(_KEY_LINES_BEFORE.match(text[max(0, end - 16_384) : end][::-1])[0])  # type: ignore[index]
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
@@ -1485,7 +1483,9 @@ _DEPTH_LIMIT = 100
 UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
 # Hints have these parts in common: a text without the part is not searched for each of them.
-_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
+_COMMON_PARTS = (*"@~='GJKLVq", "ok", "cre", "pass", "auth")
+# Many events contain these words, in which such a part is none of a hint.
+_COMMON_WORDS = {"pass": "bypass", "ok": 'tokens["_:]', "cre": "credit", "-us": "-use", "auth": "authority"}
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
 _TOKENS_BY_END: "dict[str, list[SecretShape]]" = {}  # by the last two characters of their hints
 for _shape in SECRET_SHAPES:
@@ -1499,7 +1499,9 @@ for _shape in SECRET_SHAPES:
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-_TOKEN_HINTS += [re.compile(rf"\{sign}{_TOKEN_BODY}") for sign in "-_."]
+for _sign in "-_.":
+    _before = "".join(re.escape(end[0]) for end in _TOKENS_BY_END if end[1] == _sign)
+    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_before}]\{_sign}){_TOKEN_BODY}"))
 for _first in "AE":
     _starts = "|".join(shape.hint for shape in SECRET_SHAPES if shape.hint[0] == _first)
     _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
@@ -1553,7 +1555,7 @@ class _View:
             self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
             length += len(meaning)
             done = end
-        self.text = "".join(pieces) + raw[done:] if pieces else raw
+        self.text: str = "".join(pieces) + raw[done:] if pieces else raw
 
     @functools.cached_property
     def folded(self) -> str:
@@ -1618,16 +1620,17 @@ def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
     text = re.sub("\x1b" + _COLOUR, "", text) if "\x1b" in text else text
     # Hints are ASCII, which is searched twice as fast; the Kelvin sign is one of them in lower case.
-    text = text.replace("\u212a", "k").encode("ascii", "replace").decode()
+    text = text if text.isascii() else text.replace("\u212a", "k").encode("ascii", "replace").decode()
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, text.lower())):
-        for part, shapes in by_part.items():
-            # Many events contain the mode bypassPermissions.
-            if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
-                found += [shape for shape in shapes if shape.hint == part or shape.hint in searched]
-    for end in (match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)):
-        near = _TOKENS_BY_END.get(text[end - 2 : end], ())
-        found += [shape for shape in near if text.endswith(shape.hint, 0, end)]
+        for part in [part for part in by_part if part in searched]:
+            words = _COMMON_WORDS.get(part, "") if len(text) < 10_000 else ""
+            rest = _compiled(words).sub("", searched) if words else searched
+            found += [it for it in by_part[part] if it.hint == part and not words or it.hint in rest]
+    for pattern in _TOKEN_HINTS:
+        for end in map(re.Match.end, pattern.finditer(text)):
+            near = _TOKENS_BY_END.get(text[end - 2 : end], ())
+            found += [shape for shape in near if text.endswith(shape.hint, 0, end)]
     return list(dict.fromkeys(found))
 
 
@@ -1671,16 +1674,18 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     """Return `event` redacted and cut, and its JSON; `data.truncated`: path → original size in bytes."""
     # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
     # character that JSON must escape, and every name of a secret has a hint in it.
-    hints = {""}  # of any text
-    with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
-        encoded = _to_json(event).encode("ascii")
-        is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode()
+    try:
+        encoded = _to_json(event)
+        text = encoded[encoded.find('"data":') if event.keys() <= _EVENT_FIELDS else 0 :]  # ours: only `data`
         text = text.replace("\\u212a", "k").replace("\\u001b", "\x1b")
-        hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
+        head = max(text.find('"permissionMode":', 0, 1000), text.find('"toolName":', 0, 1000)) + 1
+        shapes = (*_shapes_in_head(text[:head]), *_shapes_in(text[head:])) if privacy.redact else ()
+        hints = {shape.hint.lower() for shape in shapes}
         is_flat = text.count("{") + text.count("[") < _DEPTH_LIMIT
         if is_flat and not (hints or privacy.metadata_only) and len(encoded) <= privacy.field_limit_bytes:
-            return event, encoded
+            return event, encoded.encode("ascii")
+    except (ValueError, RecursionError):  # infinite or too deep
+        hints = {""}  # of any text
     protector = _Protector(privacy, hints)
     data = _metadata_of(event["data"]) if privacy.metadata_only else event["data"]
     if privacy.metadata_only and event["hookType"] != "SessionEnd":
@@ -1711,6 +1716,7 @@ def _metadata_of(value: Any, name: str = "", depth: int = 0) -> Any:
 
 
 _clean_name = functools.lru_cache(maxsize=4096)(redact_text)
+_shapes_in_head = functools.lru_cache(maxsize=64)(_shapes_in)  # the same in many events
 
 
 class _Protector:
@@ -2297,8 +2303,10 @@ class UsageWorker(threading.Thread):
         next_look = 0.0  # time.monotonic
         while not self._closing.is_set():
             with self._wake:
-                if not (self._closing.is_set() or any(it["isEnd"] for it in self._pending.values())):
-                    self._wake.wait(max(0.0, next_look - time.monotonic()) if self._pending else None)
+                rest_s = max(0.0, next_look - time.monotonic()) if self._pending else None
+                is_end = any(it["isEnd"] for it in self._pending.values())
+                if self._closing.is_set() or is_end or self._wake.wait(rest_s):
+                    self._wake.wait_for(self._closing.is_set, LOOK_S / 10)  # for other turns that end
                 now = time.monotonic()
                 due = [(key, it) for key, it in self._pending.items() if now >= next_look or it["isEnd"]]
                 next_look = now + LOOK_S if now >= next_look else next_look
@@ -2342,7 +2350,7 @@ def transcript_places(path: Any) -> "dict[str, str]":
         places = glob.glob(glob.escape(unnamed[1]) + unnamed[2])  # of a program that names none
     elif not os.path.exists(path) and os.path.basename(projects) == "projects":  # named for a worktree
         places += glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}")
-    return {it: os.path.realpath(it) for it in sorted(places)}
+    return {it: os.path.realpath(it) if os.path.lexists(it) else it for it in sorted(places)}
 
 
 def _file_state(path: str) -> "tuple[Any, Any]":
@@ -2762,7 +2770,7 @@ class Publisher:
         self._basis, self._values = self._current_basis(), load_config(config_path)[0]
         self._privacy = privacy_of(self._values)
         self._client: Any = None
-        self._connection: Any = None  # the only one of the client
+        self._connection: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
         self._noted: dict[tuple[str, str], Any] = {}  # see add_agent_note
@@ -2922,17 +2930,16 @@ class Publisher:
             self._enter("publishing")
 
     def _connect(self, connection: Any) -> None:
-        """Log in; refuse a second connection, with which redis-py would hide that the first one broke."""
-        if self._connection is not None:
+        """Log in; after events were sent, refuse another connection, which would hide that theirs broke."""
+        if self._sent:
             raise ConnectionError("the connection was closed")
         connection.on_connect()
         self._connection = connection
 
     def _is_closed(self) -> bool:
-        try:
+        with contextlib.suppress(Exception):
             return self._connection is not None and bool(self._connection.can_read(0))  # no answer is due
-        except Exception:
-            return True
+        return True
 
     def _fail(self, reason: str) -> None:
         begin = max((at for at, _ in self._sent), default=0.0) - RESEND_S  # it may have been idle since then
