@@ -1466,7 +1466,8 @@ SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate((
         r"(?P<token>(?=\S*\d)[\w.-]{20,200})", r"(?<=[a-z] login)\b"),
     _folded("assignment", "auth", r"=?\([\"'].{1,60}?[\"'], ?[\"'](?P<secret>(?=.*\d)[^\"'\n]{6,99})[\"']\)"),
     *(_command(program, rf"{option} ?[\"']?(?P<secret>(?![\s-])[^\s\"']{{3,200}})") for program, option in (
-        ("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"), ("mongo", "-p"), ("ldap", "-w"))),
+        ("sshpass", "-p"), ("sqlcmd", "-p"), ("redis-cli", "-a"), ("mongo", "-p"), ("ldap", "-w"),
+        ("smbclient", r"-u ?[\"']?[^\s%\"']{1,64}%"))),
     _folded("assignment", "set password",
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )))  # fmt: skip

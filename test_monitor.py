@@ -11270,6 +11270,21 @@ def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, 
     eventually(lambda: snapshots_of(indexed) == (2, {"s1": b"d"}))
 
 
+def test_a_connection_to_the_index_is_kept_until_its_file_is_replaced(tmp_path):
+    path, known = str(tmp_path / "index.db"), []
+    reader, before = cm.IndexReader(path), len(os.listdir("/dev/fd"))
+    for _ in range(2):
+        with contextlib.closing(cm.IndexFile(path).db):
+            with reader.reading(60) as kept:
+                assert kept not in known
+            with reader.reading(60) as first, reader.reading(60) as second:
+                assert first is kept and second is not kept
+        cm.remove_index(path)
+        known += [first, second]
+    reader.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
 def test_the_index_needs_no_newer_sqlite_than_systems_with_python_3_9_have() -> None:
     for module in (cm, ee):  # 3.26 to 3.34
         assert not re.search(r"ON CONFLICT DO UPDATE|\bRETURNING\b|\biif\(", install_text(module.__file__))
