@@ -1325,7 +1325,8 @@ def _is_bare_secret(match: "re.Match[str]", before: str, name: str, value: str, 
 
 def _key_start(text: str, end: int) -> int:
     """Return where the lines of a private key before `end` begin; `end` if there are none."""
-    return end - len(_KEY_LINES_BEFORE.match(text[max(0, end - 16_384) : end][::-1])[0])  # type: ignore[index]
+    begin = max(0, text.rfind("-", 0, end))  # no such line has a dash
+    return end - len(_KEY_LINES_BEFORE.match(text[begin:end][::-1])[0])  # type: ignore[index]
 
 
 def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:

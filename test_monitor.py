@@ -1568,6 +1568,11 @@ def test_a_secret_across_the_cut_leaves_no_half(kind):
         assert "truncated" in event["data"] and not hook_traces(secret, event), back
 
 
+def test_a_private_key_of_any_length_is_found_by_its_end_alone():
+    rest = hook_key_block(40_000).partition("\n")[2]
+    assert re.fullmatch(r"x\n\[redacted:private-key:\w+\]\n", ee.redact_text(f"x\n{rest}\n"))
+
+
 def test_secrets_before_the_cut_pull_no_half_secret_into_view():
     # What is replaced becomes shorter, so that the head reaches further into the text than its length says.
     limit, margin, secret = 32_768, 4096, hook_made_up("AK~IA<16 base32>")
