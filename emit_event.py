@@ -1060,8 +1060,8 @@ def encode_json(value: Any) -> bytes:
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Build an event (`.docs/protocol.md`) from any object; what has a wrong type is kept in `data`."""
-    about, is_event = dict(given), isinstance(given.get("eventType"), str)
-    is_hook = isinstance(given.get("hook_event_name"), str)
+    about = {name: value for name, value in given.items() if name not in ("seq", "received")}
+    is_event, is_hook = isinstance(given.get("eventType"), str), isinstance(given.get("hook_event_name"), str)
     is_wrapped = not is_event and isinstance(given.get("id"), str)
     if is_wrapped and isinstance(given.get("hook"), dict):
         about, data = _fields_of_hook(about.pop("hook"), about)
@@ -1078,8 +1078,6 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
         "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
         "workingDirectory": "", "hookType": "", "eventType": "message",
     }  # fmt: skip
-    about.pop("seq", None)
-    about.pop("received", None)
     for name, value in about.items():
         if name not in _EVENT_CHECKS or _EVENT_CHECKS[name](value):
             event[name] = value
@@ -2794,14 +2792,14 @@ class Publisher:
 
     def run(self) -> None:
         """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
-        last_event, is_redis = time.monotonic(), self._values["mode"] == "redis"
+        last_event, closed, is_redis = time.monotonic(), 0, self._values["mode"] == "redis"
         while is_redis and not self.stopping and self._current_basis() == self._basis:
             now = time.monotonic()
             if now >= self._registry_due:
                 self._registry_due = now + REGISTRY_POLL_S
                 self._own_events.extend(self._registry.poll(now_ms()))
             if now >= self._next_attempt and not self._batch and self._read_batch():
-                last_event = now
+                last_event, closed = now, 0
             if now >= self._next_attempt and self._batch:
                 self._publish()
                 if not self._failures and self._state["state"] == self._written.get("state"):
@@ -2811,6 +2809,7 @@ class Publisher:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
                 continue
             if self._is_closed():
+                closed, self._sent = closed + 1, self._sent if closed < 3 else []  # it may close what is idle
                 self._fail(redis_trouble(ConnectionError("the connection was closed"), self._values))
                 continue
             clients = self._registry.clients.values()

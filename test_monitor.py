@@ -8585,8 +8585,13 @@ def test_an_idle_publisher_sends_again_when_its_connection_breaks_and_no_event_f
     eventually(
         lambda: server.cli("XLEN", "contextuate:events:stream") == "1", 30, "the event in the new stream"
     )
-    assert server.cli("CLIENT", "KILL", "TYPE", "normal") == "1"
-    eventually(lambda: server.cli("XLEN", "contextuate:events:stream") == "2", 30, "the event once more")
+    xlen = functools.partial(server.cli, "XLEN", "contextuate:events:stream")
+    for count in ("2", "3"):
+        assert server.cli("CLIENT", "KILL", "TYPE", "normal") == "1"
+        eventually(lambda count=count: xlen() == count, 30, "the event once more")
+    server.cli("CLIENT", "KILL", "TYPE", "normal")
+    time.sleep(1)
+    assert xlen() == "3"  # a server may close whatever is idle
 
 
 @pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
