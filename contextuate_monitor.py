@@ -5663,7 +5663,7 @@ class Answers:
                 is_done = question.done.result(TAKEN_DEADLINE_S)
                 outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
         else:
-            outcome, words = self._send_signed(event_id, answer)
+            outcome, words = self._send_signed(event, answer)
         self._loop.call_soon(lambda: self._finish(question, event, answer, by, outcome))
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
@@ -5708,16 +5708,16 @@ class Answers:
         with contextlib.closing(client):
             return emit_event.within(2 * TAKEN_DEADLINE_S, lambda: work(client, place))
 
-    def _send_signed(self, event_id: str, answer: Any) -> tuple[str, str]:
+    def _send_signed(self, event: JsonObject, answer: Any) -> tuple[str, str]:
         """Put a signed answer into the question's list; return (outcome, why) when a hook has taken one."""
         key, nonce = emit_event.read_answer_key(self._settings.home), secrets.token_hex(8)
         outcome = "failed"  # until it is in the list
 
         def send(client: Any, place: str) -> tuple[str, str]:
             nonlocal outcome
-            taken_key = emit_event.answer_place(self._settings.values, "answered", event_id)
+            taken_key = emit_event.answer_place(self._settings.values, "answered", event["id"])
             at = emit_event.redis_ms(client)
-            mac = emit_event.signature(key, event_id, answer, at, nonce)
+            mac = emit_event.signature(key, event, answer, at, nonce)
             value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
             if not client.exists(taken_key) and outcome:  # else the page has said that it failed
                 outcome = "unknown"
@@ -5726,7 +5726,7 @@ class Answers:
             deadline = time.monotonic() + TAKEN_DEADLINE_S
             while time.monotonic() < deadline:
                 taken = emit_event.parse_event_line(client.get(taken_key) or b"{}")
-                if taken.get("mac") == emit_event.signature(key, event_id, "taken", taken.get("nonce")):
+                if taken.get("mac") == emit_event.signature(key, event, "taken", 0, taken.get("nonce")):
                     is_ours = taken.get("nonce") == nonce
                     return ("delivered", "") if is_ours else ("late", "another answer came first")
                 time.sleep(0.02)
@@ -5735,7 +5735,7 @@ class Answers:
             return "unknown", UNKNOWN_WORDS
 
         try:
-            found: tuple[str, str] = self._at_redis(send, "answer", event_id)
+            found: tuple[str, str] = self._at_redis(send, "answer", event["id"])
         except Exception as error:  # Redis does not answer
             found = outcome, redis_advised(emit_event.redis_trouble(error, self._settings.values))
             outcome = ""  # so that nothing is sent later

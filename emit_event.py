@@ -723,7 +723,19 @@ def parse_relaxed_json(text: str) -> Any:
 def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, Any], JsonObject]":
     """Return (the value of each key, by default without a file; what the file has); raise ConfigError."""
     values, flat = {name: key.default for name, key in keys.items()}, JsonObject()
-    for name, value in _read_config(path).items():
+    try:
+        with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
+            text = file.read()
+        given = parse_relaxed_json(text) if text.strip() else {}
+    except FileNotFoundError:
+        given = {}
+    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
+    for name, value in given.items():
         if not any(key.startswith(name + ".") for key in keys):
             flat[name] = value
         elif isinstance(value, dict):
@@ -742,27 +754,10 @@ def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, An
     return values, flat
 
 
-def _read_config(path: str) -> JsonObject:
-    try:
-        with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
-            text = file.read()
-        given = parse_relaxed_json(text) if text.strip() else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: expected one JSON object, got {json.dumps(given)[:60]}")
-    return given
-
-
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        values = load_config(config_path)[0]
-        mode, socket_path = values["mode"], values["socketPath"]
+        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
@@ -2997,6 +2992,8 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
 ANSWERED_HOOKS = ("PermissionRequest", "Elicitation")
 ANSWER_AGE_MS = 60_000  # older signed answers are dropped
 ANSWER_ROUND_S = 2
+_SIGNED = "machineId sessionId workingDirectory toolName toolInput permission_suggestions".split()
+_SIGNED += ["mcp_server_name", "message", "requested_schema"]  # what a signed answer allows
 _FORM_TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": NUMBERS, "array": (list,)}
 
 
@@ -3138,8 +3135,11 @@ def answer_place(values: "dict[str, Any]", kind: str, event_id: str = "") -> str
     return f"{prefix}:{kind}:{event_id}" if event_id else f"{prefix}:{kind}"
 
 
-def signature(key: bytes, *parts: Any) -> str:
-    """Return the HMAC-SHA256 of JSON values, in hex."""
+def signature(key: bytes, asked: JsonObject, answer: Any, at: Any, nonce: Any) -> str:
+    """Return the HMAC-SHA256, in hex, of an answer to an event; unless it refuses, of what was shown, too."""
+    parts = [asked["id"], answer, at, nonce]
+    if isinstance(answer, dict) and answer.get("do") not in ("deny", "decline", "cancel"):
+        parts += map({**asked["data"], **asked}.get, _SIGNED)
     return hmac.new(key, encode_json(parts), hashlib.sha256).hexdigest()
 
 
@@ -3153,6 +3153,7 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
     """Wait for the signed answer to the payload on standard input, and print it (with --wait-at-redis)."""
     home, config_path = places(posix.environ)
     asked, values = parse_event_line(sys.stdin.buffer.read()), load_config(config_path)[0]
+    event = protect(build_event({"id": event_id, "hook": asked}, 0, this_machine()), privacy_of(values))[0]
     key, list_key = read_answer_key(home), answer_place(values, "answer", event_id)
     parent, deadline, client = os.getppid(), time.monotonic() + wait_s, None
     dropped: collections.Counter[str] = collections.Counter()
@@ -3167,7 +3168,7 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
         try:
             given, why = parse_event_line(got[1]), ""
             answer, at, nonce, mac = map(given.__getitem__, ("answer", "at", "nonce", "mac"))
-            if not hmac.compare_digest(mac, signature(key, event_id, answer, at, nonce)):
+            if not hmac.compare_digest(mac, signature(key, event, answer, at, nonce)):
                 why = "foreign"
             elif abs(redis_ms(client) - at) > ANSWER_AGE_MS:
                 why = "old"
@@ -3178,7 +3179,7 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
         if why:
             dropped[why] += 1
             return False
-        taken = encode_json({"nonce": nonce, "mac": signature(key, event_id, "taken", nonce)})
+        taken = encode_json({"nonce": nonce, "mac": signature(key, event, "taken", 0, nonce)})
         client.set(answer_place(values, "answered", event_id), taken, px=ANSWER_AGE_MS)
         return True
 

@@ -10708,9 +10708,15 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     event_id = eventually(other.open_ids, 30, "the question at the other machine")[0]
     place, now = f"{REDIS_CHANNEL}:answer:{event_id}", int(server.cli("TIME").split()[0]) * 1000
     allow = {"do": "allow"}
-    refused = (now, event_id, b"0" * 64), (now, "another", key), (now - 300_000, event_id, key)
-    for at, signed_id, by in refused:
-        mac = ee.signature(by, signed_id, allow, at, "n")
+    shown = next(it for it in two.stored_events() if it["id"] == event_id)
+    other_input = {**shown["data"], "toolInput": {"command": "ls"}}
+    unlike = [{**shown, **it} for it in ({"id": "x"}, {"data": other_input}, {"workingDirectory": "/x"})]
+    for at, event, by in (
+        (now, shown, b"0" * 64),
+        *((now, it, key) for it in unlike),
+        (now - 300_000, shown, key),
+    ):
+        mac = ee.signature(by, event, allow, at, "n")
         server.cli("RPUSH", place, json.dumps({"answer": allow, "at": at, "nonce": "n", "mac": mac}))
     server.cli("RPUSH", place, json.dumps({"answer": allow}), "x")
     eventually(lambda: server.cli("LLEN", place) == "0", 20)
@@ -10723,8 +10729,14 @@ def test_answers_through_redis_are_signed_fresh_and_wanted(make):
     deny = functools.partial(other.answer, other.page(other.pair()), event_id, {"do": "deny"})
     assert eventually(lambda: (outcome := deny()) != "failed" and outcome, 30) == "delivered"
     assert asking.decision(hook)["behavior"] == "deny"
+    hook, always = (
+        asking.hook({**ANSWER_ASKED["Bash"], "session_id": "s2"}),
+        {"do": "always", "suggestions": [1]},
+    )
+    event_id = eventually(lambda: other.open_ids("s2"), 30, "the second question")[0]
+    assert other.answer(other.page(other.pair()), event_id, always, "s2") == "delivered"
     reports = lambda: [it for it in two.stored_events() if "were refused" in str(it["data"])]  # noqa: E731
-    assert "2 foreign, 1 old, 2 unsigned" in eventually(reports, 30)[0]["data"]["message"]
+    assert "4 foreign, 1 old, 2 unsigned" in eventually(reports, 30)[0]["data"]["message"]
     one.write_config({"answers": {"remote": False}})
     assert asking.hook(ANSWER_ASKED["Bash"]).communicate(timeout=20)[0] == b"", "it does not wait"
 
