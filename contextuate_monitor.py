@@ -6100,7 +6100,8 @@ def post_message(message: Delivery) -> SendOutcome:
         wait, code = error.headers.get("Retry-After") or "0", error.code
         words = f"answered {code}" + "; redirects are not followed" * (code // 100 == 3)
         may_retry = code in (408, 429) or code >= 500
-        return False, words, (float(wait) if wait.isdecimal() else 0.0) if may_retry else None
+        pause_s = min(float(wait), NOTICE_QUEUE_MS / 1000) if wait.isdecimal() else 0.0
+        return False, words, pause_s if may_retry else None
 
 
 def run_message(message: Delivery) -> SendOutcome:
