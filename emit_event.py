@@ -1156,8 +1156,7 @@ _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
-    fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
-    return fits and event.keys() >= _REQUIRED
+    return event.keys() >= _REQUIRED and all(_EVENT_CHECKS[k](event[k]) for k in event.keys() & _EVENT_CHECKS)
 
 
 def this_machine() -> str:
