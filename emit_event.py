@@ -1491,14 +1491,14 @@ for _shape in SECRET_SHAPES:
         _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
-# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
+# Each of these begins with one fixed letter, to be searched for as fast as a text; none is base64 of zeros.
 _TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
 for _sign in "-_.":
     _before = "".join(re.escape(end[0]) for end in _TOKENS_BY_END if end[1] == _sign)
     _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_before}]\{_sign}){_TOKEN_BODY}"))
 for _first in "AE":
-    _starts = "|".join(shape.hint for shape in SECRET_SHAPES if shape.hint[0] == _first)
-    _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
+    _starts = "|".join(shape.hint[1:] for shape in SECRET_SHAPES if shape.hint[0] == _first)
+    _TOKEN_HINTS.append(re.compile(f"{_first}(?!A{{12}})(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 _compiled = functools.lru_cache(None)(re.compile)
 
 

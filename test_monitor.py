@@ -1491,6 +1491,7 @@ def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
         assert not unit or redaction_seconds(unit, 30_000) < 1.0, unit  # the square would take half a minute
     if pattern == "{}":  # a long word is not searched again and again: 0.1 s; with backtracking 4 s
         assert all(redaction_seconds(unit, 240_000) < 0.6 for unit in ("key", "pass", "pw", "curl x "))
+        assert redaction_seconds("A", 2_400_000) < 0.6, "base64 of zeros; 1.3 s if each could begin a token"
 
 
 @settings(max_examples=100)
