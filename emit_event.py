@@ -757,7 +757,8 @@ def load_config(path: str, keys: "dict[str, Key]" = KEYS) -> "tuple[dict[str, An
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache."""
     try:
-        mode, socket_path = map(load_config(config_path)[0].__getitem__, ("mode", "socketPath"))
+        values = load_config(config_path)[0]
+        mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         whole().log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
@@ -1156,7 +1157,8 @@ _EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 def is_whole_event(event: JsonObject) -> bool:
     """True if an event has every required field, each of its type."""
-    return event.keys() >= _REQUIRED and all(_EVENT_CHECKS[k](event[k]) for k in event.keys() & _EVENT_CHECKS)
+    fits = all(check(event[name]) for name, check in _EVENT_CHECKS.items() if name in event)
+    return fits and event.keys() >= _REQUIRED
 
 
 def this_machine() -> str:
@@ -1672,9 +1674,7 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         encoded = _to_json(event)
         text = encoded[encoded.find('"data":') if event.keys() <= _EVENT_FIELDS else 0 :]  # ours: only `data`
         text = text.replace("\\u212a", "k").replace("\\u001b", "\x1b")
-        head = max(text.find('"permissionMode":', 0, 1000), text.find('"toolName":', 0, 1000)) + 1
-        shapes = (*_shapes_in_head(text[:head]), *_shapes_in(text[head:])) if privacy.redact else ()
-        hints = {shape.hint.lower() for shape in shapes}
+        hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
         is_flat = text.count("{") + text.count("[") < _DEPTH_LIMIT
         if is_flat and not (hints or privacy.metadata_only) and len(encoded) <= privacy.field_limit_bytes:
             return event, encoded.encode("ascii")
@@ -1710,7 +1710,6 @@ def _metadata_of(value: Any, name: str = "", depth: int = 0) -> Any:
 
 
 _clean_name = functools.lru_cache(maxsize=4096)(redact_text)
-_shapes_in_head = functools.lru_cache(maxsize=64)(_shapes_in)  # the same in many events
 
 
 class _Protector:
