@@ -1481,7 +1481,7 @@ UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that n
 # Hints have these parts in common: a text without the part is not searched for each of them.
 _COMMON_PARTS = (*"@~='GJKLVq", "ok", "cre", "pass", "auth")
 # Many events contain these words, in which such a part is none of a hint.
-_COMMON_WORDS = {"pass": "bypass", "ok": 'tokens["_:]', "cre": "credit", "-us": "-use", "auth": "authority"}
+_COMMON_WORDS = {"pass": "bypass", "ok": 'tokens(?:_details)?[":]', "cre": 'credit"', "-us": "-use"}
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
 _TOKENS_BY_END: "dict[str, list[SecretShape]]" = {}  # by the last two characters of their hints
 for _shape in SECRET_SHAPES:
